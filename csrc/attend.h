@@ -1,0 +1,99 @@
+// The nouns of the native kernel: where pages lie, what one call attends to, and what may go wrong.
+//
+// Everything here is a plain struct of pointers, counts and strides. No torch, no Python.
+#pragma once
+
+#include <cstdint>
+
+namespace tandem {
+
+// Tokens are scored, packed and masked 16 at a time ("block", architecture.md §2).
+constexpr int64_t kBlockTokens = 16;
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxGroupSize = 16;
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+
+// kRows:   a head's slice is [token][dim], as the model wrote it.
+// kPanels: a head's slice is ready for dot products of `pair` neighbours (pair = 2 for bf16, 1 for float32):
+//            K as [block][dim / pair][16 tokens][pair],  V as [token / pair][dim][pair],
+//          with dim padded to a multiple of 16 by zeros. The packing is the same for every instruction set.
+enum class Packing : int32_t { kRows = 0, kPanels = 1 };
+
+enum class Status : int32_t { kOk = 0, kNanInQuery = 1, kSlotOutOfRange = 2 };
+
+inline int64_t item_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// One pair of K and V arenas: `num_slots` pages, each [kv_head][a head's slice].
+struct Arena {
+  char* k;
+  char* v;
+  DType dtype;
+  Packing packing;
+  int64_t num_slots, num_kv_heads, page_size, head_dim;
+
+  int64_t stored_dim() const { return packing == Packing::kRows ? head_dim : (head_dim + 15) / 16 * 16; }
+  int64_t head_bytes() const { return page_size * stored_dim() * item_bytes(dtype); }
+  int64_t page_bytes() const { return num_kv_heads * head_bytes(); }
+  int64_t offset(int64_t slot, int64_t head) const { return slot * page_bytes() + head * head_bytes(); }
+};
+
+// int32 slots, [num_seqs][num_kv_heads][pages]; a stride of 0 lets sequences or heads share a row.
+struct PageTable {
+  const int32_t* slots;
+  int64_t stride_seq, stride_head;
+
+  int32_t slot(int64_t seq, int64_t head, int64_t page) const {
+    return slots[seq * stride_seq + head * stride_head + page];
+  }
+};
+
+// Attention of q over the tokens [kv_start, kv_len) of each sequence's table.
+// With `causal`, query i of q_len sees tokens below kv_len - q_len + 1 + i.
+struct AttendArgs {
+  const void* q;  // [num_seqs][num_q_heads][q_len][head_dim], strides in elements, head_dim contiguous
+  DType q_dtype;
+  int64_t q_stride_seq, q_stride_head, q_stride_token;
+  int64_t num_seqs, num_q_heads, q_len;
+  Arena arena;
+  PageTable table;
+  const int64_t* kv_start;  // [num_seqs]
+  const int64_t* kv_len;    // [num_seqs]
+  float scale;
+  bool causal;
+  float* out;  // [num_seqs][num_q_heads][q_len][head_dim], contiguous
+  float* lse;  // [num_seqs][num_q_heads][q_len], contiguous, natural log
+
+  int64_t group_size() const { return num_q_heads / arena.num_kv_heads; }
+};
+
+// The share of a call that one thread computes at a time: some query rows of one KV head over a range of tokens.
+// Row r of a KV head is query head kv_head * group_size + r / q_len, query token r % q_len.
+constexpr int64_t kMaxRows = 16;
+
+struct WorkItem {
+  int64_t seq, kv_head;
+  int64_t row_begin, row_end;      // at most kMaxRows rows
+  int64_t token_begin, token_end;  // inside [kv_start, kv_len)
+};
+
+// Moves one head's slice of one page between packings of the same dtype and page_size.
+struct HeadSlice {
+  char* k;
+  char* v;
+};
+
+// What one instruction set provides; see kernel.cc, which is compiled once for each.
+struct KernelTable {
+  const char* name;
+  // out [rows][head_dim] and lse [rows] of one item.
+  Status (*attend_item)(const AttendArgs& args, const WorkItem& item, float* out, float* lse);
+  // A head's slice, rows -> panels.
+  void (*pack)(const Arena& rows, HeadSlice from, HeadSlice to);
+  // Tokens [begin, end) of a head's slice in either packing -> rows of head_dim elements.
+  void (*unpack)(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, HeadSlice to);
+  // Reads every byte with plain loads, asking for lines `prefetch_bytes` ahead where that is not 0.
+  uint64_t (*read)(const char* data, int64_t num_bytes, int64_t prefetch_bytes);
+};
+
+}  // namespace tandem

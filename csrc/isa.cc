@@ -1,0 +1,46 @@
+#include "kernels.h"
+
+namespace tandem {
+
+#if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const KernelTable kTable;
+}
+namespace avx2 {
+extern const KernelTable kTable;
+}
+#endif
+namespace portable {
+extern const KernelTable kTable;
+}
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const auto first_missing = [](std::initializer_list<std::pair<bool, const char*>> needs) {
+      for (const auto& [has, name] : needs) {
+        if (!has) return std::string(name);
+      }
+      return std::string();
+    };
+    // __builtin_cpu_supports also asks the operating system whether it saves the registers.
+    found.push_back({&avx512_bf16::kTable, first_missing({{__builtin_cpu_supports("avx512f"), "avx512f"},
+                                                          {__builtin_cpu_supports("avx512bw"), "avx512bw"},
+                                                          {__builtin_cpu_supports("avx512vl"), "avx512vl"},
+                                                          {__builtin_cpu_supports("avx512dq"), "avx512dq"},
+                                                          {__builtin_cpu_supports("avx512bf16"), "avx512_bf16"},
+                                                          {__builtin_cpu_supports("fma"), "fma"},
+                                                          {__builtin_cpu_supports("bmi2"), "bmi2"}})});
+    found.push_back({&avx2::kTable, first_missing({{__builtin_cpu_supports("avx2"), "avx2"},
+                                                   {__builtin_cpu_supports("fma"), "fma"},
+                                                   {__builtin_cpu_supports("bmi2"), "bmi2"}})});
+#endif
+    found.push_back({&portable::kTable, ""});
+    return found;
+  }();
+  return all;
+}
+
+}  // namespace tandem

@@ -1,0 +1,397 @@
+// Decode attention over pages, for one instruction set: this file is compiled once for each (CMakeLists.txt).
+//
+// One work item is some query rows of one KV head against a range of tokens, read in tiles of up to 64. Legend:
+//   R rows (query heads of the group x query tokens), T tokens, D dims, P pairs of neighbours in a panel (attend.h).
+//   scores_RT = q_RD . k_TD, then an online softmax (Milakov & Gimelshein, 1805.02867), then out_RD += p_RT . v_TD.
+// Both products are the same small matrix product on panels (`panel_product`). Accumulation is float32.
+//
+// No function with external linkage but the table at the end: an inline function of the standard library that is
+// compiled here with AVX-512 could be the copy the linker keeps for everybody.
+#include "attend.h"
+#include "simd.h"
+
+namespace tandem::TANDEM_ISA {
+namespace {
+
+constexpr int64_t kTileTokens = 64;
+constexpr int kMaxTileRows = TANDEM_MAX_TILE_ROWS;
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- The product ---------------------------------------------------------------------------------------------------
+
+// A panel: num_k rows `k_stride` bytes apart, of blocks of 16 lanes `block_stride` bytes apart.
+struct Panel {
+  const char* data;
+  int64_t k_stride, block_stride, num_k, num_blocks;
+};
+
+// acc_R[block * 16 ...] += sum over k of panel[k][block] * weights_R[k], for kRows rows and kBlocks blocks.
+template <class Element, int kRows, int kBlocks>
+inline void panel_product(const Panel& panel, int64_t block, const uint32_t* weights, int64_t weight_stride, float* acc,
+                          int64_t acc_stride) {
+  constexpr int kVecs = kBlocks * kVecsPerBlock;
+  Vec sum[kRows][kVecs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int n = 0; n < kVecs; ++n) sum[r][n] = load(acc + r * acc_stride + block * 16 + n * kLanes);
+  }
+  const char* row = panel.data + block * panel.block_stride;
+  for (int64_t k = 0; k < panel.num_k; ++k, row += panel.k_stride) {
+    typename Element::Panel m[kVecs];
+    for (int n = 0; n < kVecs; ++n) {
+      m[n] = Element::panel(row + (n / kVecsPerBlock) * panel.block_stride + (n % kVecsPerBlock) * kLanes * 4);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const auto w = Element::weight(weights + r * weight_stride, k, panel.num_k);
+      for (int n = 0; n < kVecs; ++n) sum[r][n] = Element::mac(sum[r][n], m[n], w);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int n = 0; n < kVecs; ++n) store(acc + r * acc_stride + block * 16 + n * kLanes, sum[r][n]);
+  }
+}
+
+template <class Element, int kRows>
+void product_rows(const Panel& panel, const uint32_t* weights, int64_t weight_stride, float* acc, int64_t acc_stride) {
+  constexpr int kBlocks = kLanes == 16 ? 4 : 1;  // as many accumulators as the registers hold
+  int64_t block = 0;
+  for (; block + kBlocks <= panel.num_blocks; block += kBlocks) {
+    panel_product<Element, kRows, kBlocks>(panel, block, weights, weight_stride, acc, acc_stride);
+  }
+  for (; block < panel.num_blocks; ++block) {
+    panel_product<Element, kRows, 1>(panel, block, weights, weight_stride, acc, acc_stride);
+  }
+}
+
+template <class Element>
+void product(const Panel& panel, const uint32_t* weights, int64_t weight_stride, float* acc, int64_t acc_stride,
+             int64_t num_rows) {
+  const int64_t num_passes = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
+  for (int64_t pass = 0, r = 0; pass < num_passes; ++pass) {
+    const int64_t rows = (num_rows - r + num_passes - pass - 1) / (num_passes - pass);
+    const uint32_t* w = weights + r * weight_stride;
+    float* a = acc + r * acc_stride;
+    switch (rows) {
+      case 1: product_rows<Element, 1>(panel, w, weight_stride, a, acc_stride); break;
+      case 2: product_rows<Element, 2>(panel, w, weight_stride, a, acc_stride); break;
+#if TANDEM_MAX_TILE_ROWS > 2
+      case 3: product_rows<Element, 3>(panel, w, weight_stride, a, acc_stride); break;
+#endif
+#if TANDEM_MAX_TILE_ROWS > 3
+      case 4: product_rows<Element, 4>(panel, w, weight_stride, a, acc_stride); break;
+      case 5: product_rows<Element, 5>(panel, w, weight_stride, a, acc_stride); break;
+      case 6: product_rows<Element, 6>(panel, w, weight_stride, a, acc_stride); break;
+#endif
+    }
+    r += rows;
+  }
+}
+
+// ---- Rows <-> panels -----------------------------------------------------------------------------------------------
+
+// K of one block: 16 rows -> panel. Tokens outside [begin, end) are neither read nor left undefined: they become 0.
+void pack_k_block(const char* rows, int64_t row_bytes, int64_t begin, int64_t end, int64_t words, char* panel) {
+  const int64_t row_words = row_bytes / 4;
+  int64_t w = 0;
+  if (begin == 0 && end == 16) {
+    for (; w + 16 <= row_words; w += 16) transpose16(rows + w * 4, row_bytes, panel + w * 64, 64);
+  }
+  for (; w < words; ++w) {
+    for (int64_t t = 0; t < 16; ++t) {
+      const bool stored = w < row_words && t >= begin && t < end;
+      if (stored) std::memcpy(panel + w * 64 + t * 4, rows + t * row_bytes + w * 4, 4);
+      if (!stored) std::memset(panel + w * 64 + t * 4, 0, 4);
+    }
+  }
+}
+
+void unpack_k_block(const char* panel, int64_t begin, int64_t end, int64_t row_bytes, char* rows) {
+  const int64_t row_words = row_bytes / 4;
+  int64_t w = 0;
+  if (begin == 0 && end == 16) {
+    for (; w + 16 <= row_words; w += 16) transpose16(panel + w * 64, 64, rows + w * 4, row_bytes);
+  }
+  for (; w < row_words; ++w) {
+    for (int64_t t = begin; t < end; ++t) {
+      std::memcpy(rows + (t - begin) * row_bytes + w * 4, panel + w * 64 + t * 4, 4);
+    }
+  }
+}
+
+// Two bf16 rows -> pairs, and back. A missing row (nullptr) counts as zeros.
+void interleave(const char* even, const char* odd, int64_t dim, int64_t stored_dim, char* pairs) {
+  uint16_t zeros[kMaxHeadDim] = {};
+  uint16_t a[kMaxHeadDim], b[kMaxHeadDim];
+  std::memcpy(a, even ? even : reinterpret_cast<const char*>(zeros), dim * 2);
+  std::memcpy(b, odd ? odd : reinterpret_cast<const char*>(zeros), dim * 2);
+  uint32_t* out = reinterpret_cast<uint32_t*>(pairs);
+  for (int64_t d = 0; d < dim; ++d) out[d] = a[d] | static_cast<uint32_t>(b[d]) << 16;
+  for (int64_t d = dim; d < stored_dim; ++d) out[d] = 0;
+}
+
+void deinterleave(const char* pairs, int64_t dim, char* even, char* odd) {
+  const uint32_t* in = reinterpret_cast<const uint32_t*>(pairs);
+  uint16_t a[kMaxHeadDim], b[kMaxHeadDim];
+  for (int64_t d = 0; d < dim; ++d) {
+    a[d] = static_cast<uint16_t>(in[d]);
+    b[d] = static_cast<uint16_t>(in[d] >> 16);
+  }
+  if (even) std::memcpy(even, a, dim * 2);
+  if (odd) std::memcpy(odd, b, dim * 2);
+}
+
+// V of one block: 16 rows -> panel, as above.
+template <int kPair>
+void pack_v_block(const char* rows, int64_t row_bytes, int64_t begin, int64_t end, int64_t stored_dim, char* panel) {
+  for (int64_t t = 0; t < 16; t += kPair) {
+    const char* row[2];
+    for (int64_t i = 0; i < kPair; ++i) row[i] = t + i >= begin && t + i < end ? rows + (t + i) * row_bytes : nullptr;
+    char* out = panel + t * stored_dim * (4 / kPair);
+    if constexpr (kPair == 2) {
+      interleave(row[0], row[1], row_bytes / 2, stored_dim, out);
+    } else {
+      const int64_t bytes = row[0] ? row_bytes : 0;
+      if (bytes) std::memcpy(out, row[0], bytes);
+      std::memset(out + bytes, 0, stored_dim * 4 - bytes);
+    }
+  }
+}
+
+template <int kPair>
+void unpack_v_block(const char* panel, int64_t begin, int64_t end, int64_t row_bytes, int64_t stored_dim, char* rows) {
+  for (int64_t t = begin / kPair * kPair; t < end; t += kPair) {
+    const char* in = panel + t * stored_dim * (4 / kPair);
+    if constexpr (kPair == 2) {
+      deinterleave(in, row_bytes / 2, t >= begin ? rows + (t - begin) * row_bytes : nullptr,
+                   t + 1 < end ? rows + (t + 1 - begin) * row_bytes : nullptr);
+    } else {
+      std::memcpy(rows + (t - begin) * row_bytes, in, row_bytes);
+    }
+  }
+}
+
+inline int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
+
+template <int kPair>
+void pack_slice(const Arena& rows, HeadSlice from, HeadSlice to) {
+  const int64_t row_bytes = rows.head_dim * item_bytes(rows.dtype), stored = padded(rows.head_dim);
+  for (int64_t t = 0; t < rows.page_size; t += 16) {
+    const int64_t from_at = t * row_bytes, to_at = t * stored * item_bytes(rows.dtype);
+    pack_k_block(from.k + from_at, row_bytes, 0, 16, stored / kPair, to.k + to_at);
+    pack_v_block<kPair>(from.v + from_at, row_bytes, 0, 16, stored, to.v + to_at);
+  }
+}
+
+template <int kPair>
+void unpack_slice(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, HeadSlice to) {
+  const int64_t row_bytes = arena.head_dim * item_bytes(arena.dtype), stored = arena.stored_dim();
+  if (arena.packing == Packing::kRows) {
+    std::memcpy(to.k, from.k + begin * row_bytes, (end - begin) * row_bytes);
+    std::memcpy(to.v, from.v + begin * row_bytes, (end - begin) * row_bytes);
+    return;
+  }
+  for (int64_t t = begin / 16 * 16; t < end; t += 16) {
+    const int64_t from_at = t * stored * item_bytes(arena.dtype);
+    const int64_t first = max64(begin - t, 0), last = min64(end - t, 16);
+    const int64_t to_at = (t + first - begin) * row_bytes;
+    unpack_k_block(from.k + from_at, first, last, row_bytes, to.k + to_at);
+    unpack_v_block<kPair>(from.v + from_at, first, last, row_bytes, stored, to.v + to_at);
+  }
+}
+
+void pack(const Arena& rows, HeadSlice from, HeadSlice to) {
+  rows.dtype == DType::kFloat32 ? pack_slice<1>(rows, from, to) : pack_slice<2>(rows, from, to);
+}
+
+void unpack(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, HeadSlice to) {
+  arena.dtype == DType::kFloat32 ? unpack_slice<1>(arena, from, begin, end, to)
+                                 : unpack_slice<2>(arena, from, begin, end, to);
+}
+
+// ---- One work item -------------------------------------------------------------------------------------------------
+
+// What one item needs beside the pages: about 180 KiB for head_dim 256, on the worker's stack.
+struct alignas(64) Scratch {
+  uint32_t q_RD[kMaxRows * kMaxHeadDim];
+  uint32_t p_RT[kMaxRows * kTileTokens];
+  float score_RT[kMaxRows * kTileTokens];
+  float out_RD[kMaxRows * kMaxHeadDim];
+  float max_R[kMaxRows];
+  float sum_R[kMaxRows];
+  int64_t visible_R[kMaxRows];  // row r sees tokens below this
+  alignas(64) char k_tile[kTileTokens * kMaxHeadDim * 4];
+  alignas(64) char v_tile[kTileTokens * kMaxHeadDim * 4];
+};
+
+// Tokens [begin, end) of the table, inside one page and starting at a block; [valid_begin, valid_end) may be read.
+struct Tile {
+  int64_t begin, end, valid_begin, valid_end;
+  const char *k, *v;
+};
+
+inline float query_element(const void* q, DType dtype, int64_t i) {
+  return dtype == DType::kFloat32 ? static_cast<const float*>(q)[i]
+                                  : as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(q)[i]) << 16);
+}
+
+// Query rows as weights, zero-padded to stored dims; false where one holds a NaN.
+template <class Element>
+bool prepare_queries(const AttendArgs& args, const WorkItem& item, int64_t stored, Scratch& s) {
+  alignas(64) float row[kMaxHeadDim];
+  for (int64_t r = item.row_begin; r < item.row_end; ++r) {
+    const int64_t head = item.kv_head * args.group_size() + r / args.q_len, token = r % args.q_len;
+    const int64_t at = item.seq * args.q_stride_seq + head * args.q_stride_head + token * args.q_stride_token;
+    bool has_nan = false;
+    for (int64_t d = 0; d < stored; ++d) {
+      row[d] = d < args.arena.head_dim ? query_element(args.q, args.q_dtype, at + d) : 0.0f;
+      has_nan |= row[d] != row[d];
+    }
+    if (has_nan) return false;
+    const int64_t i = r - item.row_begin;
+    Element::prepare(row, stored, s.q_RD + i * stored);
+    const int64_t seq_len = args.kv_len[item.seq];
+    s.visible_R[i] = args.causal ? seq_len - args.q_len + 1 + token : seq_len;
+  }
+  return true;
+}
+
+// Points the tile at panels: the page's own, or a copy in scratch where the page holds rows or the tile holds tokens
+// that must not be read (an open page, padding): a zero weight does not silence a NaN in V.
+template <int kPair>
+void stage(const Arena& arena, Tile& tile, Scratch& s) {
+  const bool whole = tile.valid_begin == tile.begin && tile.valid_end == tile.end && tile.end % 16 == 0;
+  if (whole && arena.packing == Packing::kPanels) return;
+  const int64_t bytes = item_bytes(arena.dtype), stored = padded(arena.head_dim);
+  const int64_t block_bytes = 16 * stored * bytes;
+  for (int64_t t = tile.begin, at = 0; t < tile.end; t += 16, at += block_bytes) {
+    const int64_t begin = min64(max64(tile.valid_begin - t, 0), 16), end = max64(min64(tile.valid_end - t, 16), 0);
+    if (arena.packing == Packing::kRows) {
+      const int64_t row_bytes = arena.head_dim * bytes, from = (t - tile.begin) * row_bytes;
+      pack_k_block(tile.k + from, row_bytes, begin, end, stored / kPair, s.k_tile + at);
+      pack_v_block<kPair>(tile.v + from, row_bytes, begin, end, stored, s.v_tile + at);
+    } else {
+      alignas(64) char k_rows[16 * kMaxHeadDim * 4], v_rows[16 * kMaxHeadDim * 4];
+      if (begin < end) {
+        unpack_k_block(tile.k + at, begin, end, stored * bytes, k_rows + begin * stored * bytes);
+        unpack_v_block<kPair>(tile.v + at, begin, end, stored * bytes, stored, v_rows + begin * stored * bytes);
+      }
+      pack_k_block(k_rows, stored * bytes, begin, end, stored / kPair, s.k_tile + at);
+      pack_v_block<kPair>(v_rows, stored * bytes, begin, end, stored, s.v_tile + at);
+    }
+  }
+  tile.k = s.k_tile;
+  tile.v = s.v_tile;
+}
+
+// Scores of row r -> probabilities relative to its running maximum; rescales what the row has gathered so far.
+void softmax_row(const AttendArgs& args, const Tile& tile, int64_t num_tokens, int64_t stored, int64_t r, Scratch& s) {
+  float* score = s.score_RT + r * kTileTokens;
+  const int64_t end = min64(tile.valid_end, s.visible_R[r]) - tile.begin;
+  const int64_t begin = tile.valid_begin - tile.begin;
+  Vec tile_max = splat(-INFINITY);
+  for (int64_t t = 0; t < num_tokens; t += kLanes) {
+    Vec x = load(score + t) * args.scale;
+    if (t < begin || t + kLanes > end) x = keep_lanes(x, begin - t, end - t);
+    store(score + t, x);
+    tile_max = max(x, tile_max);
+  }
+  const float new_max = reduce_max(tile_max) > s.max_R[r] ? reduce_max(tile_max) : s.max_R[r];
+  const float base = new_max == -INFINITY ? 0.0f : new_max;  // nothing visible yet: every probability is 0
+  if (new_max > s.max_R[r]) {
+    const float shrink = exp_nonpositive(splat(s.max_R[r] - new_max))[0];
+    s.sum_R[r] *= shrink;
+    for (int64_t d = 0; d < stored; d += kLanes) {
+      store(s.out_RD + r * stored + d, load(s.out_RD + r * stored + d) * shrink);
+    }
+    s.max_R[r] = new_max;
+  }
+  Vec sum{};
+  for (int64_t t = 0; t < num_tokens; t += kLanes) {
+    const Vec p = exp_nonpositive(load(score + t) - base);
+    sum += p;
+    store(score + t, p);
+  }
+  s.sum_R[r] += reduce_add(sum);
+}
+
+template <class Element, class QueryElement>
+void attend_tile(const AttendArgs& args, Tile tile, int64_t num_rows, Scratch& s) {
+  constexpr int kPair = Element::kPair;
+  const int64_t stored = padded(args.arena.head_dim);
+  const int64_t num_blocks = (tile.end - tile.begin + 15) / 16, num_tokens = num_blocks * 16;
+  stage<kPair>(args.arena, tile, s);
+  for (int64_t r = 0; r < num_rows; ++r) std::memset(s.score_RT + r * kTileTokens, 0, num_tokens * 4);
+  const Panel k{tile.k, 64, stored / kPair * 64, stored / kPair, num_blocks};
+  product<QueryElement>(k, s.q_RD, stored, s.score_RT, kTileTokens, num_rows);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    softmax_row(args, tile, num_tokens, stored, r, s);
+    Element::prepare(s.score_RT + r * kTileTokens, num_tokens, s.p_RT + r * kTileTokens);
+  }
+  const Panel v{tile.v, stored * 4, 64, num_tokens / kPair, stored / 16};
+  product<Element>(v, s.p_RT, kTileTokens, s.out_RD, stored, num_rows);
+}
+
+template <class Element, class QueryElement>
+Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
+  Scratch s;
+  const Arena& arena = args.arena;
+  const int64_t num_rows = item.row_end - item.row_begin, stored = padded(arena.head_dim);
+  if (!prepare_queries<QueryElement>(args, item, stored, s)) return Status::kNanInQuery;
+  std::memset(s.out_RD, 0, num_rows * stored * 4);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    s.max_R[r] = -INFINITY;
+    s.sum_R[r] = 0.0f;
+  }
+  const int64_t row_bytes = arena.stored_dim() * item_bytes(arena.dtype);
+  for (int64_t begin = item.token_begin / 16 * 16; begin < item.token_end;) {
+    const int64_t page = begin / arena.page_size, in_page = begin % arena.page_size;
+    const int64_t slot = args.table.slot(item.seq, item.kv_head, page);
+    if (slot < 0 || slot >= arena.num_slots) return Status::kSlotOutOfRange;
+    const int64_t end = min64(begin + min64(kTileTokens, arena.page_size - in_page), item.token_end);
+    const int64_t at = arena.offset(slot, item.kv_head) + in_page * row_bytes;
+    const Tile tile{begin, end, max64(begin, item.token_begin), end, arena.k + at, arena.v + at};
+    attend_tile<Element, QueryElement>(args, tile, num_rows, s);
+    begin = end;
+  }
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const float inverse = s.sum_R[r] == 0.0f ? 0.0f : 1.0f / s.sum_R[r];
+    for (int64_t d = 0; d < arena.head_dim; ++d) out[r * arena.head_dim + d] = s.out_RD[r * stored + d] * inverse;
+    lse[r] = s.sum_R[r] == 0.0f ? -INFINITY : s.max_R[r] + logf(s.sum_R[r]);
+  }
+  return Status::kOk;
+}
+
+Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
+  if (args.arena.dtype == DType::kFloat32) return attend_item_as<Float32, Float32>(args, item, out, lse);
+  if (args.q_dtype == DType::kBFloat16) return attend_item_as<Bf16, Bf16High>(args, item, out, lse);
+  return attend_item_as<Bf16, Bf16>(args, item, out, lse);
+}
+
+uint64_t read(const char* data, int64_t num_bytes, int64_t prefetch_bytes) {
+  IVec sum[4] = {};
+  constexpr int64_t kStep = 4 * sizeof(IVec);
+  for (int64_t i = 0; i + kStep <= num_bytes; i += kStep) {
+    if (prefetch_bytes != 0) {
+      for (int64_t line = 0; line < kStep; line += 64) __builtin_prefetch(data + i + line + prefetch_bytes);
+    }
+    for (int n = 0; n < 4; ++n) {
+      IVec x;
+      std::memcpy(&x, data + i + n * sizeof x, sizeof x);
+      sum[n] ^= x;
+    }
+  }
+  const IVec all = sum[0] ^ sum[1] ^ sum[2] ^ sum[3];
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits ^= static_cast<uint32_t>(all[i]);
+  return bits;
+}
+
+}  // namespace
+
+#define TANDEM_STRING_(x) #x
+#define TANDEM_STRING(x) TANDEM_STRING_(x)
+extern const KernelTable kTable;
+const KernelTable kTable{TANDEM_STRING(TANDEM_ISA), attend_item, pack, unpack, read};
+
+}  // namespace tandem::TANDEM_ISA

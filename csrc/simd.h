@@ -1,0 +1,228 @@
+// The few vector operations that the kernel is written in, for the instruction set this file is compiled for.
+//
+// Arithmetic uses GCC's vector types, so one text serves every width; intrinsics appear only where an instruction
+// has no such spelling (bf16 dot products, transposes). Included by kernel.cc alone, inside its namespace per
+// instruction set: nothing here may be shared between objects compiled with different flags.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512BF16__)
+#define TANDEM_ISA avx512_bf16
+#define TANDEM_LANES 16
+#define TANDEM_MAX_TILE_ROWS 6
+#elif defined(__AVX2__)
+#define TANDEM_ISA avx2
+#define TANDEM_LANES 8
+#define TANDEM_MAX_TILE_ROWS 3
+#else
+#define TANDEM_ISA portable
+#define TANDEM_LANES 4
+#define TANDEM_MAX_TILE_ROWS 2
+#endif
+
+namespace tandem::TANDEM_ISA {
+
+constexpr int kLanes = TANDEM_LANES;
+constexpr int kVecsPerBlock = 16 / kLanes;
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
+// A cast between the two, `(Vec)ivec`, keeps the bits.
+
+inline Vec splat(float x) { return x - Vec{}; }
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float reduce_max(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+inline float reduce_add(Vec v) {
+  float s = v[0];
+  for (int i = 1; i < kLanes; ++i) s += v[i];
+  return s;
+}
+
+// Lanes outside [begin, end) become -inf, whatever they held (NaN included).
+inline Vec keep_lanes(Vec v, int64_t begin, int64_t end) {
+  IVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const int32_t first = begin < 0 ? 0 : begin > kLanes ? kLanes : static_cast<int32_t>(begin);
+  const int32_t last = end < 0 ? 0 : end > kLanes ? kLanes : static_cast<int32_t>(end);
+  return lane >= first && lane < last ? v : splat(-INFINITY);
+}
+
+// exp for x <= 0 to about 2 ulp: Cephes' expf polynomial after x = n ln2 + r. Below -87 (and for -inf) exactly 0.
+inline Vec exp_nonpositive(Vec x) {
+  const Vec clamped = max(x, splat(-87.0f));
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const Vec shifted = clamped * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const IVec exponent = ((IVec)shifted - 0x4B400000 + 127) << 23;
+  const Vec y = p * (Vec)exponent;
+  return x < -87.0f ? Vec{} : (x == x ? y : x);
+}
+
+inline float as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// ---- Elements: how a panel of K or V is multiplied ---------------------------------------------------------------
+// A panel row holds 16 lanes of `kPair` neighbours. `mac` adds to each lane the dot product of its neighbours with a
+// weight of as many numbers, broadcast. Scores: lanes are tokens, weights are q. Output: lanes are dims, weights are
+// probabilities.
+
+struct Float32 {
+  static constexpr int kPair = 1;
+  using Panel = Vec;
+  using Weight = Vec;
+  static constexpr int64_t weight_words(int64_t n) { return n; }  // 4-byte words that n weights take
+  static void prepare(const float* w, int64_t n, uint32_t* out) { std::memcpy(out, w, n * 4); }
+  static Panel panel(const char* p) { return load(reinterpret_cast<const float*>(p)); }
+  static Weight weight(const uint32_t* w, int64_t k, int64_t) { return splat(as_float(w[k])); }
+  static Vec mac(Vec acc, Panel m, Weight w) { return acc + m * w; }
+};
+
+#if defined(__AVX512BF16__)
+// A weight is a high and a low bf16 part, so that rounding it costs 2^-17, not 2^-9: q rounded once would put an
+// error of 0.1 on scores of sigma 11. Both loops stay bound by memory; where the low parts are all zero
+// (a bf16 q), `Bf16High` leaves the second instruction out.
+template <bool kSplit>
+struct Bf16Dot {
+  static constexpr int kPair = 2;
+  using Panel = __m512bh;
+  struct Weight {
+    __m512bh high, low;
+  };
+  static constexpr int64_t weight_words(int64_t n) { return n; }  // n / 2 words of high pairs, then n / 2 of low
+  static void prepare(const float* w, int64_t n, uint32_t* out) {
+    uint16_t* high = reinterpret_cast<uint16_t*>(out);
+    uint16_t* low = high + n;
+    for (int64_t i = 0; i < n; i += 16) {
+      const __m512 x = _mm512_loadu_ps(w + i);
+      const __m256bh h = _mm512_cvtneps_pbh(x);
+      const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), (__m256i)h);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + i), (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x, rounded)));
+    }
+  }
+  static Panel panel(const char* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Weight weight(const uint32_t* w, int64_t k, int64_t num_k) {
+    return {(__m512bh)_mm512_set1_epi32(w[k]), kSplit ? (__m512bh)_mm512_set1_epi32(w[num_k + k]) : __m512bh{}};
+  }
+  static Vec mac(Vec acc, Panel m, Weight w) {
+    __m512 sum = _mm512_dpbf16_ps((__m512)acc, m, w.high);
+    if constexpr (kSplit) sum = _mm512_dpbf16_ps(sum, m, w.low);
+    return (Vec)sum;
+  }
+};
+using Bf16 = Bf16Dot<true>;
+using Bf16High = Bf16Dot<false>;
+#else
+// Without a dot-product instruction: a bf16 is the upper half of a float32, so a pair becomes two vectors by a shift
+// and a mask, and two multiply-adds in float32 follow.
+struct Bf16 {
+  static constexpr int kPair = 2;
+  struct Panel {
+    Vec even, odd;
+  };
+  using Weight = Panel;
+  static constexpr int64_t weight_words(int64_t n) { return n; }
+  static void prepare(const float* w, int64_t n, uint32_t* out) { std::memcpy(out, w, n * 4); }
+  static Panel panel(const char* p) {
+    IVec pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    return {(Vec)(pairs << 16), (Vec)(pairs & static_cast<int32_t>(0xFFFF0000u))};
+  }
+  static Weight weight(const uint32_t* w, int64_t k, int64_t) {
+    return {splat(as_float(w[2 * k])), splat(as_float(w[2 * k + 1]))};
+  }
+  static Vec mac(Vec acc, Panel m, Weight w) { return acc + m.even * w.even + m.odd * w.odd; }
+};
+using Bf16High = Bf16;
+#endif
+
+// ---- Moves ---------------------------------------------------------------------------------------------------------
+
+// Transposes a 16 x 16 tile of 4-byte words; strides in bytes.
+inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
+#if defined(__AVX512F__)
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(src + i * src_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {  // now by 128-bit quarters: a 4 x 4 transpose of quarters
+    const __m512i ab_low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    const __m512i ab_high = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xDD);
+    const __m512i cd_low = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    const __m512i cd_high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xDD);
+    b[i] = _mm512_shuffle_i32x4(ab_low, cd_low, 0x88);
+    b[i + 8] = _mm512_shuffle_i32x4(ab_low, cd_low, 0xDD);
+    b[i + 4] = _mm512_shuffle_i32x4(ab_high, cd_high, 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(ab_high, cd_high, 0xDD);
+  }
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(dst + i * dst_stride, b[i]);
+#elif defined(__AVX2__)
+  for (int bi = 0; bi < 16; bi += 8) {
+    for (int bj = 0; bj < 16; bj += 8) {
+      __m256i a[8], b[8];
+      for (int i = 0; i < 8; ++i) {
+        a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + (bi + i) * src_stride + bj * 4));
+      }
+      for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+      }
+      for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+      }
+      for (int i = 0; i < 4; ++i) {
+        b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+        b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+      }
+      for (int i = 0; i < 8; ++i) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + (bj + i) * dst_stride + bi * 4), b[i]);
+      }
+    }
+  }
+#else
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) std::memcpy(dst + j * dst_stride + i * 4, src + i * src_stride + j * 4, 4);
+  }
+#endif
+}
+
+}  // namespace tandem::TANDEM_ISA

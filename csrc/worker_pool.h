@@ -1,0 +1,35 @@
+// A persistent pool of threads that run numbered items of one job at a time.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+namespace tandem {
+
+class WorkerPool {
+ public:
+  // `num_threads` counts the caller, who works too; the others start with the first job that needs them.
+  explicit WorkerPool(int num_threads);
+  ~WorkerPool();
+  WorkerPool(const WorkerPool&) = delete;
+  WorkerPool& operator=(const WorkerPool&) = delete;
+
+  int num_threads() const { return num_threads_; }
+
+  // Calls run_item(i) once for every i in [0, num_items), in any order, and returns when all have returned.
+  // Callers on several threads take turns. A child process after fork gets threads of its own.
+  void run(int64_t num_items, const std::function<void(int64_t)>& run_item);
+
+ private:
+  struct Crew;
+  Crew& crew();
+
+  const int num_threads_;
+  std::unique_ptr<Crew> crew_;
+  pid_t owner_;
+};
+
+}  // namespace tandem

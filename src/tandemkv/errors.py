@@ -1,0 +1,35 @@
+"""The exceptions a user can meet.
+
+TandemError
+├── InputError        a value that cannot be right: shape, dtype, NaN, an unknown name (also a ValueError)
+├── CapacityError     it would not fit: needed, available, and the knob to turn (also a MemoryError)
+├── UnsupportedError  right, but not supported here: a model family, a keyword (also a NotImplementedError)
+├── UnavailableError  this machine or installation lacks it: an instruction set, the native module
+└── CacheError        a cache used against its rules: closed, held, or fed by a model that is not attached
+
+A broken invariant of our own is an AssertionError, never one of these.
+"""
+
+
+class TandemError(Exception):
+    """Base of everything that tandemkv raises on purpose."""
+
+
+class InputError(TandemError, ValueError):
+    """A value that cannot be right."""
+
+
+class CapacityError(TandemError, MemoryError):
+    """A request that would not fit; raised before anything is written."""
+
+
+class UnsupportedError(TandemError, NotImplementedError):
+    """A request that is sensible, but that this version refuses rather than answers wrongly."""
+
+
+class UnavailableError(TandemError, RuntimeError):
+    """Something that this machine or this installation does not have."""
+
+
+class CacheError(TandemError, RuntimeError):
+    """A cache used against its rules."""

@@ -1,0 +1,143 @@
+"""The nouns of attention over pages: a partial result, a page layout, an arena and what a call reads of it."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tandemkv.errors import InputError
+
+BLOCK_TOKENS = 16
+"""Tokens of one KV head that are scored, packed and masked together."""
+
+MAX_HEAD_DIM = 256
+MAX_GROUP_SIZE = 16
+
+Packing = Literal["rows", "panels"]
+
+
+class Partial(NamedTuple):
+    """Attention of some queries over a subset of a sequence's tokens.
+
+    out: float32 `[num_seqs, num_q_heads, q_len, head_dim]`, normalised over the subset.
+    lse: float32 `[num_seqs, num_q_heads, q_len]`, the **natural** log of the sum of `exp(scale * q.k)`.
+    The empty subset is `out = 0, lse = -inf`: the identity of `merge`.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """How a head's slice of a page lies in memory; a property of a pool and of saved files, not of a processor.
+
+    rows:   `[token][dim]`, as the model wrote it.
+    panels: ready for dot products of `pair` neighbours (2 in bf16, 1 in float32): K as
+            `[block of 16 tokens][dim / pair][16][pair]`, V as `[token / pair][dim][pair]`, dim padded to 16 with zeros.
+    """
+
+    dtype: torch.dtype
+    page_size: int = 64
+    packing: Packing = "rows"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"pages hold float32 or bfloat16, got {self.dtype}: load the model with dtype=torch.bfloat16")
+        if self.page_size < BLOCK_TOKENS or self.page_size % BLOCK_TOKENS:
+            raise InputError(f"page_size must be a multiple of {BLOCK_TOKENS}, got {self.page_size}")
+
+    def stored_dim(self, head_dim: int) -> int:
+        """Elements that one token of one head takes."""
+        return head_dim if self.packing == "rows" else -(-head_dim // 16) * 16
+
+    def page_bytes(self, num_kv_heads: int, head_dim: int) -> int:
+        """Bytes of one page of K, and as many of V."""
+        return num_kv_heads * self.page_size * self.stored_dim(head_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Arena:
+    """A pair of K and V arenas with equal slots: the same slot in both is one page of one layer.
+
+    k, v: `[num_slots, num_kv_heads, page_size, stored_dim]`, contiguous; in panels the last two are one packed run.
+    """
+
+    k: Tensor
+    v: Tensor
+    layout: PageLayout
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.k.shape != self.v.shape or not (self.k.is_contiguous() and self.v.is_contiguous()):
+            raise InputError(f"k and v arenas must be contiguous and alike, got {self.k.shape} and {self.v.shape}")
+        if not self.k.dtype == self.v.dtype == self.layout.dtype:
+            raise InputError(f"arena dtypes {self.k.dtype}, {self.v.dtype} do not fit the layout's {self.layout.dtype}")
+        expected = (self.layout.page_size, self.layout.stored_dim(self.head_dim))
+        if self.k.shape[2:] != expected:
+            raise InputError(f"arena slices must be {expected} for {self.layout}, got {tuple(self.k.shape[2:])}")
+
+    @staticmethod
+    def allocate(
+        layout: PageLayout, num_slots: int, num_kv_heads: int, head_dim: int, device: torch.device | str = "cpu"
+    ) -> "Arena":
+        """Uninitialised arenas. Host memory is only taken when a page is first written."""
+        shape = (num_slots, num_kv_heads, layout.page_size, layout.stored_dim(head_dim))
+        k = torch.empty(shape, dtype=layout.dtype, device=device)
+        v = torch.empty(shape, dtype=layout.dtype, device=device)
+        return Arena(k, v, layout, head_dim)
+
+    @property
+    def num_slots(self) -> int:
+        """Pages that fit."""
+        return self.k.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of every page."""
+        return self.k.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both arenas."""
+        return self.k.nbytes + self.v.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class PagedKV:
+    """What one `attend` reads: for every sequence and KV head, a run of tokens behind a page table.
+
+    page_table: int32 `[num_seqs, num_kv_heads, num_pages]` on the CPU, slots of `arena`; heads or sequences may share a
+        row (stride 0). Token t of the run lies in page t // page_size. Entries outside `[kv_start, kv_len)` are not read.
+    kv_start, kv_len: int64 `[num_seqs]` on the CPU: the tokens of the run that exist (padding before, nothing behind).
+    """
+
+    arena: Arena
+    page_table: Tensor
+    kv_start: Tensor
+    kv_len: Tensor
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of 16 GiB given as `17179869184`, `"16GiB"`, `"16 GB"` (1e9) or `"16G"` (binary, like Linux tools)."""
+    if isinstance(size, int):
+        if size < 0:
+            raise InputError(f"a size in bytes cannot be negative, got {size}")
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", size, re.IGNORECASE)
+    if match is None:
+        raise InputError(f"expected a size such as '16GiB' or 17179869184, got {size!r}")
+    number, prefix, unit = match.groups()
+    base = 1000 if unit.lower() == "b" and prefix else 1024
+    return int(float(number) * base ** (" KMGT".index(prefix.upper()) if prefix else 0))
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`1610612736` as `'1.50 GiB'`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.2f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} TiB"
