@@ -10,39 +10,46 @@
 namespace tandem {
 namespace {
 
-// A long sequence is cut here, at fixed places counted from the start of its table, never by the number of threads:
-// the same call gives the same bits on any pool. 1024 tokens of head_dim 128 in bf16 are 512 KiB, 10 to 40 us.
-constexpr int64_t kChunkTokens = 1024;
+// A long sequence is cut into chunks of about this many bytes of K and V, at places that follow from the shape alone,
+// never from the number of threads: the same call gives the same bits on any pool. 2 MiB take 50 to 150 us to read.
+constexpr int64_t kChunkBytes = 2 << 20;
+constexpr int64_t kChunkStep = 64;
 
 // Items that answer for the same rows, in the order of their chunks.
-struct RowBlock {
+struct Span {
   int64_t first_item, num_items;
-  int64_t first_row, num_rows;  // rows of the whole output
 };
 
 struct Schedule {
   std::vector<WorkItem> items;
-  std::vector<RowBlock> blocks;
+  std::vector<Span> spans;
+
+  void add(WorkItem item, int64_t begin, int64_t end, int64_t chunk_tokens) {
+    const int64_t first_item = static_cast<int64_t>(items.size());
+    int64_t at = begin;
+    do {  // an empty range is one item too: it checks q and writes the identity
+      item.token_begin = at;
+      item.token_end = std::min((at / chunk_tokens + 1) * chunk_tokens, std::max(end, at));
+      items.push_back(item);
+      at = item.token_end;
+    } while (at < end);
+    spans.push_back({first_item, static_cast<int64_t>(items.size()) - first_item});
+  }
 };
 
 Schedule cut(const AttendArgs& args) {
   Schedule schedule;
-  const int64_t rows_per_head = args.group_size() * args.q_len;
+  const int64_t rows_per_head = args.group_size() * args.q_len, num_heads = args.arena.num_kv_heads;
+  const int64_t head_rows = std::min(rows_per_head, kMaxHeadRows);
+  const int64_t heads = std::min(num_heads, std::max<int64_t>(1, kMaxItemRows / head_rows));
+  const int64_t token_bytes = 2 * heads * args.arena.stored_dim() * item_bytes(args.arena.dtype);
+  const int64_t chunk_tokens = std::max<int64_t>(1, kChunkBytes / token_bytes / kChunkStep) * kChunkStep;
   for (int64_t seq = 0; seq < args.num_seqs; ++seq) {
-    const int64_t begin = args.kv_start[seq], end = args.kv_len[seq];
-    for (int64_t head = 0; head < args.arena.num_kv_heads; ++head) {
-      for (int64_t row = 0; row < rows_per_head; row += kMaxRows) {
-        const int64_t row_end = std::min(row + kMaxRows, rows_per_head);
-        const int64_t first_item = static_cast<int64_t>(schedule.items.size());
-        int64_t at = begin;
-        do {  // an empty range is one item too: it checks q and writes the identity
-          const int64_t chunk_end = std::min((at / kChunkTokens + 1) * kChunkTokens, std::max(end, at));
-          schedule.items.push_back({seq, head, row, row_end, at, chunk_end});
-          at = chunk_end;
-        } while (at < end);
-        const int64_t first_row = (seq * args.arena.num_kv_heads + head) * rows_per_head + row;
-        schedule.blocks.push_back(
-            {first_item, static_cast<int64_t>(schedule.items.size()) - first_item, first_row, row_end - row});
+    for (int64_t head = 0; head < num_heads; head += heads) {
+      for (int64_t row = 0; row < rows_per_head; row += head_rows) {
+        const WorkItem item{seq, head, std::min(head + heads, num_heads), row, std::min(row + head_rows, rows_per_head),
+                            0,   0};
+        schedule.add(item, args.kv_start[seq], args.kv_len[seq], chunk_tokens);
       }
     }
   }
@@ -88,44 +95,46 @@ void merge(WorkerPool& pool, const Partials& parts, float* out, float* lse) {
 
 Status attend(WorkerPool& pool, const KernelTable& kernels, const AttendArgs& args) {
   const Schedule schedule = cut(args);
-  const int64_t dim = args.arena.head_dim;
+  const int64_t dim = args.arena.head_dim, rows_per_head = args.group_size() * args.q_len;
   const int64_t num_items = static_cast<int64_t>(schedule.items.size());
-  std::vector<int64_t> block_of(num_items);
-  std::vector<std::atomic<int64_t>> remaining(schedule.blocks.size());
-  for (size_t b = 0; b < schedule.blocks.size(); ++b) {
-    const RowBlock& block = schedule.blocks[b];
-    remaining[b].store(block.num_items, std::memory_order_relaxed);
-    std::fill_n(block_of.begin() + block.first_item, block.num_items, static_cast<int64_t>(b));
-  }
-  const int64_t item_rows = std::min(kMaxRows, args.group_size() * args.q_len), item_size = item_rows * (dim + 1);
+  const int64_t item_rows = schedule.items.empty() ? 0 : schedule.items[0].num_rows();  // the first is the largest
+  const int64_t item_size = item_rows * (dim + 1);  // item i: out [item_rows][dim], then lse [item_rows]
   // Kept between calls: fresh pages from the system would cost 1 % of a call at 128K tokens.
-  thread_local std::vector<float> parts;
-  if (static_cast<int64_t>(parts.size()) < num_items * item_size) parts.resize(num_items * item_size);
-  float* const part_of_item = parts.data();  // item i: out [item_rows][dim], then lse [item_rows]
-  std::atomic<Status> status{Status::kOk};
+  thread_local std::vector<float> workspace;
+  if (static_cast<int64_t>(workspace.size()) < num_items * item_size) workspace.resize(num_items * item_size);
+  float* const parts = workspace.data();
 
-  pool.run(num_items, [&](int64_t i) {
-    const int64_t b = block_of[i];
-    const RowBlock& block = schedule.blocks[b];
-    float* out = args.out + block.first_row * dim;
-    float* lse = args.lse + block.first_row;
-    const bool alone = block.num_items == 1;
-    float* item_out = alone ? out : part_of_item + i * item_size;
-    float* item_lse = alone ? lse : item_out + item_rows * dim;
-    const Status item_status = kernels.attend_item(args, schedule.items[i], item_out, item_lse);
-    if (item_status != Status::kOk) status.store(item_status, std::memory_order_relaxed);
-    // Whoever finishes a block's last item merges them all: acquire-release orders the others' writes before it.
-    if (remaining[b].fetch_sub(1, std::memory_order_acq_rel) != 1 || alone) return;
-    std::vector<const float*> outs(block.num_items);
-    std::vector<float> lses(block.num_items);
-    for (int64_t row = 0; row < block.num_rows; ++row) {
-      for (int64_t p = 0; p < block.num_items; ++p) {
-        const float* part = part_of_item + (block.first_item + p) * item_size;
-        outs[p] = part + row * dim;
-        lses[p] = part[item_rows * dim + row];
+  std::vector<int64_t> span_of(num_items);
+  std::vector<std::atomic<int64_t>> remaining(schedule.spans.size());
+  for (size_t i = 0; i < schedule.spans.size(); ++i) {
+    const Span& span = schedule.spans[i];
+    remaining[i].store(span.num_items, std::memory_order_relaxed);
+    std::fill_n(span_of.begin() + span.first_item, span.num_items, static_cast<int64_t>(i));
+  }
+  const auto merge_span = [&](const Span& span) {
+    const WorkItem& item = schedule.items[span.first_item];
+    std::vector<const float*> outs(span.num_items);
+    std::vector<float> lses(span.num_items);
+    for (int64_t row = 0; row < item.num_rows(); ++row) {
+      for (int64_t i = 0; i < span.num_items; ++i) {
+        const float* part = parts + (span.first_item + i) * item_size;
+        outs[i] = part + row * dim;
+        lses[i] = part[item_rows * dim + row];
       }
-      merge_row(outs.data(), lses.data(), block.num_items, dim, out + row * dim, lse + row);
+      const int64_t head = item.head_begin + row / item.head_rows();
+      const int64_t to =
+          (item.seq * args.arena.num_kv_heads + head) * rows_per_head + item.row_begin + row % item.head_rows();
+      merge_row(outs.data(), lses.data(), span.num_items, dim, args.out + to * dim, args.lse + to);
     }
+  };
+
+  std::atomic<Status> status{Status::kOk};
+  pool.run(num_items, [&](int64_t i) {
+    float* part = parts + i * item_size;
+    const Status item_status = kernels.attend_item(args, schedule.items[i], part, part + item_rows * dim);
+    if (item_status != Status::kOk) status.store(item_status, std::memory_order_relaxed);
+    // Whoever finishes a span's last item merges it: acquire-release orders the others' writes before the merge.
+    if (remaining[span_of[i]].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_span(schedule.spans[span_of[i]]);
   });
   return status.load();
 }

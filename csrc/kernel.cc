@@ -1,6 +1,6 @@
 // Decode attention over pages, for one instruction set: this file is compiled once for each (CMakeLists.txt).
 //
-// One work item is some query rows of one KV head against a range of tokens, read in tiles of up to 64. Legend:
+// One work item is read in tiles: one KV head, up to 64 tokens of one page. Legend:
 //   R rows (query heads of the group x query tokens), T tokens, D dims, P pairs of neighbours in a panel (attend.h).
 //   scores_RT = q_RD . k_TD, then an online softmax (Milakov & Gimelshein, 1805.02867), then out_RD += p_RT . v_TD.
 // Both products are the same small matrix product on panels (`panel_product`). Accumulation is float32.
@@ -21,14 +21,15 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- The product ---------------------------------------------------------------------------------------------------
 
-// A panel: num_k rows `k_stride` bytes apart, of blocks of 16 lanes `block_stride` bytes apart.
+// A panel: num_k rows `k_stride` bytes apart, of blocks of 16 lanes `block_stride` bytes apart. `ahead` is where the
+// next tile's panel will be read: its lines are asked for, one for one, while this one is multiplied.
 struct Panel {
-  const char* data;
+  const char *data, *ahead;
   int64_t k_stride, block_stride, num_k, num_blocks;
 };
 
 // acc_R[block * 16 ...] += sum over k of panel[k][block] * weights_R[k], for kRows rows and kBlocks blocks.
-template <class Element, int kRows, int kBlocks>
+template <class Element, int kRows, int kBlocks, bool kPrefetch>
 inline void panel_product(const Panel& panel, int64_t block, const uint32_t* weights, int64_t weight_stride, float* acc,
                           int64_t acc_stride) {
   constexpr int kVecs = kBlocks * kVecsPerBlock;
@@ -37,7 +38,11 @@ inline void panel_product(const Panel& panel, int64_t block, const uint32_t* wei
     for (int n = 0; n < kVecs; ++n) sum[r][n] = load(acc + r * acc_stride + block * 16 + n * kLanes);
   }
   const char* row = panel.data + block * panel.block_stride;
+  const char* ahead = panel.ahead + block * panel.num_k * 64;
   for (int64_t k = 0; k < panel.num_k; ++k, row += panel.k_stride) {
+    if constexpr (kPrefetch) {
+      for (int n = 0; n < kBlocks; ++n, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    }
     typename Element::Panel m[kVecs];
     for (int n = 0; n < kVecs; ++n) {
       m[n] = Element::panel(row + (n / kVecsPerBlock) * panel.block_stride + (n % kVecsPerBlock) * kLanes * 4);
@@ -52,15 +57,34 @@ inline void panel_product(const Panel& panel, int64_t block, const uint32_t* wei
   }
 }
 
-template <class Element, int kRows>
+template <class Element, int kRows, bool kPrefetch>
 void product_rows(const Panel& panel, const uint32_t* weights, int64_t weight_stride, float* acc, int64_t acc_stride) {
   constexpr int kBlocks = kLanes == 16 ? 4 : 1;  // as many accumulators as the registers hold
   int64_t block = 0;
   for (; block + kBlocks <= panel.num_blocks; block += kBlocks) {
-    panel_product<Element, kRows, kBlocks>(panel, block, weights, weight_stride, acc, acc_stride);
+    panel_product<Element, kRows, kBlocks, kPrefetch>(panel, block, weights, weight_stride, acc, acc_stride);
   }
   for (; block < panel.num_blocks; ++block) {
-    panel_product<Element, kRows, 1>(panel, block, weights, weight_stride, acc, acc_stride);
+    panel_product<Element, kRows, 1, kPrefetch>(panel, block, weights, weight_stride, acc, acc_stride);
+  }
+}
+
+template <class Element, bool kPrefetch>
+void product_of(int64_t num_rows, const Panel& panel, const uint32_t* weights, int64_t weight_stride, float* acc,
+                int64_t acc_stride) {
+  switch (num_rows) {
+    case 1: return product_rows<Element, 1, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
+    case 2: return product_rows<Element, 2, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
+#if TANDEM_MAX_TILE_ROWS > 2
+    case 3: return product_rows<Element, 3, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
+#endif
+#if TANDEM_MAX_TILE_ROWS > 3
+    case 4: return product_rows<Element, 4, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
+#endif
+#if TANDEM_MAX_TILE_ROWS > 4
+    case 5: return product_rows<Element, 5, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
+    case 6: return product_rows<Element, 6, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
+#endif
   }
 }
 
@@ -72,17 +96,10 @@ void product(const Panel& panel, const uint32_t* weights, int64_t weight_stride,
     const int64_t rows = (num_rows - r + num_passes - pass - 1) / (num_passes - pass);
     const uint32_t* w = weights + r * weight_stride;
     float* a = acc + r * acc_stride;
-    switch (rows) {
-      case 1: product_rows<Element, 1>(panel, w, weight_stride, a, acc_stride); break;
-      case 2: product_rows<Element, 2>(panel, w, weight_stride, a, acc_stride); break;
-#if TANDEM_MAX_TILE_ROWS > 2
-      case 3: product_rows<Element, 3>(panel, w, weight_stride, a, acc_stride); break;
-#endif
-#if TANDEM_MAX_TILE_ROWS > 3
-      case 4: product_rows<Element, 4>(panel, w, weight_stride, a, acc_stride); break;
-      case 5: product_rows<Element, 5>(panel, w, weight_stride, a, acc_stride); break;
-      case 6: product_rows<Element, 6>(panel, w, weight_stride, a, acc_stride); break;
-#endif
+    if (pass == 0 && panel.ahead != nullptr) {
+      product_of<Element, true>(rows, panel, w, weight_stride, a, acc_stride);
+    } else {
+      product_of<Element, false>(rows, panel, w, weight_stride, a, acc_stride);
     }
     r += rows;
   }
@@ -211,23 +228,32 @@ void unpack(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, Head
 
 // ---- One work item -------------------------------------------------------------------------------------------------
 
-// What one item needs beside the pages: about 180 KiB for head_dim 256, on the worker's stack.
+// What the rows of one head have gathered so far; views into Scratch.
+struct Rows {
+  uint32_t* q_RD;
+  float *out_RD, *max_R, *sum_R;
+  int64_t num;
+};
+
+// What one item needs beside the pages: about 270 KiB, on the worker's stack.
 struct alignas(64) Scratch {
-  uint32_t q_RD[kMaxRows * kMaxHeadDim];
-  uint32_t p_RT[kMaxRows * kTileTokens];
-  float score_RT[kMaxRows * kTileTokens];
-  float out_RD[kMaxRows * kMaxHeadDim];
-  float max_R[kMaxRows];
-  float sum_R[kMaxRows];
-  int64_t visible_R[kMaxRows];  // row r sees tokens below this
+  uint32_t q_RD[kMaxItemRows * kMaxHeadDim];
+  float out_RD[kMaxItemRows * kMaxHeadDim];
+  float max_R[kMaxItemRows];
+  float sum_R[kMaxItemRows];
+  int64_t visible_R[kMaxHeadRows];  // row r of every head sees tokens below this
+  uint32_t p_RT[kMaxHeadRows * kTileTokens];
+  float score_RT[kMaxHeadRows * kTileTokens];
   alignas(64) char k_tile[kTileTokens * kMaxHeadDim * 4];
   alignas(64) char v_tile[kTileTokens * kMaxHeadDim * 4];
 };
 
-// Tokens [begin, end) of the table, inside one page and starting at a block; [valid_begin, valid_end) may be read.
+// Tokens [begin, end) of one head's table, inside one page and starting at a block; [valid_begin, valid_end) may be
+// read. next_k and next_v are where the tile after this one lies, or null.
 struct Tile {
-  int64_t begin, end, valid_begin, valid_end;
+  int64_t head, begin, end, valid_begin, valid_end;
   const char *k, *v;
+  const char *next_k = nullptr, *next_v = nullptr;
 };
 
 inline float query_element(const void* q, DType dtype, int64_t i) {
@@ -235,23 +261,25 @@ inline float query_element(const void* q, DType dtype, int64_t i) {
                                   : as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(q)[i]) << 16);
 }
 
-// Query rows as weights, zero-padded to stored dims; false where one holds a NaN.
+// The item's query rows as weights, zero-padded to stored dims; false where one holds a NaN.
 template <class Element>
 bool prepare_queries(const AttendArgs& args, const WorkItem& item, int64_t stored, Scratch& s) {
   alignas(64) float row[kMaxHeadDim];
-  for (int64_t r = item.row_begin; r < item.row_end; ++r) {
-    const int64_t head = item.kv_head * args.group_size() + r / args.q_len, token = r % args.q_len;
-    const int64_t at = item.seq * args.q_stride_seq + head * args.q_stride_head + token * args.q_stride_token;
-    bool has_nan = false;
-    for (int64_t d = 0; d < stored; ++d) {
-      row[d] = d < args.arena.head_dim ? query_element(args.q, args.q_dtype, at + d) : 0.0f;
-      has_nan |= row[d] != row[d];
+  uint32_t* weights = s.q_RD;
+  for (int64_t kv_head = item.head_begin; kv_head < item.head_end; ++kv_head) {
+    for (int64_t r = item.row_begin; r < item.row_end; ++r, weights += stored) {
+      const int64_t head = kv_head * args.group_size() + r / args.q_len, token = r % args.q_len;
+      const int64_t at = item.seq * args.q_stride_seq + head * args.q_stride_head + token * args.q_stride_token;
+      bool has_nan = false;
+      for (int64_t d = 0; d < stored; ++d) {
+        row[d] = d < args.arena.head_dim ? query_element(args.q, args.q_dtype, at + d) : 0.0f;
+        has_nan |= row[d] != row[d];
+      }
+      if (has_nan) return false;
+      Element::prepare(row, stored, weights);
+      const int64_t seq_len = args.kv_len[item.seq];
+      s.visible_R[r - item.row_begin] = args.causal ? seq_len - args.q_len + 1 + token : seq_len;
     }
-    if (has_nan) return false;
-    const int64_t i = r - item.row_begin;
-    Element::prepare(row, stored, s.q_RD + i * stored);
-    const int64_t seq_len = args.kv_len[item.seq];
-    s.visible_R[i] = args.causal ? seq_len - args.q_len + 1 + token : seq_len;
   }
   return true;
 }
@@ -285,26 +313,27 @@ void stage(const Arena& arena, Tile& tile, Scratch& s) {
 }
 
 // Scores of row r -> probabilities relative to its running maximum; rescales what the row has gathered so far.
-void softmax_row(const AttendArgs& args, const Tile& tile, int64_t num_tokens, int64_t stored, int64_t r, Scratch& s) {
+void softmax_row(float scale, const Tile& tile, int64_t num_tokens, int64_t stored, int64_t r, const Rows& rows,
+                 Scratch& s) {
   float* score = s.score_RT + r * kTileTokens;
   const int64_t end = min64(tile.valid_end, s.visible_R[r]) - tile.begin;
   const int64_t begin = tile.valid_begin - tile.begin;
   Vec tile_max = splat(-INFINITY);
   for (int64_t t = 0; t < num_tokens; t += kLanes) {
-    Vec x = load(score + t) * args.scale;
+    Vec x = load(score + t) * scale;
     if (t < begin || t + kLanes > end) x = keep_lanes(x, begin - t, end - t);
     store(score + t, x);
     tile_max = max(x, tile_max);
   }
-  const float new_max = reduce_max(tile_max) > s.max_R[r] ? reduce_max(tile_max) : s.max_R[r];
+  const float highest = reduce_max(tile_max), old_max = rows.max_R[r];
+  const float new_max = highest > old_max ? highest : old_max;
   const float base = new_max == -INFINITY ? 0.0f : new_max;  // nothing visible yet: every probability is 0
-  if (new_max > s.max_R[r]) {
-    const float shrink = exp_nonpositive(splat(s.max_R[r] - new_max))[0];
-    s.sum_R[r] *= shrink;
-    for (int64_t d = 0; d < stored; d += kLanes) {
-      store(s.out_RD + r * stored + d, load(s.out_RD + r * stored + d) * shrink);
-    }
-    s.max_R[r] = new_max;
+  if (new_max > old_max) {
+    const float shrink = exp_nonpositive(splat(old_max - new_max))[0];
+    rows.sum_R[r] *= shrink;
+    float* out = rows.out_RD + r * stored;
+    for (int64_t d = 0; d < stored; d += kLanes) store(out + d, load(out + d) * shrink);
+    rows.max_R[r] = new_max;
   }
   Vec sum{};
   for (int64_t t = 0; t < num_tokens; t += kLanes) {
@@ -312,54 +341,79 @@ void softmax_row(const AttendArgs& args, const Tile& tile, int64_t num_tokens, i
     sum += p;
     store(score + t, p);
   }
-  s.sum_R[r] += reduce_add(sum);
+  rows.sum_R[r] += reduce_add(sum);
 }
 
 template <class Element, class QueryElement>
-void attend_tile(const AttendArgs& args, Tile tile, int64_t num_rows, Scratch& s) {
+void attend_tile(const AttendArgs& args, Tile tile, const Rows& rows, Scratch& s) {
   constexpr int kPair = Element::kPair;
   const int64_t stored = padded(args.arena.head_dim);
   const int64_t num_blocks = (tile.end - tile.begin + 15) / 16, num_tokens = num_blocks * 16;
   stage<kPair>(args.arena, tile, s);
-  for (int64_t r = 0; r < num_rows; ++r) std::memset(s.score_RT + r * kTileTokens, 0, num_tokens * 4);
-  const Panel k{tile.k, 64, stored / kPair * 64, stored / kPair, num_blocks};
-  product<QueryElement>(k, s.q_RD, stored, s.score_RT, kTileTokens, num_rows);
-  for (int64_t r = 0; r < num_rows; ++r) {
-    softmax_row(args, tile, num_tokens, stored, r, s);
+  for (int64_t r = 0; r < rows.num; ++r) std::memset(s.score_RT + r * kTileTokens, 0, num_tokens * 4);
+  const Panel k{tile.k, tile.next_k, 64, stored / kPair * 64, stored / kPair, num_blocks};
+  product<QueryElement>(k, rows.q_RD, stored, s.score_RT, kTileTokens, rows.num);
+  for (int64_t r = 0; r < rows.num; ++r) {
+    softmax_row(args.scale, tile, num_tokens, stored, r, rows, s);
     Element::prepare(s.score_RT + r * kTileTokens, num_tokens, s.p_RT + r * kTileTokens);
   }
-  const Panel v{tile.v, stored * 4, 64, num_tokens / kPair, stored / 16};
-  product<Element>(v, s.p_RT, kTileTokens, s.out_RD, stored, num_rows);
+  const Panel v{tile.v, tile.next_v, stored * 4, 64, num_tokens / kPair, stored / 16};
+  product<Element>(v, s.p_RT, kTileTokens, rows.out_RD, stored, rows.num);
+}
+
+// The tile of `head` that starts at a block; false where the table's entry points outside the arena.
+bool locate(const AttendArgs& args, const WorkItem& item, int64_t head, int64_t begin, Tile& tile) {
+  const Arena& arena = args.arena;
+  const int64_t in_page = begin % arena.page_size;
+  const int64_t slot = args.table.slot(item.seq, head, begin / arena.page_size);
+  if (slot < 0 || slot >= arena.num_slots) return false;
+  const int64_t end = min64(begin + min64(kTileTokens, arena.page_size - in_page), item.token_end);
+  const int64_t at = arena.offset(slot, head) + in_page * arena.stored_dim() * item_bytes(arena.dtype);
+  tile = {head, begin, end, max64(begin, item.token_begin), end, arena.k + at, arena.v + at};
+  return true;
+}
+
+template <class Element, class QueryElement>
+Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
+  const int64_t stored = padded(args.arena.head_dim), head_rows = item.head_rows();
+  if (item.token_begin >= item.token_end) return Status::kOk;
+  Tile next;
+  bool more = true;
+  if (!locate(args, item, item.head_begin, item.token_begin / 16 * 16, next)) return Status::kSlotOutOfRange;
+  while (more) {
+    Tile tile = next;
+    const bool last_head = tile.head + 1 == item.head_end;
+    more = !last_head || tile.end < item.token_end;
+    if (more) {
+      const int64_t head = last_head ? item.head_begin : tile.head + 1, begin = last_head ? tile.end : tile.begin;
+      if (!locate(args, item, head, begin, next)) return Status::kSlotOutOfRange;
+      tile.next_k = next.k;
+      tile.next_v = next.v;
+    }
+    const int64_t row = (tile.head - item.head_begin) * head_rows;
+    const Rows rows{s.q_RD + row * stored, s.out_RD + row * stored, s.max_R + row, s.sum_R + row, head_rows};
+    attend_tile<Element, QueryElement>(args, tile, rows, s);
+  }
+  return Status::kOk;
 }
 
 template <class Element, class QueryElement>
 Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
   Scratch s;
-  const Arena& arena = args.arena;
-  const int64_t num_rows = item.row_end - item.row_begin, stored = padded(arena.head_dim);
+  const int64_t num_rows = item.num_rows(), dim = args.arena.head_dim, stored = padded(dim);
   if (!prepare_queries<QueryElement>(args, item, stored, s)) return Status::kNanInQuery;
   std::memset(s.out_RD, 0, num_rows * stored * 4);
   for (int64_t r = 0; r < num_rows; ++r) {
     s.max_R[r] = -INFINITY;
     s.sum_R[r] = 0.0f;
   }
-  const int64_t row_bytes = arena.stored_dim() * item_bytes(arena.dtype);
-  for (int64_t begin = item.token_begin / 16 * 16; begin < item.token_end;) {
-    const int64_t page = begin / arena.page_size, in_page = begin % arena.page_size;
-    const int64_t slot = args.table.slot(item.seq, item.kv_head, page);
-    if (slot < 0 || slot >= arena.num_slots) return Status::kSlotOutOfRange;
-    const int64_t end = min64(begin + min64(kTileTokens, arena.page_size - in_page), item.token_end);
-    const int64_t at = arena.offset(slot, item.kv_head) + in_page * row_bytes;
-    const Tile tile{begin, end, max64(begin, item.token_begin), end, arena.k + at, arena.v + at};
-    attend_tile<Element, QueryElement>(args, tile, num_rows, s);
-    begin = end;
-  }
+  const Status status = attend_tiles<Element, QueryElement>(args, item, s);
   for (int64_t r = 0; r < num_rows; ++r) {
     const float inverse = s.sum_R[r] == 0.0f ? 0.0f : 1.0f / s.sum_R[r];
-    for (int64_t d = 0; d < arena.head_dim; ++d) out[r * arena.head_dim + d] = s.out_RD[r * stored + d] * inverse;
+    for (int64_t d = 0; d < dim; ++d) out[r * dim + d] = s.out_RD[r * stored + d] * inverse;
     lse[r] = s.sum_R[r] == 0.0f ? -INFINITY : s.max_R[r] + logf(s.sum_R[r]);
   }
-  return Status::kOk;
+  return status;
 }
 
 Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {

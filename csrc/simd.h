@@ -17,6 +17,10 @@
 #define TANDEM_ISA avx512_bf16
 #define TANDEM_LANES 16
 #define TANDEM_MAX_TILE_ROWS 6
+#elif defined(__AVX512F__)
+#define TANDEM_ISA avx512
+#define TANDEM_LANES 16
+#define TANDEM_MAX_TILE_ROWS 4
 #elif defined(__AVX2__)
 #define TANDEM_ISA avx2
 #define TANDEM_LANES 8
@@ -45,15 +49,30 @@ inline Vec load(const float* p) {
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// Folds halves onto each other: log2(kLanes) steps, not kLanes.
 inline float reduce_max(Vec v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
+  }
+  return lanes[0];
+#endif
 }
 inline float reduce_add(Vec v) {
-  float s = v[0];
-  for (int i = 1; i < kLanes; ++i) s += v[i];
-  return s;
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int n = kLanes / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) lanes[i] += lanes[i + n];
+  }
+  return lanes[0];
+#endif
 }
 
 // Lanes outside [begin, end) become -inf, whatever they held (NaN included).

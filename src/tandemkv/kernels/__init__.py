@@ -1,0 +1,69 @@
+"""Attention over a subset of tokens, and the merge of such partial results: tensors and numbers only.
+
+Backends are the files beside this one and never import each other: `cpu` (native, pages in host memory), `torch_ops`
+(torch's own kernels, dense K and V on any device) and `reference` (float64, the specification; only tests import it).
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tandemkv.errors import InputError
+from tandemkv.types import PagedKV, Partial
+
+if TYPE_CHECKING:
+    from tandemkv.kernels.cpu import WorkerPool
+
+
+def attend(
+    q: Tensor,
+    kv: PagedKV,
+    *,
+    scale: float,
+    causal: bool = False,
+    pool: "WorkerPool | None" = None,
+    isa: str | None = None,
+) -> Partial:
+    """Exact attention of q over the tokens `[kv_start, kv_len)` of each sequence's page table.
+
+    q: float32 or bfloat16 `[num_seqs, num_q_heads, q_len, head_dim]` in host memory. Query heads are 1 to 16 times the
+        KV heads, grouped: query head h reads KV head h // group_size. head_dim is even and at most 256.
+    causal: query i of q_len sees tokens below `kv_len - q_len + 1 + i`; without it all see all.
+    pool: threads to use; without one, the caller's.
+    isa: force an instruction set by name (`tandemkv doctor` lists them); without one, the fastest.
+
+    A query that sees nothing (an empty run, padding) gets out 0 and lse -inf. Accumulates in float32.
+    Raises InputError for shapes, dtypes or devices that do not fit and for NaN in q.
+    """
+    from tandemkv.kernels import cpu
+
+    return cpu.attend(q, kv, scale=scale, causal=causal, pool=pool, isa=isa)
+
+
+def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None) -> Partial:
+    """Attention over the union of disjoint subsets, from the attention over each: an exact log-sum-exp merge.
+
+    Associative, commutative (up to rounding), safe for huge logits; the empty subset is its identity, and a row that
+    is empty in all parts stays empty. Parts are merged in the order given: the same parts give the same bits.
+    Raises InputError where there is no part or shapes differ.
+    """
+    if not parts:
+        raise InputError("merge needs at least one part; the empty subset is out = 0, lse = -inf")
+    first = parts[0]
+    for part in parts:
+        if part.out.shape != first.out.shape or part.lse.shape != first.out.shape[:-1]:
+            got = f"{list(part.out.shape)} and {list(part.lse.shape)}"
+            raise InputError(f"parts must be alike: expected out {list(first.out.shape)} and its lse, got {got}")
+        if part.out.dtype != torch.float32 or part.lse.dtype != torch.float32:
+            raise InputError(f"a Partial is float32, got out {part.out.dtype} and lse {part.lse.dtype}")
+    if len(parts) == 1:
+        return first
+    if first.out.device.type == "cpu":
+        from tandemkv.kernels import cpu
+
+        return cpu.merge(list(parts), pool)
+    from tandemkv.kernels import torch_ops
+
+    return torch_ops.merge(parts)
