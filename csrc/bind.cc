@@ -42,6 +42,7 @@ TokenRows rows_of(Address k, Address v, const Strides& k_strides, const Strides&
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // the process's worker pool lives until exit, in a functools.cache
   nb::enum_<DType>(m, "DType").value("float32", DType::kFloat32).value("bfloat16", DType::kBFloat16);
   nb::enum_<Packing>(m, "Packing").value("rows", Packing::kRows).value("panels", Packing::kPanels);
   nb::enum_<Status>(m, "Status")

@@ -1,8 +1,32 @@
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace tandem {
 
 #if defined(__x86_64__)
+namespace {
+
+bool cpu_has_amx_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) != 0 && (d >> 24 & 1) != 0;
+}
+
+// Linux hands out the 8 KiB of tile registers per process, on request (arch_prctl(2)).
+bool system_grants_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+
+namespace amx_bf16 {
+extern const KernelTable kTable;
+}
 namespace avx512_bf16 {
 extern const KernelTable kTable;
 }
@@ -38,6 +62,10 @@ const std::vector<Isa>& isas() {
                                                  {__builtin_cpu_supports("bmi2"), "bmi2"}});
     const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
     const Isa bf16{&avx512_bf16::kTable, no_avx512.empty() && !has_bf16 ? "avx512_bf16" : no_avx512};
+    std::string no_amx = bf16.missing;
+    if (no_amx.empty() && !cpu_has_amx_bf16()) no_amx = "amx_bf16";
+    if (no_amx.empty() && !system_grants_tiles()) no_amx = "permission to use AMX tiles";
+    found.push_back({&amx_bf16::kTable, no_amx});
     // Intel issues vdpbf16ps once in two cycles (Xeon 6: 1.68 G/s against 6.71 G/s multiply-adds), so that widening
     // bf16 by shifts and multiplying in float32 does twice the work in the same time. AMD issues it as fast as an FMA.
     const bool slow_dot = __builtin_cpu_is("intel");

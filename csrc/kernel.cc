@@ -88,9 +88,79 @@ void product_of(int64_t num_rows, const Panel& panel, const uint32_t* weights, i
   }
 }
 
+#if defined(__AMX_BF16__)
+// A tile register multiplies up to 16 rows of weights by 32 x 16 numbers of a panel at once, whatever the rows: panels
+// are what TDPBF16PS reads. Shapes are set per item: 0 to 3 hold accumulators and 4, 5 weights (num_rows rows), 6 holds
+// 16 panel rows.
+struct TileShapes {
+  explicit TileShapes(int64_t num_rows) {
+    alignas(64) uint8_t config[64] = {1};  // palette 1; bytes per row from 16, rows from 48
+    for (int tile = 0; tile < 7; ++tile) {
+      config[16 + 2 * tile] = 64;
+      config[48 + tile] = static_cast<uint8_t>(tile == 6 ? 16 : num_rows);
+    }
+    _tile_loadconfig(config);
+  }
+  ~TileShapes() { _tile_release(); }
+};
+
+inline void prefetch_lines(const char*& ahead) {
+  if (ahead == nullptr) return;
+  for (int line = 0; line < 16; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+}
+
+// Four blocks of a panel whose num_k is a multiple of 16.
+template <bool kSplit>
+void tile_product(const Panel& panel, int64_t block, const uint32_t* weights, int64_t weight_stride, float* acc,
+                  int64_t acc_stride) {
+  float* c = acc + block * 16;
+  const int64_t c_stride = acc_stride * 4, w_stride = weight_stride * 4;
+  const char* b = panel.data + block * panel.block_stride;
+  const char* ahead = panel.ahead == nullptr ? nullptr : panel.ahead + block * panel.num_k * 64;
+  _tile_loadd(0, c, c_stride);
+  _tile_loadd(1, c + 16, c_stride);
+  _tile_loadd(2, c + 32, c_stride);
+  _tile_loadd(3, c + 48, c_stride);
+  for (int64_t k = 0; k < panel.num_k; k += 16, b += 16 * panel.k_stride) {
+    _tile_loadd(4, weights + k, w_stride);
+    if constexpr (kSplit) _tile_loadd(5, weights + panel.num_k + k, w_stride);
+#define TANDEM_TILE(C)                                        \
+  prefetch_lines(ahead);                                      \
+  _tile_loadd(6, b + C * panel.block_stride, panel.k_stride); \
+  _tile_dpbf16ps(C, 4, 6);                                    \
+  if constexpr (kSplit) _tile_dpbf16ps(C, 5, 6)
+    TANDEM_TILE(0);
+    TANDEM_TILE(1);
+    TANDEM_TILE(2);
+    TANDEM_TILE(3);
+#undef TANDEM_TILE
+  }
+  _tile_stored(0, c, c_stride);
+  _tile_stored(1, c + 16, c_stride);
+  _tile_stored(2, c + 32, c_stride);
+  _tile_stored(3, c + 48, c_stride);
+}
+
+inline bool tiles_fit(const Panel& panel) { return panel.num_k % 16 == 0 && panel.num_blocks % 4 == 0; }
+#else
+struct TileShapes {
+  explicit TileShapes(int64_t) {}
+};
+#endif
+
 template <class Element>
 void product(const Panel& panel, const uint32_t* weights, int64_t weight_stride, float* acc, int64_t acc_stride,
              int64_t num_rows) {
+#if defined(__AMX_BF16__)
+  if constexpr (Element::kPair == 2) {
+    if (tiles_fit(panel)) {
+      for (int64_t block = 0; block < panel.num_blocks; block += 4) {
+        tile_product<Element::kIsSplit>(panel, block, weights, weight_stride, acc, acc_stride);
+      }
+      return;
+    }
+  }
+#endif
   const int64_t num_passes = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
   for (int64_t pass = 0, r = 0; pass < num_passes; ++pass) {
     const int64_t rows = (num_rows - r + num_passes - pass - 1) / (num_passes - pass);
@@ -407,6 +477,7 @@ Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, 
     s.max_R[r] = -INFINITY;
     s.sum_R[r] = 0.0f;
   }
+  const TileShapes shapes(item.head_rows());
   const Status status = attend_tiles<Element, QueryElement>(args, item, s);
   for (int64_t r = 0; r < num_rows; ++r) {
     const float inverse = s.sum_R[r] == 0.0f ? 0.0f : 1.0f / s.sum_R[r];

@@ -13,7 +13,11 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+#define TANDEM_ISA amx_bf16
+#define TANDEM_LANES 16
+#define TANDEM_MAX_TILE_ROWS 6
+#elif defined(__AVX512BF16__)
 #define TANDEM_ISA avx512_bf16
 #define TANDEM_LANES 16
 #define TANDEM_MAX_TILE_ROWS 6
@@ -131,6 +135,7 @@ struct Float32 {
 template <bool kSplit>
 struct Bf16Dot {
   static constexpr int kPair = 2;
+  static constexpr bool kIsSplit = kSplit;
   using Panel = __m512bh;
   struct Weight {
     __m512bh high, low;

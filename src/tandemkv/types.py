@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -45,7 +45,11 @@ class PageLayout:
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.bfloat16):
-            raise InputError(f"pages hold float32 or bfloat16, got {self.dtype}: load the model with dtype=torch.bfloat16")
+            raise InputError(
+                f"pages hold float32 or bfloat16, got {self.dtype}: load the model with dtype=torch.bfloat16"
+            )
+        if self.packing not in get_args(Packing):
+            raise InputError(f"packing must be one of {get_args(Packing)}, got {self.packing!r}")
         if self.page_size < BLOCK_TOKENS or self.page_size % BLOCK_TOKENS:
             raise InputError(f"page_size must be a multiple of {BLOCK_TOKENS}, got {self.page_size}")
 
@@ -73,6 +77,8 @@ class Arena:
     def __post_init__(self) -> None:
         if self.k.shape != self.v.shape or not (self.k.is_contiguous() and self.v.is_contiguous()):
             raise InputError(f"k and v arenas must be contiguous and alike, got {self.k.shape} and {self.v.shape}")
+        if self.k.device != self.v.device:
+            raise InputError(f"k and v arenas must lie on one device, got {self.k.device} and {self.v.device}")
         if not self.k.dtype == self.v.dtype == self.layout.dtype:
             raise InputError(f"arena dtypes {self.k.dtype}, {self.v.dtype} do not fit the layout's {self.layout.dtype}")
         expected = (self.layout.page_size, self.layout.stored_dim(self.head_dim))

@@ -5,13 +5,14 @@ Backends are the files beside this one and never import each other: `cpu` (nativ
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError
-from tandemkv.types import PagedKV, Partial
+from tandemkv.types import Arena, PagedKV, Partial
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -42,12 +43,23 @@ def attend(
     return cpu.attend(q, kv, scale=scale, causal=causal, pool=pool, isa=isa)
 
 
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False) -> Partial:
+    """Exact attention of prefill-sized queries over dense k and v, by torch's kernels, on any device.
+
+    q: `[num_seqs, num_q_heads, q_len, head_dim]`; k, v: `[num_seqs, num_kv_heads, kv_len, head_dim]`, every token real.
+    causal: q and k are the same tokens. out was rounded to q's dtype by torch's kernel before it became float32.
+    """
+    from tandemkv.kernels import torch_ops
+
+    return torch_ops.attend_dense(q, k, v, scale=scale, causal=causal)
+
+
 def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None) -> Partial:
     """Attention over the union of disjoint subsets, from the attention over each: an exact log-sum-exp merge.
 
     Associative, commutative (up to rounding), safe for huge logits; the empty subset is its identity, and a row that
     is empty in all parts stays empty. Parts are merged in the order given: the same parts give the same bits.
-    Raises InputError where there is no part or shapes differ.
+    Raises InputError where there is no part, or shapes, dtypes or devices differ.
     """
     if not parts:
         raise InputError("merge needs at least one part; the empty subset is out = 0, lse = -inf")
@@ -58,6 +70,9 @@ def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None) -> Partial
             raise InputError(f"parts must be alike: expected out {list(first.out.shape)} and its lse, got {got}")
         if part.out.dtype != torch.float32 or part.lse.dtype != torch.float32:
             raise InputError(f"a Partial is float32, got out {part.out.dtype} and lse {part.lse.dtype}")
+        devices = {first.out.device, part.out.device, part.lse.device}
+        if len(devices) > 1:
+            raise InputError(f"parts must lie on one device, got {sorted(map(str, devices))}")
     if len(parts) == 1:
         return first
     if first.out.device.type == "cpu":
@@ -67,3 +82,43 @@ def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None) -> Partial
     from tandemkv.kernels import torch_ops
 
     return torch_ops.merge(parts)
+
+
+def append(
+    arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: "WorkerPool | None" = None
+) -> None:
+    """Write k and v as tokens `begin...` of the page table's run, into an arena of rows.
+
+    k, v: `[num_seqs, num_kv_heads, num_tokens, head_dim]` in the arena's dtype, on its device.
+    """
+    _backend_of(arena).append(arena, page_table, begin, k, v, pool)
+
+
+def gather(
+    arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: "WorkerPool | None" = None
+) -> None:
+    """Read tokens `begin...` of the page table's run into k and v, shaped as in `append`."""
+    _backend_of(arena).gather(arena, page_table, begin, k, v, pool)
+
+
+def move_pages(
+    source: Arena, target: Arena, source_slots: list[int], target_slots: list[int], pool: "WorkerPool | None" = None
+) -> None:
+    """Copy whole pages of rows into the slots of an arena in host memory, packing them where it holds panels."""
+    from tandemkv.kernels import cpu
+
+    if source.k.device.type != "cpu":
+        index = torch.tensor(source_slots, device=source.k.device)
+        source = Arena(source.k[index].cpu(), source.v[index].cpu(), source.layout, source.head_dim)
+        source_slots = list(range(len(source_slots)))
+    cpu.move_pages(source, target, source_slots, target_slots, pool)
+
+
+def _backend_of(arena: Arena) -> ModuleType:
+    if arena.k.device.type == "cpu":
+        from tandemkv.kernels import cpu
+
+        return cpu
+    from tandemkv.kernels import torch_ops
+
+    return torch_ops

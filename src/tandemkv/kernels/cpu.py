@@ -16,7 +16,9 @@ from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, Arena, PagedKV, Partial
 try:
     from tandemkv import _native
 except ImportError as error:  # doctor prints this reason
-    raise UnavailableError(f"the native module is not there ({error}): install a wheel, or build with a C++ compiler") from error
+    raise UnavailableError(
+        f"the native module is not there ({error}): install a wheel, or build with a C++ compiler"
+    ) from error
 
 WorkerPool = _native.WorkerPool
 _DTYPES = {torch.float32: _native.DType.float32, torch.bfloat16: _native.DType.bfloat16}
@@ -35,7 +37,9 @@ def resolve_isa(name: str | None = None) -> str:
     if name is None:
         return next(isa for isa, missing in isas.items() if not missing)
     if isas.get(name, "unknown") != "":
-        reasons = ", ".join(f"{isa} ({'lacks ' + missing if missing else 'available'})" for isa, missing in isas.items())
+        reasons = ", ".join(
+            f"{isa} ({'lacks ' + missing if missing else 'available'})" for isa, missing in isas.items()
+        )
         raise UnavailableError(f"instruction set {name!r} is not available: {reasons}")
     return name
 
@@ -98,8 +102,8 @@ def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, p
     """Write k and v `[num_seqs, num_kv_heads, num_tokens, head_dim]` as tokens `begin...` of the table; an arena of rows."""
     if arena.layout.packing != "rows":
         raise InputError("tokens are appended to an arena of rows; panels are filled by move_pages")
-    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     num_tokens = _check_rows(arena, page_table, begin, k, v)
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     status = _native.append(
         pool or single_thread(),
         _native_arena(arena),
@@ -116,13 +120,11 @@ def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, p
     _raise_for(status)
 
 
-def gather(
-    arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None
-) -> None:
-    """Read tokens `begin...` of the table, from rows or panels, into k and v (shapes as in `append`)."""
-    if k.stride(3) != 1 or v.stride(3) != 1:
-        raise InputError("gather writes into tensors whose head_dim is contiguous")
+def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
+    """Read tokens `begin...` of the table, from rows or panels, into k and v (as in `append`, tokens contiguous)."""
     num_tokens = _check_rows(arena, page_table, begin, k, v)
+    if any(x.stride(3) != 1 or (num_tokens > 1 and x.stride(2) != arena.head_dim) for x in (k, v)):
+        raise InputError("gather writes into tensors whose tokens and head_dim are contiguous")
     status = _native.gather(
         pool or single_thread(),
         resolve_isa(),
@@ -187,9 +189,13 @@ def _check_query(q: Tensor, kv: PagedKV) -> None:
     if q.device.type != "cpu":
         raise InputError(f"the CPU kernel attends queries in host memory, got {q.device}")
     if q.dtype not in _DTYPES:
-        raise UnsupportedError(f"queries must be float32 or bfloat16, got {q.dtype}: load the model with dtype=torch.bfloat16")
+        raise UnsupportedError(
+            f"queries must be float32 or bfloat16, got {q.dtype}: load the model with dtype=torch.bfloat16"
+        )
     if q.dim() != 4 or q.shape[3] != arena.head_dim:
         raise InputError(f"expected q [num_seqs, num_q_heads, q_len, {arena.head_dim}], got {list(q.shape)}")
+    if q.shape[2] < 1:
+        raise InputError(f"q_len must be at least 1, got {list(q.shape)}")
     group_size, rest = divmod(q.shape[1], arena.num_kv_heads)
     if rest or not 1 <= group_size <= MAX_GROUP_SIZE:
         raise UnsupportedError(
@@ -197,23 +203,31 @@ def _check_query(q: Tensor, kv: PagedKV) -> None:
         )
     _check_table(arena, kv.page_table, q.shape[0])
     for name, tensor in (("kv_start", kv.kv_start), ("kv_len", kv.kv_len)):
-        if tensor.dtype != torch.int64 or tensor.shape != (q.shape[0],) or not tensor.is_contiguous():
-            raise InputError(f"{name} must be contiguous int64 [{q.shape[0]}], got {tensor.dtype} {list(tensor.shape)}")
+        good = tensor.dtype == torch.int64 and tensor.shape == (q.shape[0],) and tensor.device.type == "cpu"
+        if not good or not tensor.is_contiguous():
+            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise InputError(f"{name} must be contiguous int64 [{q.shape[0]}] on the CPU, got {got}")
     capacity = kv.page_table.shape[2] * arena.layout.page_size
     if q.shape[0] and (int(kv.kv_len.max()) > capacity or int(kv.kv_start.min()) < 0):
-        raise InputError(f"[kv_start, kv_len) must lie in [0, {capacity}) for a table of {kv.page_table.shape[2]} pages")
+        raise InputError(
+            f"[kv_start, kv_len) must lie in [0, {capacity}) for a table of {kv.page_table.shape[2]} pages"
+        )
 
 
 def _check_table(arena: Arena, page_table: Tensor, num_seqs: int) -> None:
     good = page_table.dtype == torch.int32 and page_table.dim() == 3 and page_table.device.type == "cpu"
     if not good or page_table.shape[:2] != (num_seqs, arena.num_kv_heads):
         got = f"{page_table.dtype} {list(page_table.shape)} on {page_table.device}"
-        raise InputError(f"page_table must be int32 [{num_seqs}, {arena.num_kv_heads}, num_pages] on the CPU, got {got}")
+        raise InputError(
+            f"page_table must be int32 [{num_seqs}, {arena.num_kv_heads}, num_pages] on the CPU, got {got}"
+        )
     if page_table.stride(2) != 1 and page_table.shape[2] > 1:
         raise InputError("page_table must be contiguous along its pages")
 
 
 def _check_rows(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> int:
+    if k.dim() != 4:
+        raise InputError(f"expected k [num_seqs, num_kv_heads, num_tokens, head_dim], got {list(k.shape)}")
     expected = (k.shape[0], arena.num_kv_heads, k.shape[2], arena.head_dim)
     for name, x in (("k", k), ("v", v)):
         if x.shape != expected or x.dtype != arena.layout.dtype or x.device.type != "cpu":

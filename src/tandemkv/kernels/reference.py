@@ -17,7 +17,9 @@ def attend(q: Tensor, kv: PagedKV, *, scale: float, causal: bool) -> Partial:
     for seq in range(num_seqs):
         start, end = int(kv.kv_start[seq]), int(kv.kv_len[seq])
         for head in range(num_q_heads):
-            k, v = read_tokens(kv.arena, kv.page_table[seq, head // group_size], head // group_size, start, max(start, end))
+            k, v = read_tokens(
+                kv.arena, kv.page_table[seq, head // group_size], head // group_size, start, max(start, end)
+            )
             for i in range(q_len):
                 last = end - q_len + 1 + i if causal else end
                 num_visible = max(last - start, 0)

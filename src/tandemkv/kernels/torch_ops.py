@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tandemkv.types import Partial
+from tandemkv.types import Arena, Partial
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False) -> Partial:
@@ -48,6 +48,27 @@ def merge(parts: Sequence[Partial]) -> Partial:
     for weight, part in zip(weights, parts, strict=True):
         out += weight.unsqueeze(-1) * part.out
     return Partial(out, lse)
+
+
+def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: object = None) -> None:
+    """See `tandemkv.kernels.append`; an arena of rows on any device. `pool` has no use here."""
+    slots, offsets = _places(arena, page_table, begin, k.shape[2])
+    arena.k[slots, :, offsets] = k.transpose(1, 2)
+    arena.v[slots, :, offsets] = v.transpose(1, 2)
+
+
+def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: object = None) -> None:
+    """See `tandemkv.kernels.gather`; an arena of rows on any device. `pool` has no use here."""
+    slots, offsets = _places(arena, page_table, begin, k.shape[2])
+    k.copy_(arena.k[slots, :, offsets].transpose(1, 2))
+    v.copy_(arena.v[slots, :, offsets].transpose(1, 2))
+
+
+def _places(arena: Arena, page_table: Tensor, begin: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Slot `[num_seqs, num_tokens]` and place in the page `[num_tokens]` of each token; heads share their pages."""
+    tokens = torch.arange(begin, begin + num_tokens)
+    slots = page_table[:, 0].long()[:, tokens // arena.layout.page_size]
+    return slots.to(arena.k.device), (tokens % arena.layout.page_size).to(arena.k.device)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,105 @@
+// Arenas for tests, written and read element by element: the specification of both packings.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace tandem {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr int32_t kWildSlots[] = {INT32_MAX, INT32_MIN, -1};
+
+inline float bf16_value(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// Nearest, ties to even; a NaN stays one.
+inline uint16_t bf16_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return 0x7FC0;
+  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+inline void store_element(char* at, DType dtype, float value) {
+  if (dtype == DType::kFloat32) {
+    std::memcpy(at, &value, sizeof value);
+  } else {
+    const uint16_t bits = bf16_bits(value);
+    std::memcpy(at, &bits, sizeof bits);
+  }
+}
+
+// What an element of this dtype holds after `value` was stored in it.
+inline float rounded(DType dtype, float value) {
+  return dtype == DType::kFloat32 ? value : bf16_value(bf16_bits(value));
+}
+
+// Byte offset of one element inside a head's slice (attend.h, Packing).
+inline int64_t k_offset(const Arena& arena, int64_t token, int64_t d) {
+  const int64_t bytes = item_bytes(arena.dtype), pair = 4 / bytes;
+  if (arena.packing == Packing::kRows) return (token * arena.head_dim + d) * bytes;
+  const int64_t block = token / 16 * 16 * arena.stored_dim();
+  return (block + (d / pair * 16 + token % 16) * pair + d % pair) * bytes;
+}
+
+inline int64_t v_offset(const Arena& arena, int64_t token, int64_t d) {
+  const int64_t bytes = item_bytes(arena.dtype), pair = 4 / bytes;
+  if (arena.packing == Packing::kRows) return (token * arena.head_dim + d) * bytes;
+  return ((token / pair * arena.stored_dim() + d) * pair + token % pair) * bytes;
+}
+
+// An arena and its memory, exactly as large as it must be, every element a NaN.
+struct OwnedArena {
+  std::vector<char> k, v;
+  Arena arena;
+
+  explicit OwnedArena(const Arena& shape) : arena(shape) {
+    k.resize(arena.num_slots * arena.page_bytes());
+    v.resize(k.size());
+    for (size_t i = 0; i < k.size(); i += item_bytes(arena.dtype)) {
+      store_element(&k[i], arena.dtype, kNan);
+      store_element(&v[i], arena.dtype, kNan);
+    }
+    arena.k = k.data();
+    arena.v = v.data();
+  }
+  OwnedArena(const OwnedArena&) = delete;
+  OwnedArena& operator=(const OwnedArena&) = delete;
+};
+
+// Slots of `num_rows` rows of `num_pages`, all different and in random order: the table of as many sequences and heads.
+inline std::vector<int32_t> shuffled_slots(int64_t num_slots, std::mt19937& random) {
+  std::vector<int32_t> slots(num_slots);
+  for (int64_t i = 0; i < num_slots; ++i) slots[i] = static_cast<int32_t>(i);
+  std::shuffle(slots.begin(), slots.end(), random);
+  return slots;
+}
+
+inline std::string shape_name(const KernelTable& kernels, const Arena& arena) {
+  return std::string(kernels.name) + (arena.dtype == DType::kFloat32 ? " float32" : " bfloat16") +
+         (arena.packing == Packing::kRows ? " rows" : " panels") + " head_dim " + std::to_string(arena.head_dim) +
+         " page_size " + std::to_string(arena.page_size);
+}
+
+// The instruction sets this machine has.
+inline std::vector<const KernelTable*> available_kernels() {
+  std::vector<const KernelTable*> found;
+  for (const Isa& isa : isas()) {
+    if (isa.missing.empty()) found.push_back(isa.kernels);
+  }
+  return found;
+}
+
+}  // namespace tandem

@@ -1,0 +1,121 @@
+"""One decode step and one prefill chunk: the only place where queries meet pages."""
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tandemkv import machine
+from tandemkv.cache import LayerKV
+from tandemkv.kernels import attend, attend_dense, merge
+from tandemkv.lanes import LANES
+from tandemkv.types import PagedKV, Partial
+
+if TYPE_CHECKING:
+    from tandemkv.kernels.cpu import WorkerPool
+
+# Up to here the paged kernel reads K and V once for all queries; beyond it torch's matrix products win.
+MAX_DECODE_QUERIES = 8
+
+# History is read in pieces of this many tokens when a prefill chunk attends to it: large enough that a merge is
+# small beside the product, small enough that the copy of the piece stays in L2.
+PREFILL_PIECE_TOKENS = 2048
+
+
+def decode_step(q: Tensor, layer: LayerKV, *, scale: float) -> Partial:
+    """Attention of the newest tokens' queries over everything the layer holds, themselves included.
+
+    q: `[num_seqs, num_q_heads, q_len, head_dim]` on the near device; its tokens were appended last, and each sees what
+    is not newer than itself.
+    """
+    with layer.hold() as held:
+        far = LANES["attend"](q, held.far, scale=scale, workers=worker_pool())
+        near = _attend_near(q, held.near, scale)  # the device works while the lane does
+        return merge([far.result(), near], worker_pool())
+
+
+def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float) -> Partial:
+    """Attention of a chunk over the layer's history and over itself; the chunk is not appended yet.
+
+    k, v: `[num_seqs, num_kv_heads, q_len, head_dim]`, q accordingly. Everything in the layer is older than every query,
+    so that only the chunk itself needs a causal mask. Memory beside the result is bounded by PREFILL_PIECE_TOKENS.
+    """
+    if int(layer.kv_start.max()) == 0:
+        return _prefill_rows(q, k, v, layer, slice(None), 0, scale)
+    parts = [  # padding differs between sequences: each attends alone, to what exists
+        _prefill_rows(q[i : i + 1], k[i : i + 1], v[i : i + 1], layer, slice(i, i + 1), int(layer.kv_start[i]), scale)
+        for i in range(q.shape[0])
+    ]
+    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+
+
+def append_and_attend(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float, chunk_tokens: int) -> Tensor:
+    """Add new tokens to a layer and attend from them: chunk by chunk evict, append, attend.
+
+    Shapes as in `prefill_chunk`, for any q_len. Returns `[num_seqs, q_len, num_q_heads, head_dim]` in q's dtype,
+    contiguous; rows of padding are 0. Memory grows with a chunk, not with q_len, except for the result.
+    """
+    num_seqs, num_q_heads, q_len, head_dim = q.shape
+    out = torch.empty((num_seqs, q_len, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
+    is_decode = q_len <= (MAX_DECODE_QUERIES if q.device.type == "cpu" else 1)
+    for begin in range(0, q_len, chunk_tokens):
+        chunk = slice(begin, begin + chunk_tokens)
+        q_chunk, k_chunk, v_chunk = q[:, :, chunk], k[:, :, chunk], v[:, :, chunk]
+        layer.evict()
+        if is_decode:
+            layer.append(k_chunk, v_chunk)
+            part = decode_step(q_chunk, layer, scale=scale)
+        else:
+            part = prefill_chunk(q_chunk, k_chunk, v_chunk, layer, scale=scale)
+            layer.append(k_chunk, v_chunk)
+        out[:, chunk] = part.out.transpose(1, 2)
+    return out
+
+
+@cache
+def worker_pool() -> "WorkerPool":
+    """The process's native threads: as many as torch uses, but no more than the cgroup grants."""
+    from tandemkv.kernels.cpu import WorkerPool
+
+    return WorkerPool(min(torch.get_num_threads(), machine.default_threads()))
+
+
+def _attend_near(q: Tensor, near: PagedKV, scale: float) -> Partial:
+    if q.device.type == "cpu":
+        return attend(q, near, scale=scale, causal=True, pool=worker_pool())
+    return _attend_near_on_device(q, near, scale)
+
+
+def _attend_near_on_device(q: Tensor, near: PagedKV, scale: float) -> Partial:
+    """One query per sequence over near pages on a GPU: gathered, then torch's kernels. Correct, not tuned."""
+    from tandemkv.kernels import gather
+
+    arena, num_seqs = near.arena, q.shape[0]
+    num_tokens = int(near.kv_len.max())
+    k = torch.empty((num_seqs, arena.num_kv_heads, num_tokens, arena.head_dim), dtype=q.dtype, device=q.device)
+    v = torch.empty_like(k)
+    gather(arena, near.page_table, 0, k, v)
+    starts = near.kv_start.tolist()
+    if not any(starts):
+        return attend_dense(q, k, v, scale=scale)
+    parts = [
+        attend_dense(q[i : i + 1], k[i : i + 1, :, start:], v[i : i + 1, :, start:], scale=scale)
+        for i, start in enumerate(starts)
+    ]
+    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+
+
+def _prefill_rows(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rows: slice, kv_start: int, scale: float) -> Partial:
+    """`prefill_chunk` for some sequences with the same padding."""
+    history = layer.seq_len
+    num_padded = min(max(kv_start - history, 0), q.shape[2])  # of the chunk's own tokens
+    queries = q[:, :, num_padded:]
+    part = attend_dense(queries, k[:, :, num_padded:], v[:, :, num_padded:], scale=scale, causal=True)
+    for begin in range(min(kv_start, history), history, PREFILL_PIECE_TOKENS):
+        piece_k, piece_v = layer.read(begin, min(begin + PREFILL_PIECE_TOKENS, history), rows)
+        part = merge([attend_dense(queries, piece_k, piece_v, scale=scale), part], worker_pool())
+    if num_padded == 0:
+        return part
+    out = torch.nn.functional.pad(part.out, (0, 0, num_padded, 0))
+    return Partial(out, torch.nn.functional.pad(part.lse, (num_padded, 0), value=-torch.inf))

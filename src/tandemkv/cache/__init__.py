@@ -1,0 +1,7 @@
+"""The tiered KV cache: where every token's keys and values lie, and nothing about who asks for them."""
+
+from tandemkv.cache.layer import Held, LayerKV
+from tandemkv.cache.pool import PagePool
+from tandemkv.cache.tiered import CacheSpec, KVCache, TierUse
+
+__all__ = ["CacheSpec", "Held", "KVCache", "LayerKV", "PagePool", "TierUse"]

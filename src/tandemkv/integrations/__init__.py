@@ -1,0 +1,1 @@
+"""Doors to model libraries; each file knows one."""
