@@ -34,8 +34,8 @@ struct Problem {
   float scale;
   int64_t num_pages, num_tokens;  // of every table, one page more than any sequence needs
   int64_t q_row;                  // elements from one query row to the next
-  std::vector<float> q;     // [seq][q_head][query][dim]
-  std::vector<float> k, v;  // [seq][kv_head][token][dim]
+  std::vector<float> q;           // [seq][q_head][query][dim]
+  std::vector<float> k, v;        // [seq][kv_head][token][dim]
   std::vector<char> q_stored;
   OwnedArena pages;
   std::vector<int32_t> slots;  // [seq][kv_head][num_pages]
@@ -284,8 +284,7 @@ void every_shape() {
         for (const int64_t page_size : {16, 48, 64}) {
           // The two tails take turns over the shapes: three causal queries, or one that sees all.
           const bool causal = (group_size + head_dim / 8 + page_size / 16) % 2 == 0;
-          const Shape shape{kv,        q,         packing, 2,       group_size, causal ? 3 : 1,
-                            head_dim, page_size, causal,  kStarts, kLens};
+          const Shape shape{kv, q, packing, 2, group_size, causal ? 3 : 1, head_dim, page_size, causal, kStarts, kLens};
           check_on_every_isa(Problem(shape, fill_normal));
         }
       }
@@ -304,9 +303,7 @@ void many_queries() {
 }
 
 // Several chunks of one sequence (2 MiB of K and V each), merged.
-Shape long_shape(DType kv, Packing packing) {
-  return {kv, kv, packing, 8, 4, 1, 256, 64, false, {0, 77}, {700, 1030}};
-}
+Shape long_shape(DType kv, Packing packing) { return {kv, kv, packing, 8, 4, 1, 256, 64, false, {0, 77}, {700, 1030}}; }
 
 void long_sequences() {
   for (const DType kv : {DType::kFloat32, DType::kBFloat16}) {
@@ -364,8 +361,9 @@ void rising_maximum() {
 void no_sequences_and_no_tokens() {
   WorkerPool pool(2);
   for (const KernelTable* kernels : available_kernels()) {
-    const Problem p({DType::kBFloat16, DType::kFloat32, Packing::kPanels, 2, 4, 2, 64, 16, true, {0, 20, 20}, {0, 20, 3}},
-                    fill_normal);
+    const Problem p(
+        {DType::kBFloat16, DType::kFloat32, Packing::kPanels, 2, 4, 2, 64, 16, true, {0, 20, 20}, {0, 20, 3}},
+        fill_normal);
     current_case() = case_name(*kernels, p);
     const Result result = run_attend(pool, *kernels, p);
     CHECK(result.status == Status::kOk);
@@ -385,10 +383,11 @@ void nan_in_query() {
   for_each_storage([&](DType kv, DType q, Packing packing) {
     for (const KernelTable* kernels : available_kernels()) {
       for (const int64_t at : {int64_t{0}, int64_t{8 * 3 * 40 - 1}, int64_t{2 * 8 * 3 * 40 - 40}}) {
-        const Problem p({kv, q, packing, 2, 4, 3, 40, 16, true, {0, 0}, {70, 0}}, [&](Problem& p, std::mt19937& random) {
-          fill_normal(p, random);
-          p.q[at] = kNan;
-        });
+        const Problem p({kv, q, packing, 2, 4, 3, 40, 16, true, {0, 0}, {70, 0}},
+                        [&](Problem& p, std::mt19937& random) {
+                          fill_normal(p, random);
+                          p.q[at] = kNan;
+                        });
         current_case() = case_name(*kernels, p);
         const Result result = run_attend(pool, *kernels, p);
         CHECK(result.status == Status::kNanInQuery, at, static_cast<int>(result.status));
@@ -437,13 +436,14 @@ void same_bits_on_any_threads() {
 }
 
 // Attention over three pieces of a sequence, merged, is attention over all of it; empty pieces change no bit.
-void merge_of_threads_and_pieces() {
+void merge_of_pieces_on_threads() {
   WorkerPool pool(3);
   const Shape whole{DType::kFloat32, DType::kFloat32, Packing::kPanels, 2, 4, 1, 80, 16, false, {3, 0}, {150, 20}};
   const std::vector<Expected> expected = reference(Problem(whole, fill_normal));
   for (const KernelTable* kernels : available_kernels()) {
     std::vector<Result> pieces;
-    for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{{0, 37}, {37, 38}, {38, 150}, {150, 150}}) {
+    for (const auto& [begin, end] :
+         std::vector<std::pair<int64_t, int64_t>>{{0, 37}, {37, 38}, {38, 150}, {150, 150}}) {
       Problem piece(whole, fill_normal);
       for (int64_t seq = 0; seq < 2; ++seq) {
         piece.shape.kv_start[seq] = std::min(std::max(begin, whole.kv_start[seq]), whole.kv_len[seq]);
@@ -469,6 +469,54 @@ void merge_of_threads_and_pieces() {
   }
 }
 
+// Parts of random weight, huge ones and empty ones, against a merge in double. An lse near 1e4 is known to 1e4 u, and
+// so is the difference of two: 4 u (largest + 1) in every exponent, and 4 u for each part and operation.
+void merge_against_double() {
+  constexpr int64_t kNumRows = 150, kDim = 24, kNumParts = 5;
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  std::vector<std::vector<float>> outs(kNumParts), lses(kNumParts);
+  Partials parts{{}, {}, kNumRows, kDim};
+  for (int64_t i = 0; i < kNumParts; ++i) {
+    for (int64_t row = 0; row < kNumRows; ++row) {
+      const bool empty = row % 10 == 0 || (row + i) % 4 == 0;
+      const float offset = row % 3 == 0 ? 1e4f : row % 3 == 1 ? -1e4f : 0.0f;
+      lses[i].push_back(empty ? -INFINITY : offset + 3 * normal(random));
+      for (int64_t d = 0; d < kDim; ++d) outs[i].push_back(empty ? 0.0f : normal(random));
+    }
+    parts.out.push_back(outs[i].data());
+    parts.lse.push_back(lses[i].data());
+  }
+  Result merged{Status::kOk, std::vector<float>(kNumRows * kDim, kNan), std::vector<float>(kNumRows, kNan)};
+  WorkerPool pool(2);
+  merge(pool, parts, merged.out.data(), merged.lse.data());
+
+  const double u = std::ldexp(1.0, -24);
+  std::vector<Expected> expected;
+  for (int64_t row = 0; row < kNumRows; ++row) {
+    double largest = 0.0, highest = -INFINITY, total = 0.0;
+    for (int64_t i = 0; i < kNumParts; ++i) highest = std::max<double>(highest, lses[i][row]);
+    Expected e{std::vector<double>(kDim, 0.0), std::vector<double>(kDim, 0.0), highest, 0.0};
+    for (int64_t i = 0; i < kNumParts && highest > -INFINITY; ++i) {
+      if (lses[i][row] == -INFINITY) continue;
+      largest = std::max<double>(largest, std::abs(lses[i][row]));
+      total += std::exp(lses[i][row] - highest);
+    }
+    const double exponent = 4 * u * (largest + 1);
+    for (int64_t i = 0; i < kNumParts && total > 0.0; ++i) {
+      for (int64_t d = 0; d < kDim; ++d) {
+        const double share = std::exp(lses[i][row] - highest) / total * outs[i][row * kDim + d];
+        e.out[d] += share;
+        e.out_tolerance[d] += std::abs(share) * (std::expm1(2 * exponent) + 4 * (kNumParts + 4) * u);
+      }
+    }
+    if (total > 0.0) e.lse += std::log(total);
+    e.lse_tolerance = exponent + 4 * (kNumParts + 4) * u;
+    expected.push_back(e);
+  }
+  check_close(merged, expected);
+}
+
 }  // namespace
 }  // namespace tandem
 
@@ -483,6 +531,7 @@ int main(int argc, char** argv) {
                     {"NaN in the query", nan_in_query},
                     {"a wild slot in use", wild_slot_in_use},
                     {"same bits on any threads", same_bits_on_any_threads},
-                    {"merge of pieces, on threads", merge_of_threads_and_pieces}},
+                    {"merge of pieces, on threads", merge_of_pieces_on_threads},
+                    {"merge against double", merge_against_double}},
                    argc, argv);
 }

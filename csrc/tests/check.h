@@ -32,8 +32,8 @@ struct Failure {
 };
 
 // CHECK(condition, values...): the values are printed where the condition does not hold.
-#define CHECK(condition, ...)                                                             \
-  do {                                                                                    \
+#define CHECK(condition, ...)                                                              \
+  do {                                                                                     \
     if (!(condition)) ::tandem::Failure{__FILE__, __LINE__, #condition}.with(__VA_ARGS__); \
   } while (false)
 

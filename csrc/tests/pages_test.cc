@@ -53,8 +53,8 @@ struct Tokens {
   // The view whose first token is `token`.
   TokenRows rows_from(int64_t token) {
     const int64_t k_head = num_tokens * k_row, v_head = num_tokens * v_row;
-    return {k_at(0, 0, token), v_at(0, 0, token), kNumKvHeads * k_head, k_head, k_row, kNumKvHeads * v_head, v_head,
-            v_row};
+    return {
+        k_at(0, 0, token), v_at(0, 0, token), kNumKvHeads * k_head, k_head, k_row, kNumKvHeads * v_head, v_head, v_row};
   }
 };
 
@@ -133,7 +133,8 @@ void check_gathers(WorkerPool& pool, const KernelTable& kernels, Fixture& f, con
                    const PageTable& table) {
   const int64_t size = arena.page_size, all = f.num_tokens;
   const std::vector<std::pair<int64_t, int64_t>> runs = {
-      {0, all}, {0, 0}, {all, all}, {0, 1}, {1, 2}, {3, 20}, {15, 17}, {size - 1, size + 1}, {size, 3 * size}, {7, all - 5}};
+      {0, all}, {0, 0},   {all, all},           {0, 1},           {1, 2},
+      {3, 20},  {15, 17}, {size - 1, size + 1}, {size, 3 * size}, {7, all - 5}};
   for (const auto& [begin, end] : runs) check_gather(pool, kernels, f, arena, table, begin, end);
 }
 

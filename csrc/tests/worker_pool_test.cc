@@ -163,13 +163,11 @@ void forked_while_busy() {
 
 int main(int argc, char** argv) {
   using namespace tandem;
-  std::vector<Test> tests = {{"every item once", every_item_once},
-                             {"many jobs", many_jobs},
-                             {"jobs after sleep", jobs_after_sleep},
-                             {"one thread is the caller", one_thread_is_the_caller},
-                             {"threads work at once", threads_work_at_once},
-                             {"callers take turns", callers_take_turns},
-                             {"destroyed while idle", destroyed_while_idle}};
+  std::vector<Test> tests = {
+      {"every item once", every_item_once},           {"many jobs", many_jobs},
+      {"jobs after sleep", jobs_after_sleep},         {"one thread is the caller", one_thread_is_the_caller},
+      {"threads work at once", threads_work_at_once}, {"callers take turns", callers_take_turns},
+      {"destroyed while idle", destroyed_while_idle}};
 #if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer itself dies of threads that a forked child starts
   tests.push_back({"used after fork", used_after_fork});
   tests.push_back({"used after fork by two", used_after_fork_by_two});

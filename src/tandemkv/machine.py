@@ -184,16 +184,18 @@ def set_passive_spin() -> bool:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Directories of this process's control group and its ancestors, in the v1 and v2 hierarchies that are mounted."""
+    """Directories of this process's control group and its ancestors, wherever a v1 or v2 hierarchy is mounted.
+
+    They need not exist, and a v1 hierarchy of another controller does no harm: it has none of this controller's files.
+    """
     own = _own_groups(root)
     for line in _read(root / "proc/self/mountinfo").splitlines():
         mount, _, source = line.partition(" - ")
-        file_system, _, options = source.split(" ", 2)
-        is_v2 = file_system == "cgroup2"
-        if not is_v2 and not (file_system == "cgroup" and controller in options.split(",")):
+        file_system = source.split(" ", 1)[0]
+        if file_system not in ("cgroup", "cgroup2"):
             continue
         mounted, mount_point = mount.split()[3:5]
-        group = own.get("" if is_v2 else controller, PurePosixPath(mounted))
+        group = own.get("" if file_system == "cgroup2" else controller, PurePosixPath(mounted))
         # In a container the group may be a path of the host's, or lead out of its namespace ("/../x"): then what is
         # mounted is the group.
         inside = group.is_relative_to(mounted) and ".." not in group.parts

@@ -115,8 +115,9 @@ class Arena:
 class PagedKV:
     """What one `attend` reads: for every sequence and KV head, a run of tokens behind a page table.
 
-    page_table: int32 `[num_seqs, num_kv_heads, num_pages]` on the CPU, slots of `arena`; heads or sequences may share a
-        row (stride 0). Token t of the run lies in page t // page_size. Entries outside `[kv_start, kv_len)` are not read.
+    page_table: int32 `[num_seqs, num_kv_heads, num_pages]` on the CPU, slots of `arena`; heads or sequences may share
+        a row (stride 0). Token t of the run lies in page t // page_size. Entries outside `[kv_start, kv_len)` are
+        not read.
     kv_start, kv_len: int64 `[num_seqs]` on the CPU: the tokens of the run that exist (padding before, nothing behind).
     """
 

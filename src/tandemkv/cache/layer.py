@@ -73,7 +73,7 @@ class LayerKV:
         return max(0, -(-(self.num_near_tokens - self._near_tokens) // self._page_size))
 
     def evict(self) -> None:
-        """Demote the oldest pages until at most near_tokens are near. CapacityError, with nothing moved, if far is full."""
+        """Demote the oldest pages until at most near_tokens are near. CapacityError, nothing moved, if far is full."""
         num_pages = self.pages_to_evict()
         if num_pages:
             self._demote(num_pages)
@@ -123,7 +123,7 @@ class LayerKV:
         self._num_far_pages = far_kept
 
     def _reopen(self, page: int, num_tokens: int) -> None:
-        """Turn the far page `page` into an open near page of `num_tokens`; later pages must be dropped by the caller."""
+        """Turn the far page `page` into an open near page of `num_tokens`, and drop every page behind it."""
         begin = page * self._page_size
         k, v = self.read(begin, begin + num_tokens)
         slots = self._near.allocate(self.num_seqs)

@@ -1,6 +1,6 @@
 """The whole cache of a model: two pools, a layer's tables over them, and the arithmetic of what fits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +32,7 @@ class CacheSpec:
     far_bytes: int
     page_size: int = 64
     chunk_tokens: int = 512
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
         self.near_layout  # noqa: B018  refuses a dtype or page_size that no page can have
@@ -91,7 +91,7 @@ class TierUse:
 class KVCache:
     """Keys and values of every layer: recent tokens near, older ones far.
 
-    Nothing is allocated before the first `reserve` or `layer`. A cache serves one batch of sequences that grow together.
+    Nothing is allocated before the first `reserve` or `layer`. It serves one batch of sequences that grow together.
     """
 
     def __init__(self, spec: CacheSpec, workers: "WorkerPool | None" = None) -> None:
@@ -154,7 +154,7 @@ class KVCache:
         if far_pages > spec.num_far_slots:
             far_tokens = max(0, num_tokens - spec.near_tokens)
             raise CapacityError(
-                f"{num_seqs} x {num_tokens} tokens leave {num_seqs} x {far_tokens} far tokens: {spec.num_layers} layers "
+                f"{num_seqs} x {num_tokens} tokens leave {num_seqs} x {far_tokens} far: {spec.num_layers} layers "
                 f"x {spec.far_page_bytes // spec.page_size} bytes a token need {format_bytes(needed)}, far_bytes is "
                 f"{format_bytes(spec.far_bytes)}; raise far_bytes or near_tokens, or shorten the prompt"
             )

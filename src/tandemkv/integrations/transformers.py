@@ -56,9 +56,8 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     """
     config = model.config
     if config.model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"{type(model).__name__} (model_type {config.model_type!r}) is not supported yet; supported: {', '.join(FAMILIES)}"
-        )
+        name = f"{type(model).__name__} (model_type {config.model_type!r})"
+        raise UnsupportedError(f"{name} is not supported yet; supported: {', '.join(FAMILIES)}")
     other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if other_layers or getattr(config, "use_sliding_window", False):
         raise UnsupportedError(
@@ -102,8 +101,8 @@ class TieredCache(Cache):  # type: ignore[misc]
         """Nothing is allocated until the first use.
 
         config: of an attached model. near_tokens: per sequence and layer, at least two pages. far_bytes: capacity in
-        host memory for all layers and sequences, such as "16GiB"; memory is taken as it fills. chunk_tokens: prompts are
-        worked through in runs of this many tokens.
+        host memory for all layers and sequences, such as "16GiB"; memory is taken as it fills. chunk_tokens: a prompt
+        is worked through in runs of this many tokens.
         Raises InputError for values that cannot be, CapacityError where far_bytes exceeds the machine.
         """
         config = config.get_text_config(decoder=True)
@@ -156,12 +155,12 @@ class TieredCache(Cache):  # type: ignore[misc]
             layer.pending = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove `-tokens_to_remove` tokens from the end; a positive number is the length to keep (transformers <= 5.17)."""
+        """Remove `-tokens_to_remove` tokens from the end; a positive number is the length to keep (as in 5.17)."""
         keep = tokens_to_remove if tokens_to_remove > 0 else max(0, self.kv.seq_len + tokens_to_remove)
         self.kv.crop(keep)
 
     def padding(self, mask: Tensor | None) -> Tensor | None:
-        """kv_start `[num_seqs]` of a 2D bool mask `[num_seqs, kv_len]`, None without padding; refuses all but left padding.
+        """kv_start `[num_seqs]` of a 2D bool mask `[num_seqs, kv_len]`; None without padding; only left is allowed.
 
         One mask serves all layers of a forward pass: the last answer is kept.
         """
@@ -210,8 +209,9 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.index == 0:
             kv.adapt(k.dtype, k.device)
             if kv.seq_len + k.shape[2] > cache.max_positions:
+                num_tokens = kv.seq_len + k.shape[2]
                 raise InputError(
-                    f"{kv.seq_len + k.shape[2]} tokens exceed the model's {cache.max_positions} positions; shorten the prompt"
+                    f"{num_tokens} tokens exceed the model's {cache.max_positions} positions; shorten the prompt"
                 )
             kv.require_room(k.shape[2])
         layer = kv.layer(self.index, k.shape[0])

@@ -99,7 +99,7 @@ def merge(parts: list[Partial], pool: WorkerPool | None = None) -> Partial:
 
 
 def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
-    """Write k and v `[num_seqs, num_kv_heads, num_tokens, head_dim]` as tokens `begin...` of the table; an arena of rows."""
+    """See `tandemkv.kernels.append`."""
     if arena.layout.packing != "rows":
         raise InputError("tokens are appended to an arena of rows; panels are filled by move_pages")
     num_tokens = _check_rows(arena, page_table, begin, k, v)
@@ -145,7 +145,7 @@ def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, p
 def move_pages(
     source: Arena, target: Arena, source_slots: list[int], target_slots: list[int], pool: WorkerPool | None = None
 ) -> None:
-    """Copy whole pages from an arena of rows to another arena, packing them where the target holds panels."""
+    """See `tandemkv.kernels.move_pages`; both arenas in host memory."""
     if source.layout.packing != "rows" or len(source_slots) != len(target_slots):
         raise InputError("move_pages takes pages of rows and as many target slots as source slots")
     same = (source.layout.dtype, source.layout.page_size, source.num_kv_heads, source.head_dim)

@@ -12,8 +12,8 @@ from tandemkv.types import Arena, Partial
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False) -> Partial:
     """Attention of q over dense k and v, all of them tokens that exist.
 
-    q: `[num_seqs, num_q_heads, q_len, head_dim]`; k, v: `[num_seqs, num_kv_heads, kv_len, head_dim]`, one dtype, one
-    device. causal: q and k are the same tokens (q_len == kv_len). out is rounded to q's dtype by the kernel, then widened.
+    q: `[num_seqs, num_q_heads, q_len, head_dim]`; k, v: `[num_seqs, num_kv_heads, kv_len, head_dim]`, one dtype and
+    device. causal: q and k are the same tokens (q_len == kv_len). out is rounded to q's dtype, then it is widened.
     """
     num_seqs, num_q_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def start(q: Tensor, far: PagedKV, *, scale: float, workers: "WorkerPool") -> Future[Partial]:
-    """See `Lane`. On a CPU device the work is done before this returns: a second thread would fight for the same cores."""
+    """See `Lane`. On a CPU device the work is done before this returns: another thread would fight for the cores."""
     if q.device.type != "cpu":
         return _dispatcher().submit(_attend_from_device, q, far, scale, workers)
     done: Future[Partial] = Future()

@@ -1,0 +1,66 @@
+# What people and CI run. Needs Python >= 3.11 with venv, g++ and make; everything else comes into .venv.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+CSRC := $(wildcard csrc/*.cc csrc/*.h)
+CSRC_TESTS := $(wildcard csrc/tests/*.cc csrc/tests/*.h)
+
+# A comma that does not separate the arguments of $(call).
+, := ,
+
+# $(call build_native,DIR,FLAGS): the native tests in build/DIR, with the flags of the wheel and FLAGS.
+build_native = $(BIN)/cmake --log-level=WARNING -S . -B build/$(1) -G Ninja \
+	-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTANDEM_PYTHON=OFF -DTANDEM_NATIVE_TESTS=ON \
+	-DCMAKE_CXX_FLAGS="$(2)" && $(BIN)/cmake --build build/$(1) -- --quiet
+run_native = $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=error --timeout 300
+
+.PHONY: help setup demo test check format native sanitize clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(INSTALLED)  ## create .venv and install tandemkv with its tools; redone when their sources change
+
+demo: $(INSTALLED)  ## stock transformers beside tandemkv on the same long context
+	$(BIN)/tandemkv demo
+
+test: setup check  ## set up and check: what a change must pass
+
+check: $(INSTALLED)  ## format, lint, types, layers, native tests, pytest; stops at the first failure
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(CSRC_TESTS)
+	$(MAKE) --no-print-directory native
+	$(BIN)/python -m pytest
+
+format: $(INSTALLED)  ## format Python and C++, and apply ruff's safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC) $(CSRC_TESTS)
+
+native: $(INSTALLED)  ## the native tests as they ship
+	$(call build_native,native)
+	$(call run_native,native)
+
+# -O1 keeps the reports readable; the library's own -O3 follows it on the command line.
+sanitize: $(INSTALLED)  ## the native tests under AddressSanitizer and UBSan, what uses threads under ThreadSanitizer
+	$(call build_native,asan,-O1 -g -fno-omit-frame-pointer -fsanitize=address$(,)undefined -fno-sanitize-recover=all)
+	$(call run_native,asan)
+	$(call build_native,tsan,-O1 -g -fsanitize=thread)
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/worker_pool_test
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/attend_test threads
+
+clean:  ## remove what was built, keep .venv
+	rm -rf build dist $(INSTALLED)

@@ -1,0 +1,70 @@
+"""The picture of benchmarks.attend, where matplotlib is installed."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.common import Run
+from benchmarks.contest import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = {
+    "tandemkv": "#c1272d",
+    "torch_matmul": "#1f77b4",
+    "torch_sdpa": "#17a2a2",
+    "flex_attention": "#7f6fb5",
+    "transformers": "#8c8c8c",
+    "onnxruntime": "#b58900",
+}
+
+
+def draw(rows: Sequence[Row], run: Run, path: Path) -> str:
+    """Save GB/s over KV length, a panel for each heads and head_dim, and say where, or which extra to install."""
+    if find_spec("matplotlib") is None:
+        return "no picture: matplotlib is missing, pip install 'tandemkv[plot]'"
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.num_threads == max(row.num_threads for row in rows)]
+    dims = sorted({row.shape.head_dim for row in rows})
+    heads = list(dict.fromkeys((row.shape.num_q_heads, row.shape.num_kv_heads) for row in rows))
+    figure = Figure(figsize=(2 + 2.6 * len(heads), 1.6 + 2.5 * len(dims)), layout="constrained")
+    panels = figure.subplots(len(dims), len(heads), sharex=True, sharey=True, squeeze=False)
+    for i, head_dim in enumerate(dims):
+        for j, (num_q_heads, num_kv_heads) in enumerate(heads):
+            panel = [row for row in rows if _key(row) == (num_q_heads, num_kv_heads, head_dim)]
+            _panel(panels[i, j], sorted(panel, key=lambda row: row.shape.kv_len))
+            panels[i, j].set_title(f"{num_q_heads}:{num_kv_heads} heads x {head_dim}", fontsize=10)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("GB/s of K and V")
+    for axes in panels[-1]:
+        axes.set_xlabel("KV tokens")
+    lines = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
+    figure.legend(lines.values(), [str(name) for name in lines], loc="outside lower center", ncols=7, frameon=False)
+    figure.suptitle(
+        f"Decode attention on the CPU, bf16, {rows[0].num_threads} threads\n{run.machine}; {run.commit}", fontsize=10
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return f"picture: {path}"
+
+
+def _key(row: Row) -> tuple[int, int, int]:
+    return row.shape.num_q_heads, row.shape.num_kv_heads, row.shape.head_dim
+
+
+def _panel(axes: "Axes", rows: Sequence[Row]) -> None:
+    lengths = [row.shape.kv_len for row in rows]
+    axes.plot(lengths, [row.read_gbps for row in rows], color="black", linestyle="--", label="read limit")
+    series = {"tandemkv": [row.gbps(row.ours_ms) for row in rows]}
+    for name in dict.fromkeys(name for row in rows for name in row.peers_ms):
+        series[name] = [row.gbps(row.peers_ms[name]) if name in row.peers_ms else float("nan") for row in rows]
+    for name, gbps in series.items():
+        axes.plot(lengths, gbps, marker="o", markersize=4, color=COLORS.get(name), label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

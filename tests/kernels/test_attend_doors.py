@@ -1,0 +1,107 @@
+"""What `attend` refuses at the door, each with its message."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tandemkv.errors import InputError, TandemError, UnsupportedError
+from tandemkv.kernels import attend, cpu
+from tandemkv.types import Arena, PagedKV, PageLayout
+from tests.paged import Shape, build
+
+Call = tuple[Tensor, PagedKV]
+CASE = build(Shape(16, 2, 2, 64, kv_len=(40, 33), kv_start=(0, 3)))  # tables of 4 pages: 64 tokens
+
+
+def change_q(q: Tensor) -> Callable[[], Call]:
+    return lambda: (q, CASE.kv)
+
+
+def change_kv(**fields: object) -> Callable[[], Call]:
+    return lambda: (CASE.q, replace(CASE.kv, **fields))  # type: ignore[arg-type]
+
+
+def arena_of(head_dim: int, device: str = "cpu") -> Callable[[], Call]:
+    arena = Arena.allocate(PageLayout(torch.float32, 16), 4, 2, head_dim, device)
+    return lambda: (torch.zeros(2, 4, 1, head_dim), replace(CASE.kv, arena=arena))
+
+
+def heads_of_q(num_q_heads: int) -> Callable[[], Call]:
+    return change_q(torch.zeros(2, num_q_heads, 1, 64))
+
+
+table, kv_len = CASE.kv.page_table, CASE.kv.kv_len
+REFUSED: dict[str, tuple[Callable[[], Call], type[TandemError], str]] = {
+    "q on another device": (change_q(CASE.q.to("meta")), InputError, "queries in host memory, got meta"),
+    "q of fp16": (
+        change_q(CASE.q.half()),
+        UnsupportedError,
+        "float32 or bfloat16, got torch.float16: load the model with",
+    ),
+    "q of float64": (change_q(CASE.q.double()), UnsupportedError, "float32 or bfloat16, got torch.float64"),
+    "q of three dims": (change_q(CASE.q[0]), InputError, r"expected q \[.*, 64\], got \[4, 1, 64\]"),
+    "q of another head_dim": (change_q(CASE.q[..., :32]), InputError, r"expected q \[.*, 64\], got \[2, 4, 1, 32\]"),
+    "no query": (change_q(CASE.q[:, :, :0]), InputError, r"q_len must be at least 1, got \[2, 4, 0, 64\]"),
+    "group of 17": (heads_of_q(34), UnsupportedError, "1 to 16 times the 2 KV heads, got 34"),
+    "group of 1.5": (heads_of_q(3), UnsupportedError, "1 to 16 times the 2 KV heads, got 3"),
+    "group of 0": (heads_of_q(0), UnsupportedError, "1 to 16 times the 2 KV heads, got 0"),
+    "table of int64": (change_kv(page_table=table.long()), InputError, r"int32 \[2, 2, num_pages\].*got torch.int64"),
+    "table of two dims": (
+        change_kv(page_table=table[0]),
+        InputError,
+        r"page_table must be .* got torch.int32 \[2, 4\]",
+    ),
+    "table of one sequence": (change_kv(page_table=table[:1]), InputError, r"page_table must be .*\[1, 2, 4\]"),
+    "table of three heads": (
+        change_kv(page_table=table[:, [0, 1, 1]]),
+        InputError,
+        r"page_table must be .*\[2, 3, 4\]",
+    ),
+    "table on another device": (change_kv(page_table=table.to("meta")), InputError, "page_table must be .* on meta"),
+    "table with strided pages": (change_kv(page_table=table[..., ::2]), InputError, "contiguous along its pages"),
+    "table too short": (change_kv(page_table=table[..., :2]), InputError, r"lie in \[0, 32\) for a table of 2 pages"),
+    "table of no pages": (change_kv(page_table=table[..., :0]), InputError, r"lie in \[0, 0\) for a table of 0 pages"),
+    "kv_len behind the table": (change_kv(kv_len=torch.tensor([40, 65])), InputError, r"lie in \[0, 64\)"),
+    "kv_start below 0": (change_kv(kv_start=torch.tensor([0, -1])), InputError, r"lie in \[0, 64\)"),
+    "kv_len of int32": (
+        change_kv(kv_len=kv_len.int()),
+        InputError,
+        r"kv_len must be .*int64 \[2\].*got torch.int32 \[2\]",
+    ),
+    "kv_start of one": (
+        change_kv(kv_start=torch.tensor([0])),
+        InputError,
+        r"kv_start must be .*\[2\].*got torch.int64 \[1\]",
+    ),
+    "kv_len strided": (change_kv(kv_len=kv_len.repeat_interleave(2)[::2]), InputError, "kv_len must be contiguous"),
+    "kv_len on another device": (change_kv(kv_len=kv_len.to("meta")), InputError, "kv_len must be .* on meta"),
+    "arena on another device": (arena_of(64, "meta"), InputError, "arenas in host memory, got meta"),
+    "odd head_dim": (arena_of(65), UnsupportedError, "head_dim must be even and at most 256, got 65"),
+    "head_dim of 258": (arena_of(258), UnsupportedError, "head_dim must be even and at most 256, got 258"),
+}
+
+
+def test_the_case_itself_is_accepted() -> None:
+    attend(CASE.q, CASE.kv, scale=1.0)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_refused(name: str) -> None:
+    make, error, message = REFUSED[name]
+    q, kv = make()
+    with pytest.raises(error, match=message):
+        attend(q, kv, scale=1.0)
+
+
+def test_no_sequences_give_an_empty_result() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    out, lse = attend(CASE.q[:0], PagedKV(CASE.kv.arena, table[:0], none, none), scale=1.0)
+    assert out.shape == (0, 4, 1, 64)
+    assert lse.shape == (0, 4, 1)
+
+
+def test_the_read_probe_reads() -> None:
+    assert cpu.read_gbps(cpu.WorkerPool(2), torch.zeros(1 << 20, dtype=torch.uint8)) > 0

@@ -1,0 +1,124 @@
+"""How far float32 attention may lie from the float64 reference: bounds computed from the data, term by term.
+
+For a row of q with visible tokens t, true weights w_t = exp(s_t - lse) and n tokens, where u = 2^-24 is the unit
+roundoff of float32, the relative error r of a weight has these terms:
+
+scores   A = |scale| * max_t sum_d |q_d k_td| bounds every score and every sum inside its dot product. head_dim
+         products summed in float32 cost A `sum_error(head_dim)`; rounding `scale` and the product with it, 2 A u;
+         q multiplied as bf16 parts, A `Rounding.query`.
+maxima   H = A + ln n bounds scores, maxima and lse. A score less the maximum, which is itself a rounded score, and the
+         lse of a chunk: 4 H u.
+exp      `Rounding.exp`.
+sums     n probabilities, and n products with V, are summed in float32; each tile of 64 tokens may rescale what was
+         summed before it (8 roundings): `sum_error(n + n / 8)`.
+merges   each weighs, adds and divides (8 u) and rounds two lse (2 H u).
+
+lse is off by at most r and its own rounding, out by (e^(2 r) - 1) * sum_t w_t |v_td| (numerator and denominator), by
+`Rounding.weight` of the same sum and by `Rounding.out`. Nothing else may differ: one token out of a hundred, 1 % of the
+scale or a lost mask lie outside (kernels/test_tolerances.py proves it).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tandemkv.types import Partial
+
+U = 2.0**-24
+TINY = 1e-30  # what denormals flushed to zero, and weights below exp(-87), may lose in absolute terms
+
+
+class Rounding(NamedTuple):
+    """Relative errors of a kernel beyond those of plain float32: of q and of a weight as multiplied, of exp, of out."""
+
+    query: float = 0.0
+    weight: float = 0.0
+    exp: float = 4 * U
+    out: float = 2 * U
+
+
+FLOAT32 = Rounding()
+# Two bf16 parts: x - high is exact in float32 and at most 2^-8 of x, so that half an ulp of its bf16 is 2^-17 of x.
+SPLIT_BF16 = Rounding(query=2.0**-17, weight=2.0**-17)
+# torch's CPU flash kernel in bf16 has an exp that is off by 1.5e-4 (2^-12.7, measured in 2.13; 6 u in float32), and it
+# rounds probabilities (before PV) and out to 8 bits.
+TORCH_FLOAT32 = Rounding(exp=8 * U)
+TORCH_BF16 = Rounding(weight=2.0**-8, exp=2.0**-12, out=2.0**-8)
+
+
+def kernel_rounding(kv_dtype: torch.dtype) -> Rounding:
+    """What `kernels.attend` may do with KV of this dtype on any instruction set."""
+    return SPLIT_BF16 if kv_dtype == torch.bfloat16 else FLOAT32
+
+
+class Bound(NamedTuple):
+    """Largest allowed |got - reference|, in the shapes of a Partial."""
+
+    out: Tensor
+    lse: Tensor
+
+
+def sum_error(num_terms: float) -> float:
+    """Relative to the sum of magnitudes: the worst case n u, or 6 sqrt(n) u, which independent roundings exceed once in
+    3e7 sums (Higham & Mary 2019, 1-exp(-lambda^2/2) with lambda = 6)."""
+    return min(num_terms, 6 * math.sqrt(num_terms)) * U
+
+
+def attend_bound(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, rounding: Rounding = FLOAT32, num_merges: int = 0
+) -> Bound:
+    """Bound for attention of q `[S, Hq, Q, D]` over k, v `[S, Hkv, T, D]` where `visible` `[S, Q, T]` says so.
+
+    num_merges: how often partial results of this attention were merged afterwards.
+    """
+    group_size = q.shape[1] // k.shape[1]
+    hidden = ~visible.unsqueeze(1)
+    k, v = (x.double().repeat_interleave(group_size, 1) for x in (k, v))
+    scores = (scale * (q.double() @ k.mT)).masked_fill(hidden, -math.inf)
+    magnitude = (abs(scale) * (q.double().abs() @ k.abs().mT)).masked_fill(hidden, 0.0)
+    largest = magnitude.amax(-1) if k.shape[2] else torch.zeros(q.shape[:3], dtype=torch.float64)
+    lse = torch.logsumexp(scores, -1)
+    mass = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse).unsqueeze(-1)) @ v.abs()
+    num_tokens = max(int(visible.sum(-1).max()), 1)
+    height = largest + math.log(num_tokens)  # bounds every score, maximum and lse on the way
+    relative = (
+        largest * (sum_error(q.shape[3]) + 2 * U + rounding.query)
+        + height * 4 * U
+        + rounding.exp
+        + sum_error(num_tokens * 1.125)
+        + num_merges * (8 * U + height * 2 * U)
+    )
+    return _bound(relative, mass, height, rounding)
+
+
+def merge_bound(parts: list[Partial]) -> Bound:
+    """Bound for any order of merging float32 parts that are taken as exact."""
+    lses = torch.stack([part.lse.double() for part in parts])
+    lse = torch.logsumexp(lses, 0)
+    weights = torch.exp(lses - torch.where(lse == -math.inf, 0.0, lse))
+    mass = (weights.unsqueeze(-1) * torch.stack([part.out.double().abs() for part in parts])).sum(0)
+    height = torch.where(lses == -math.inf, 0.0, lses.abs()).amax(0) + math.log(len(parts))
+    return _bound(len(parts) * (8 * U + height * 2 * U), mass, height, FLOAT32)
+
+
+def _bound(relative: Tensor, mass: Tensor, height: Tensor, rounding: Rounding) -> Bound:
+    out = mass * (torch.expm1(2 * relative).unsqueeze(-1) + rounding.weight + rounding.out)
+    return Bound(out + TINY, relative + 2 * U * height + TINY)
+
+
+def excess(got: Partial, reference: Partial, bound: Bound) -> float:
+    """The largest error in units of its bound: above 1 is wrong. Equal infinities agree; a NaN is infinitely wrong."""
+    worst = 0.0
+    for x, y, allowed in zip(got, reference, bound, strict=True):
+        assert x.shape == y.shape == allowed.shape
+        error = torch.where(x.double() == y, 0.0, (x.double() - y).abs() / allowed)
+        worst = max(worst, float(error.nan_to_num(math.inf, math.inf).max()) if error.numel() else 0.0)
+    return worst
+
+
+def assert_within(got: Partial, reference: Partial, bound: Bound) -> None:
+    """Every number of a float32 Partial lies within its bound of the reference."""
+    assert got.out.dtype == got.lse.dtype == torch.float32
+    assert excess(got, reference, bound) <= 1
