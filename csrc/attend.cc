@@ -59,7 +59,7 @@ Schedule cut(const AttendArgs& args) {
 // Merges `num_parts` of one row in index order; `part(i)` gives its out and lse.
 void merge_row(const float* const* outs, const float* lses, int64_t num_parts, int64_t dim, float* out, float* lse) {
   float top = -INFINITY;
-  for (int64_t i = 0; i < num_parts; ++i) top = std::max(top, lses[i]);
+  for (int64_t i = 0; i < num_parts; ++i) top = std::isnan(top) || lses[i] <= top ? top : lses[i];  // a NaN stays
   std::fill(out, out + dim, 0.0f);
   *lse = top;
   if (top == -INFINITY) return;

@@ -16,123 +16,138 @@ namespace {
 constexpr int64_t kTileTokens = 64;
 constexpr int kMaxTileRows = TANDEM_MAX_TILE_ROWS;
 
+#if defined(__AMX_BF16__)
+constexpr int64_t kMinDotRows = 5;  // fewer rows fill too little of a tile: multiply-adds keep up with memory
+#elif defined(__AVX512BF16__)
+constexpr int64_t kMinDotRows = 1;
+#endif
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- The product ---------------------------------------------------------------------------------------------------
 
-// A panel: num_k rows `k_stride` bytes apart, of blocks of 16 lanes `block_stride` bytes apart. `ahead` is where the
-// next tile's panel will be read: its lines are asked for, one for one, while this one is multiplied.
+// The lines of the tile after this one, asked for a few at a time while this one is computed: in the products and in
+// the softmax alike, for a core has some 16 requests in flight and memory idles whenever none is waiting. Loops take a
+// run of lines beforehand: a store in the loop, even of a cursor, would hold back the tile loads of AMX (17 % of a
+// call).
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;            // K
+  const char *then_at = nullptr, *then_end = nullptr;  // V
+
+  bool done() const { return at >= end && then_at == nullptr; }
+
+  // A run of lines to ask for; where none is left, lines at `idle`, which are in the cache. It may lie past the end.
+  const char* take(int64_t num_lines, const char* idle) {
+    if (at >= end) {
+      if (then_at == nullptr) return idle;
+      at = then_at;
+      end = then_end;
+      then_at = nullptr;
+    }
+    const char* run = at;
+    at += num_lines * 64;
+    return run;
+  }
+};
+
+inline void ask(const char*& run, int num_lines) {
+  for (int line = 0; line < num_lines; ++line, run += 64) __builtin_prefetch(run, 0, 2);
+}
+
+// A panel: num_k rows `k_stride` bytes apart, of blocks of 16 lanes `block_stride` bytes apart.
 struct Panel {
-  const char *data, *ahead;
+  const char* data;
   int64_t k_stride, block_stride, num_k, num_blocks;
 };
 
+// Rows of accumulators, a block of 16 lanes beside the next; rows of weights, as an Element prepared them.
+struct Accumulators {
+  float* data;
+  int64_t stride;
+};
+struct Weights {
+  const uint32_t* data;
+  int64_t stride;
+};
+
 // acc_R[block * 16 ...] += sum over k of panel[k][block] * weights_R[k], for kRows rows and kBlocks blocks.
-template <class Element, int kRows, int kBlocks, bool kPrefetch>
-inline void panel_product(const Panel& panel, int64_t block, const uint32_t* weights, int64_t weight_stride, float* acc,
-                          int64_t acc_stride) {
+template <class Element, int kRows, int kBlocks>
+inline void panel_product(const Panel& panel, int64_t block, Weights weights, Accumulators acc, Ahead& ahead) {
   constexpr int kVecs = kBlocks * kVecsPerBlock;
   Vec sum[kRows][kVecs];
+  float* const first = acc.data + block * 16;
   for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kVecs; ++n) sum[r][n] = load(acc + r * acc_stride + block * 16 + n * kLanes);
+    for (int n = 0; n < kVecs; ++n) sum[r][n] = load(first + r * acc.stride + n * kLanes);
   }
   const char* row = panel.data + block * panel.block_stride;
-  const char* ahead = panel.ahead + block * panel.num_k * 64;
+  constexpr int kLinesPerStep = kBlocks == 1 ? 1 : kBlocks - 1;  // the softmax asks for the rest
+  const char* run = ahead.take(panel.num_k * kLinesPerStep, panel.data);
   for (int64_t k = 0; k < panel.num_k; ++k, row += panel.k_stride) {
-    if constexpr (kPrefetch) {
-      for (int n = 0; n < kBlocks; ++n, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    }
+    ask(run, kLinesPerStep);
     typename Element::Panel m[kVecs];
     for (int n = 0; n < kVecs; ++n) {
       m[n] = Element::panel(row + (n / kVecsPerBlock) * panel.block_stride + (n % kVecsPerBlock) * kLanes * 4);
     }
     for (int r = 0; r < kRows; ++r) {
-      const auto w = Element::weight(weights + r * weight_stride, k, panel.num_k);
+      const auto w = Element::weight(weights.data + r * weights.stride, k, panel.num_k);
       for (int n = 0; n < kVecs; ++n) sum[r][n] = Element::mac(sum[r][n], m[n], w);
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kVecs; ++n) store(acc + r * acc_stride + block * 16 + n * kLanes, sum[r][n]);
+    for (int n = 0; n < kVecs; ++n) store(first + r * acc.stride + n * kLanes, sum[r][n]);
   }
 }
 
-template <class Element, int kRows, bool kPrefetch>
-void product_rows(const Panel& panel, const uint32_t* weights, int64_t weight_stride, float* acc, int64_t acc_stride) {
+template <class Element, int kRows>
+void product_rows(const Panel& panel, Weights weights, Accumulators acc, Ahead& ahead) {
   constexpr int kBlocks = kLanes == 16 ? 4 : 1;  // as many accumulators as the registers hold
   int64_t block = 0;
   for (; block + kBlocks <= panel.num_blocks; block += kBlocks) {
-    panel_product<Element, kRows, kBlocks, kPrefetch>(panel, block, weights, weight_stride, acc, acc_stride);
+    panel_product<Element, kRows, kBlocks>(panel, block, weights, acc, ahead);
   }
-  for (; block < panel.num_blocks; ++block) {
-    panel_product<Element, kRows, 1, kPrefetch>(panel, block, weights, weight_stride, acc, acc_stride);
-  }
-}
-
-template <class Element, bool kPrefetch>
-void product_of(int64_t num_rows, const Panel& panel, const uint32_t* weights, int64_t weight_stride, float* acc,
-                int64_t acc_stride) {
-  switch (num_rows) {
-    case 1: return product_rows<Element, 1, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
-    case 2: return product_rows<Element, 2, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
-#if TANDEM_MAX_TILE_ROWS > 2
-    case 3: return product_rows<Element, 3, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
-#endif
-#if TANDEM_MAX_TILE_ROWS > 3
-    case 4: return product_rows<Element, 4, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
-#endif
-#if TANDEM_MAX_TILE_ROWS > 4
-    case 5: return product_rows<Element, 5, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
-    case 6: return product_rows<Element, 6, kPrefetch>(panel, weights, weight_stride, acc, acc_stride);
-#endif
-  }
+  for (; block < panel.num_blocks; ++block) panel_product<Element, kRows, 1>(panel, block, weights, acc, ahead);
 }
 
 #if defined(__AMX_BF16__)
 // A tile register multiplies up to 16 rows of weights by 32 x 16 numbers of a panel at once, whatever the rows: panels
-// are what TDPBF16PS reads. Shapes are set per item: 0 to 3 hold accumulators and 4, 5 weights (num_rows rows), 6 holds
-// 16 panel rows.
+// are what TDPBF16PS reads. Shapes are set per item: 0 to 3 hold accumulators and 4, 5 weights (num_rows rows), 6 and 7
+// hold 16 panel rows.
 struct TileShapes {
   explicit TileShapes(int64_t num_rows) {
     alignas(64) uint8_t config[64] = {1};  // palette 1; bytes per row from 16, rows from 48
-    for (int tile = 0; tile < 7; ++tile) {
+    for (int tile = 0; tile < 8; ++tile) {
       config[16 + 2 * tile] = 64;
-      config[48 + tile] = static_cast<uint8_t>(tile == 6 ? 16 : num_rows);
+      config[48 + tile] = static_cast<uint8_t>(tile >= 6 ? 16 : num_rows);
     }
     _tile_loadconfig(config);
   }
   ~TileShapes() { _tile_release(); }
 };
 
-inline void prefetch_lines(const char*& ahead) {
-  if (ahead == nullptr) return;
-  for (int line = 0; line < 16; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-}
-
 // Four blocks of a panel whose num_k is a multiple of 16.
 template <bool kSplit>
-void tile_product(const Panel& panel, int64_t block, const uint32_t* weights, int64_t weight_stride, float* acc,
-                  int64_t acc_stride) {
-  float* c = acc + block * 16;
-  const int64_t c_stride = acc_stride * 4, w_stride = weight_stride * 4;
+void tile_product(const Panel& panel, int64_t block, Weights weights, Accumulators acc, Ahead& ahead) {
+  float* c = acc.data + block * 16;
+  const int64_t c_stride = acc.stride * 4, w_stride = weights.stride * 4;
   const char* b = panel.data + block * panel.block_stride;
-  const char* ahead = panel.ahead == nullptr ? nullptr : panel.ahead + block * panel.num_k * 64;
   _tile_loadd(0, c, c_stride);
   _tile_loadd(1, c + 16, c_stride);
   _tile_loadd(2, c + 32, c_stride);
   _tile_loadd(3, c + 48, c_stride);
+  const char* run = ahead.take(panel.num_k * 4, panel.data);
   for (int64_t k = 0; k < panel.num_k; k += 16, b += 16 * panel.k_stride) {
-    _tile_loadd(4, weights + k, w_stride);
-    if constexpr (kSplit) _tile_loadd(5, weights + panel.num_k + k, w_stride);
-#define TANDEM_TILE(C)                                        \
-  prefetch_lines(ahead);                                      \
-  _tile_loadd(6, b + C * panel.block_stride, panel.k_stride); \
-  _tile_dpbf16ps(C, 4, 6);                                    \
-  if constexpr (kSplit) _tile_dpbf16ps(C, 5, 6)
-    TANDEM_TILE(0);
-    TANDEM_TILE(1);
-    TANDEM_TILE(2);
-    TANDEM_TILE(3);
+    _tile_loadd(4, weights.data + k, w_stride);
+    if constexpr (kSplit) _tile_loadd(5, weights.data + panel.num_k + k, w_stride);
+#define TANDEM_TILE(C, B)                                     \
+  ask(run, 16);                                               \
+  _tile_loadd(B, b + C * panel.block_stride, panel.k_stride); \
+  _tile_dpbf16ps(C, 4, B);                                    \
+  if constexpr (kSplit) _tile_dpbf16ps(C, 5, B)
+    TANDEM_TILE(0, 6);
+    TANDEM_TILE(1, 7);
+    TANDEM_TILE(2, 6);
+    TANDEM_TILE(3, 7);
 #undef TANDEM_TILE
   }
   _tile_stored(0, c, c_stride);
@@ -141,35 +156,50 @@ void tile_product(const Panel& panel, int64_t block, const uint32_t* weights, in
   _tile_stored(3, c + 48, c_stride);
 }
 
-inline bool tiles_fit(const Panel& panel) { return panel.num_k % 16 == 0 && panel.num_blocks % 4 == 0; }
+// True where tiles did the product.
+template <class Element>
+bool product_by_tiles(const Panel& panel, Weights weights, Accumulators acc, Ahead& ahead) {
+  if constexpr (Element::kIsDot) {
+    if (panel.num_k % 16 != 0 || panel.num_blocks % 4 != 0) return false;
+    for (int64_t block = 0; block < panel.num_blocks; block += 4) {
+      tile_product<Element::kIsSplit>(panel, block, weights, acc, ahead);
+    }
+    return true;
+  }
+  return false;
+}
 #else
 struct TileShapes {
   explicit TileShapes(int64_t) {}
 };
+
+template <class Element>
+bool product_by_tiles(const Panel&, Weights, Accumulators, Ahead&) {
+  return false;
+}
 #endif
 
 template <class Element>
-void product(const Panel& panel, const uint32_t* weights, int64_t weight_stride, float* acc, int64_t acc_stride,
-             int64_t num_rows) {
-#if defined(__AMX_BF16__)
-  if constexpr (Element::kPair == 2) {
-    if (tiles_fit(panel)) {
-      for (int64_t block = 0; block < panel.num_blocks; block += 4) {
-        tile_product<Element::kIsSplit>(panel, block, weights, weight_stride, acc, acc_stride);
-      }
-      return;
-    }
-  }
-#endif
+void product(const Panel& panel, Weights weights, Accumulators acc, int64_t num_rows, Ahead& ahead) {
+  if (product_by_tiles<Element>(panel, weights, acc, ahead)) return;
   const int64_t num_passes = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
   for (int64_t pass = 0, r = 0; pass < num_passes; ++pass) {
     const int64_t rows = (num_rows - r + num_passes - pass - 1) / (num_passes - pass);
-    const uint32_t* w = weights + r * weight_stride;
-    float* a = acc + r * acc_stride;
-    if (pass == 0 && panel.ahead != nullptr) {
-      product_of<Element, true>(rows, panel, w, weight_stride, a, acc_stride);
-    } else {
-      product_of<Element, false>(rows, panel, w, weight_stride, a, acc_stride);
+    const Weights w{weights.data + r * weights.stride, weights.stride};
+    const Accumulators a{acc.data + r * acc.stride, acc.stride};
+    switch (rows) {
+      case 1: product_rows<Element, 1>(panel, w, a, ahead); break;
+      case 2: product_rows<Element, 2>(panel, w, a, ahead); break;
+#if TANDEM_MAX_TILE_ROWS > 2
+      case 3: product_rows<Element, 3>(panel, w, a, ahead); break;
+#endif
+#if TANDEM_MAX_TILE_ROWS > 3
+      case 4: product_rows<Element, 4>(panel, w, a, ahead); break;
+#endif
+#if TANDEM_MAX_TILE_ROWS > 4
+      case 5: product_rows<Element, 5>(panel, w, a, ahead); break;
+      case 6: product_rows<Element, 6>(panel, w, a, ahead); break;
+#endif
     }
     r += rows;
   }
@@ -314,16 +344,16 @@ struct alignas(64) Scratch {
   int64_t visible_R[kMaxHeadRows];  // row r of every head sees tokens below this
   uint32_t p_RT[kMaxHeadRows * kTileTokens];
   float score_RT[kMaxHeadRows * kTileTokens];
+  Ahead ahead;
   alignas(64) char k_tile[kTileTokens * kMaxHeadDim * 4];
   alignas(64) char v_tile[kTileTokens * kMaxHeadDim * 4];
 };
 
 // Tokens [begin, end) of one head's table, inside one page and starting at a block; [valid_begin, valid_end) may be
-// read. next_k and next_v are where the tile after this one lies, or null.
+// read.
 struct Tile {
   int64_t head, begin, end, valid_begin, valid_end;
   const char *k, *v;
-  const char *next_k = nullptr, *next_v = nullptr;
 };
 
 inline float query_element(const void* q, DType dtype, int64_t i) {
@@ -388,8 +418,10 @@ void softmax_row(float scale, const Tile& tile, int64_t num_tokens, int64_t stor
   float* score = s.score_RT + r * kTileTokens;
   const int64_t end = min64(tile.valid_end, s.visible_R[r]) - tile.begin;
   const int64_t begin = tile.valid_begin - tile.begin;
+  const char* run = s.ahead.take(num_tokens / 2, tile.k);
   Vec tile_max = splat(-INFINITY);
   for (int64_t t = 0; t < num_tokens; t += kLanes) {
+    ask(run, kLanes / 4);
     Vec x = load(score + t) * scale;
     if (t < begin || t + kLanes > end) x = keep_lanes(x, begin - t, end - t);
     store(score + t, x);
@@ -407,6 +439,7 @@ void softmax_row(float scale, const Tile& tile, int64_t num_tokens, int64_t stor
   }
   Vec sum{};
   for (int64_t t = 0; t < num_tokens; t += kLanes) {
+    ask(run, kLanes / 4);
     const Vec p = exp_nonpositive(load(score + t) - base);
     sum += p;
     store(score + t, p);
@@ -421,14 +454,18 @@ void attend_tile(const AttendArgs& args, Tile tile, const Rows& rows, Scratch& s
   const int64_t num_blocks = (tile.end - tile.begin + 15) / 16, num_tokens = num_blocks * 16;
   stage<kPair>(args.arena, tile, s);
   for (int64_t r = 0; r < rows.num; ++r) std::memset(s.score_RT + r * kTileTokens, 0, num_tokens * 4);
-  const Panel k{tile.k, tile.next_k, 64, stored / kPair * 64, stored / kPair, num_blocks};
-  product<QueryElement>(k, rows.q_RD, stored, s.score_RT, kTileTokens, rows.num);
+  const Panel k{tile.k, 64, stored / kPair * 64, stored / kPair, num_blocks};
+  product<QueryElement>(k, {rows.q_RD, stored}, {s.score_RT, kTileTokens}, rows.num, s.ahead);
   for (int64_t r = 0; r < rows.num; ++r) {
     softmax_row(args.scale, tile, num_tokens, stored, r, rows, s);
     Element::prepare(s.score_RT + r * kTileTokens, num_tokens, s.p_RT + r * kTileTokens);
   }
-  const Panel v{tile.v, tile.next_v, stored * 4, 64, num_tokens / kPair, stored / 16};
-  product<Element>(v, s.p_RT, kTileTokens, rows.out_RD, stored, rows.num);
+  const Panel v{tile.v, stored * 4, 64, num_tokens / kPair, stored / 16};
+  product<Element>(v, {s.p_RT, kTileTokens}, {rows.out_RD, stored}, rows.num, s.ahead);
+  while (!s.ahead.done()) {
+    const char* run = s.ahead.take(16, tile.k);
+    ask(run, 16);
+  }
 }
 
 // The tile of `head` that starts at a block; false where the table's entry points outside the arena.
@@ -457,8 +494,8 @@ Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
     if (more) {
       const int64_t head = last_head ? item.head_begin : tile.head + 1, begin = last_head ? tile.end : tile.begin;
       if (!locate(args, item, head, begin, next)) return Status::kSlotOutOfRange;
-      tile.next_k = next.k;
-      tile.next_v = next.v;
+      const int64_t bytes = (next.end - next.begin) * args.arena.stored_dim() * item_bytes(args.arena.dtype);
+      s.ahead = {next.k, next.k + bytes, next.v, next.v + bytes};
     }
     const int64_t row = (tile.head - item.head_begin) * head_rows;
     const Rows rows{s.q_RD + row * stored, s.out_RD + row * stored, s.max_R + row, s.sum_R + row, head_rows};
@@ -489,8 +526,13 @@ Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, 
 
 Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
   if (args.arena.dtype == DType::kFloat32) return attend_item_as<Float32, Float32>(args, item, out, lse);
-  if (args.q_dtype == DType::kBFloat16) return attend_item_as<Bf16, Bf16High>(args, item, out, lse);
-  return attend_item_as<Bf16, Bf16>(args, item, out, lse);
+#if defined(__AVX512BF16__)
+  if (item.head_rows() >= kMinDotRows) {
+    if (args.q_dtype == DType::kBFloat16) return attend_item_as<Bf16Dot<true>, Bf16Dot<false>>(args, item, out, lse);
+    return attend_item_as<Bf16Dot<true>, Bf16Dot<true>>(args, item, out, lse);
+  }
+#endif
+  return attend_item_as<Bf16Wide, Bf16Wide>(args, item, out, lse);
 }
 
 uint64_t read(const char* data, int64_t num_bytes, int64_t prefetch_bytes) {

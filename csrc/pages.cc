@@ -57,13 +57,18 @@ Status append(WorkerPool& pool, const Arena& arena, const PageTable& table, int6
 
 Status gather(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const PageTable& table,
               int64_t num_seqs, int64_t begin, int64_t end, const TokenRows& to) {
+  const int64_t row_bytes = arena.head_dim * item_bytes(arena.dtype);
+  const bool dense = to.k_stride_token == row_bytes && to.v_stride_token == row_bytes;
   return for_each_page(pool, arena, table, num_seqs, begin, end,
                        [&](int64_t seq, int64_t head, int64_t slot, int64_t first, int64_t last, int64_t run) {
                          const int64_t at = arena.offset(slot, head);
-                         kernels.unpack(
-                             arena, {arena.k + at, arena.v + at}, first, last,
-                             {to.k + seq * to.k_stride_seq + head * to.k_stride_head + run * to.k_stride_token,
-                              to.v + seq * to.v_stride_seq + head * to.v_stride_head + run * to.v_stride_token});
+                         char* const k = to.k + seq * to.k_stride_seq + head * to.k_stride_head;
+                         char* const v = to.v + seq * to.v_stride_seq + head * to.v_stride_head;
+                         const int64_t step = dense ? last - first : 1;  // unpack leaves no gaps between its rows
+                         for (int64_t t = first; t < last; t += step, run += step) {
+                           kernels.unpack(arena, {arena.k + at, arena.v + at}, t, t + step,
+                                          {k + run * to.k_stride_token, v + run * to.v_stride_token});
+                         }
                        });
 }
 

@@ -119,28 +119,49 @@ inline float as_float(uint32_t bits) {
 
 struct Float32 {
   static constexpr int kPair = 1;
+  static constexpr bool kIsDot = false;
   using Panel = Vec;
   using Weight = Vec;
-  static constexpr int64_t weight_words(int64_t n) { return n; }  // 4-byte words that n weights take
   static void prepare(const float* w, int64_t n, uint32_t* out) { std::memcpy(out, w, n * 4); }
   static Panel panel(const char* p) { return load(reinterpret_cast<const float*>(p)); }
   static Weight weight(const uint32_t* w, int64_t k, int64_t) { return splat(as_float(w[k])); }
   static Vec mac(Vec acc, Panel m, Weight w) { return acc + m * w; }
 };
 
+// Without dot-product instructions: a bf16 is the upper half of a float32, so a pair becomes two vectors by a shift
+// and a mask, and two multiply-adds in float32 follow.
+struct Bf16Wide {
+  static constexpr int kPair = 2;
+  static constexpr bool kIsDot = false;
+  struct Panel {
+    Vec even, odd;
+  };
+  using Weight = Panel;
+  static void prepare(const float* w, int64_t n, uint32_t* out) { std::memcpy(out, w, n * 4); }
+  static Panel panel(const char* p) {
+    IVec pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    return {(Vec)(pairs << 16), (Vec)(pairs & static_cast<int32_t>(0xFFFF0000u))};
+  }
+  static Weight weight(const uint32_t* w, int64_t k, int64_t) {
+    return {splat(as_float(w[2 * k])), splat(as_float(w[2 * k + 1]))};
+  }
+  static Vec mac(Vec acc, Panel m, Weight w) { return acc + m.even * w.even + m.odd * w.odd; }
+};
+
 #if defined(__AVX512BF16__)
 // A weight is a high and a low bf16 part, so that rounding it costs 2^-17, not 2^-9: q rounded once would put an
 // error of 0.1 on scores of sigma 11. Both loops stay bound by memory; where the low parts are all zero
-// (a bf16 q), `Bf16High` leaves the second instruction out.
+// (a bf16 q), kSplit = false leaves the second instruction out.
 template <bool kSplit>
 struct Bf16Dot {
   static constexpr int kPair = 2;
-  static constexpr bool kIsSplit = kSplit;
+  static constexpr bool kIsDot = true, kIsSplit = kSplit;
   using Panel = __m512bh;
   struct Weight {
     __m512bh high, low;
   };
-  static constexpr int64_t weight_words(int64_t n) { return n; }  // n / 2 words of high pairs, then n / 2 of low
+  // n / 2 words of high pairs, then n / 2 of low ones; n is a multiple of 16.
   static void prepare(const float* w, int64_t n, uint32_t* out) {
     uint16_t* high = reinterpret_cast<uint16_t*>(out);
     uint16_t* low = high + n;
@@ -162,30 +183,6 @@ struct Bf16Dot {
     return (Vec)sum;
   }
 };
-using Bf16 = Bf16Dot<true>;
-using Bf16High = Bf16Dot<false>;
-#else
-// Without a dot-product instruction: a bf16 is the upper half of a float32, so a pair becomes two vectors by a shift
-// and a mask, and two multiply-adds in float32 follow.
-struct Bf16 {
-  static constexpr int kPair = 2;
-  struct Panel {
-    Vec even, odd;
-  };
-  using Weight = Panel;
-  static constexpr int64_t weight_words(int64_t n) { return n; }
-  static void prepare(const float* w, int64_t n, uint32_t* out) { std::memcpy(out, w, n * 4); }
-  static Panel panel(const char* p) {
-    IVec pairs;
-    std::memcpy(&pairs, p, sizeof pairs);
-    return {(Vec)(pairs << 16), (Vec)(pairs & static_cast<int32_t>(0xFFFF0000u))};
-  }
-  static Weight weight(const uint32_t* w, int64_t k, int64_t) {
-    return {splat(as_float(w[2 * k])), splat(as_float(w[2 * k + 1]))};
-  }
-  static Vec mac(Vec acc, Panel m, Weight w) { return acc + m.even * w.even + m.odd * w.odd; }
-};
-using Bf16High = Bf16;
 #endif
 
 // ---- Moves ---------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ inline void relax() {
 // `run` only when `num_working` is 0, so no worker can still touch the job, and none can join it afterwards because
 // `job` is then null.
 struct WorkerPool::Crew {
+  const pid_t owner = getpid();
   std::mutex turn;  // one job at a time
   std::mutex mutex;
   std::condition_variable wake, done;
@@ -78,20 +79,22 @@ struct WorkerPool::Crew {
   }
 };
 
-WorkerPool::WorkerPool(int num_threads)
-    : num_threads_(num_threads < 1 ? 1 : num_threads), crew_(new Crew), owner_(getpid()) {}
+WorkerPool::WorkerPool(int num_threads) : num_threads_(num_threads < 1 ? 1 : num_threads), crew_(new Crew) {}
 
 WorkerPool::~WorkerPool() {
-  if (getpid() != owner_) crew_.release();  // the parent's threads are not ours to join
+  Crew* const crew = crew_.load();
+  if (crew->owner == getpid()) delete crew;  // else the parent's threads are not ours to join
 }
 
 WorkerPool::Crew& WorkerPool::crew() {
-  if (getpid() != owner_) {  // after fork: the threads stayed in the parent, perhaps holding the locks
-    crew_.release();
-    crew_.reset(new Crew);
-    owner_ = getpid();
-  }
-  return *crew_;
+  Crew* found = crew_.load(std::memory_order_acquire);
+  if (found->owner == getpid()) return *found;
+  // After fork: the threads stayed in the parent, perhaps holding the locks. The first of several callers puts a new
+  // crew in the place of the parent's, which is left alone.
+  Crew* const mine = new Crew;
+  if (crew_.compare_exchange_strong(found, mine, std::memory_order_acq_rel)) return *mine;
+  delete mine;
+  return *found;
 }
 
 void WorkerPool::run(int64_t num_items, const std::function<void(int64_t)>& run_item) {

@@ -1,11 +1,9 @@
 // A persistent pool of threads that run numbered items of one job at a time.
 #pragma once
 
-#include <sys/types.h>
-
+#include <atomic>
 #include <cstdint>
 #include <functional>
-#include <memory>
 
 namespace tandem {
 
@@ -28,8 +26,7 @@ class WorkerPool {
   Crew& crew();
 
   const int num_threads_;
-  std::unique_ptr<Crew> crew_;
-  pid_t owner_;
+  std::atomic<Crew*> crew_;
 };
 
 }  // namespace tandem

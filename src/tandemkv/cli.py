@@ -3,7 +3,10 @@ how torch's threads wait.
 """
 
 import json
-from typing import Annotated
+import os
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -85,3 +88,56 @@ def demo(
         typer.echo(json.dumps(found.to_dict()))
     if not found.agreement.holds:
         raise typer.Exit(1)
+
+
+@app.command()
+def generate(  # noqa: PLR0913  one argument per option
+    folder: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder: Llama, OPT, Qwen2, Qwen3.")
+    ],
+    *,
+    prompt_file: Annotated[
+        Path, typer.Option(help="The text to continue, UTF-8, taken as it is (no chat template); - reads stdin.")
+    ],
+    near_tokens: Annotated[int, typer.Option(help="Recent tokens kept near, per layer; at least 128.")] = 4096,
+    far_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Capacity for older tokens, such as 16GiB.", show_default="what the prompt and the new tokens need"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many, if the text does not end before.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens of this mass.", show_default="1")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default="none")] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"], typer.Option(help="To run in; auto takes what config.json says.")
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(help="Of the CPU.", show_default="what this machine grants")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue the text of a file with a local model; nothing is downloaded.
+
+    The new text goes to stdout as it comes, progress and a closing table to stderr. With --json the text comes at the
+    end, in the object. Ctrl-C stops and keeps what is written (exit code 130).
+
+    Example: tandemkv generate ./Qwen3-0.6B --prompt-file a.txt --near-tokens 1024
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+    console = Console(stderr=True)
+    try:
+        from tandemkv.generate import Settings, print_generation
+        from tandemkv.generate import generate as run
+
+        settings = Settings(near_tokens, far_bytes, max_new_tokens, temperature, top_p, seed, dtype, threads)
+        write = (lambda text: None) if as_json else partial(typer.echo, nl=False)
+        found = run(folder, prompt_file, settings, console, write)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted before the model was ready[/yellow]")
+        raise typer.Exit(130) from None
+    typer.echo(json.dumps(found.to_dict()) if as_json else "")
+    print_generation(found, console)
+    if found.finish == "interrupted":
+        raise typer.Exit(130)

@@ -1,0 +1,424 @@
+"""`tandemkv generate`: the text of a file through a local model, written as it comes, and what it took.
+
+What can be refused is refused before the weights are read: the model is first built without any (on torch's meta
+device), to ask what its cache and its weights will need.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+import tandemkv.integrations.transformers as tandem
+from tandemkv import machine
+from tandemkv.cache import TierUse
+from tandemkv.errors import CapacityError, InputError, TandemError, UnsupportedError
+from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, format_bytes, parse_bytes
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+Finish = Literal["eos", "length", "interrupted"]
+
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate.
+
+    near_tokens: kept near per layer. far_bytes: None takes what the prompt and the new tokens need.
+    temperature: 0 is greedy; top_p and seed belong to sampling. threads: None takes what this machine grants.
+    """
+
+    near_tokens: int = 4096
+    far_bytes: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+    dtype: Dtype = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"--temperature must be 0 (greedy) or above, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
+        if self.temperature == 0 and (self.top_p is not None or self.seed is not None):
+            raise InputError("--top-p and --seed are for sampling: give a --temperature above 0 too")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise InputError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
+        if self.threads is not None and self.threads < 1:
+            raise InputError(f"--threads must be at least 1, got {self.threads}")
+
+    def for_transformers(self) -> dict[str, Any]:
+        """Keywords of `generate`. They override what the folder's generation_config.json says of sampling."""
+        rules = {"max_new_tokens": self.max_new_tokens, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+        if self.temperature == 0:
+            return {**rules, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {**rules, "do_sample": True, "temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": 0}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out and what it took. `finish`: at the end of text, at max_new_tokens, or by Ctrl-C.
+
+    Seconds count from the start of prefill, when the model is loaded. Rates are None where nothing was timed.
+    """
+
+    text: str
+    new_ids: list[int]
+    finish: Finish
+    num_prompt_tokens: int
+    token_seconds: list[float]
+    tiers: list[TierUse]
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """Until the first new token."""
+        return self.token_seconds[0] if self.token_seconds else None
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Prompt tokens over the time to the first new token."""
+        return self.num_prompt_tokens / self.token_seconds[0] if self.token_seconds else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """New tokens after the first one, over their time."""
+        if len(self.token_seconds) < 2:
+            return None
+        return (len(self.token_seconds) - 1) / (self.token_seconds[-1] - self.token_seconds[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "text": self.text,
+            "finish": self.finish,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_new_tokens": len(self.new_ids),
+            "new_ids": self.new_ids,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "first_token_seconds": self.first_token_seconds,
+            "tiers": [asdict(tier) for tier in self.tiers],
+        }
+
+
+def generate(
+    folder: Path, prompt_file: Path, settings: Settings, console: Console, write: Callable[[str], None]
+) -> Generation:
+    """Continue the text of a file; `write` gets the new text piece by piece, `console` the progress.
+
+    Raises a TandemError for everything that a user can mend, before anything is written. Ctrl-C ends it early.
+    """
+    logging.set_verbosity_error()  # what matters of transformers' warnings is an error here
+    logging.disable_progress_bar()
+    torch.set_num_threads(settings.threads or min(torch.get_num_threads(), machine.default_threads()))
+    prompt = read_prompt(prompt_file)
+    config = read_config(folder, settings.dtype)
+    tokenizer = read_tokenizer(folder)
+    ids = tokenize(tokenizer, prompt, config.vocab_size)
+    cache = reserve_cache(folder, config, ids.shape[1], settings)
+    with console.status("loading the weights"):
+        model = load_model(folder, config.dtype)
+    return _run(model, cache, ids, settings, console, TextStream(tokenizer, write))
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file as it is, of stdin for `-`."""
+    try:
+        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
+    except OSError as error:
+        raise InputError(f"the prompt file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise InputError(f"the prompt file {path} is empty")
+    return text
+
+
+def read_config(folder: Path, dtype: Dtype) -> PreTrainedConfig:
+    """The configuration of a local model of a supported family; its `dtype` is the one to run in, never None."""
+    if not folder.exists():
+        raise InputError(f"there is no folder {folder}: a local model folder is needed, nothing is downloaded")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no Hugging Face model folder: it has no config.json")
+    told = _check_json(folder / "config.json")
+    _check_json(folder / "generation_config.json")
+    family = told.get("model_type")
+    if family not in tandem.FAMILIES:
+        raise UnsupportedError(
+            f"{folder}: model_type {family!r} is not supported yet; supported: {', '.join(tandem.FAMILIES)}"
+        )
+    if "quantization_config" in told:
+        raise UnsupportedError(f"{folder}: quantised weights are not supported yet; use the unquantised model")
+    with _blaming(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+    config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    if config.dtype not in (torch.bfloat16, torch.float32):
+        raise UnsupportedError(
+            f"{folder} is stored in {config.dtype}, which is not supported: give --dtype bfloat16 or --dtype float32"
+        )
+    return config
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local model."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not any((folder / name).is_file() for name in names):
+        raise InputError(f"{folder} has no tokenizer: none of {', '.join(names)} is there")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        _check_json(folder / name)
+    with _blaming(folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else folder):
+        return AutoTokenizer.from_pretrained(folder, **_LOCAL)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, vocab_size: int) -> Tensor:
+    """Token ids `[1, num_tokens]` of a text, all of them in the model's vocabulary."""
+    ids: Tensor = tokenizer(text, return_tensors="pt").input_ids.long()
+    if ids.shape[1] == 0:
+        raise InputError("the prompt has no tokens: the tokenizer knows nothing in it")
+    if int(ids.max()) >= vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {int(ids.max())}, the model has {vocab_size}: they do not belong together"
+        )
+    return ids
+
+
+def reserve_cache(
+    folder: Path, config: PreTrainedConfig, num_prompt_tokens: int, settings: Settings
+) -> tandem.TieredCache:
+    """A cache with room for the prompt and the new tokens, reserved; refuses what this machine could not finish."""
+    _check_positions(num_prompt_tokens, settings.max_new_tokens, config.max_position_embeddings)
+    with _blaming(folder / "config.json"), torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    tandem.attach(skeleton)
+    far_bytes = 0 if settings.far_bytes is None else parse_bytes(settings.far_bytes)
+    cache = tandem.TieredCache(skeleton.config, settings.near_tokens, far_bytes)
+    spec = cache.kv.spec
+    group_size = skeleton.config.num_attention_heads // spec.num_kv_heads
+    if spec.head_dim > MAX_HEAD_DIM or group_size > MAX_GROUP_SIZE:
+        raise UnsupportedError(
+            f"{folder} has head_dim {spec.head_dim} and {group_size} query heads per KV head; "
+            f"supported are up to {MAX_HEAD_DIM} and {MAX_GROUP_SIZE}"
+        )
+    num_tokens = num_prompt_tokens + settings.max_new_tokens
+    needed_far_bytes = spec.num_far_pages(1, num_tokens) * spec.far_page_bytes
+    kv_bytes = needed_far_bytes + spec.num_near_slots(1) * spec.near_page_bytes
+    _check_memory(sum(weight.nbytes for weight in skeleton.parameters()), kv_bytes, num_tokens)
+    if settings.far_bytes is None:
+        cache = tandem.TieredCache(skeleton.config, settings.near_tokens, needed_far_bytes)
+    cache.reserve(1, num_tokens)
+    return cache
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with all of its weights, attached."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with _blaming(path), safe_open(path, "pt"):
+            pass  # opening compares the header with the size of the file; from_pretrained would not name the file
+    with _blaming(folder):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **_LOCAL
+        )
+    wrong = sorted(found["missing_keys"]) + [key for key, *_ in sorted(found["mismatched_keys"])]
+    if wrong:
+        raise InputError(
+            f"{folder}: the weights do not fit config.json: {len(wrong)} are missing or of another shape, "
+            f"the first is {wrong[0]}"
+        )
+    return tandem.attach(model.eval())
+
+
+class TextStream(BaseStreamer):  # type: ignore[misc]
+    """Takes the tokens of `generate` as they come: notes their times and writes their text, special tokens left out.
+
+    The pieces together are `tokenizer.decode(ids)`: each is what its tokens add to the text of the piece before, and a
+    character that spans tokens waits for the last of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
+        self.ids: list[int] = []
+        self.times: list[float] = []
+        self.text = ""
+        self._tokenizer, self._write = tokenizer, write
+        self._knows_prompt = False
+        self._piece, self._shown = 0, 0  # ids[piece:shown] is the last piece written, ids[shown:] is not written
+
+    def put(self, value: Tensor) -> None:
+        """`generate` hands over the prompt first, then every new token."""
+        if not self._knows_prompt:
+            self._knows_prompt = True
+            return
+        self.times.append(time.perf_counter())
+        self.ids.append(int(value))
+        self._show(is_last=False)
+
+    def end(self) -> None:
+        """Write what was held back."""
+        self._show(is_last=True)
+
+    def _show(self, is_last: bool) -> None:
+        before = self._decode(self.ids[self._piece : self._shown])
+        text = self._decode(self.ids[self._piece :])
+        if text == before or (text.endswith("\N{REPLACEMENT CHARACTER}") and not is_last):
+            return
+        self._piece, self._shown = (
+            self._shown,
+            len(self.ids),
+        )  # first: after Ctrl-C in `write`, `end` writes no piece twice
+        self.text += text[len(before) :]
+        self._write(text[len(before) :])
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def print_generation(generation: Generation, console: Console) -> None:
+    """The closing table: speeds and bytes; for an interrupted one a line."""
+    num_new_tokens = len(generation.new_ids)
+    if generation.finish == "interrupted":
+        console.print(f"[yellow]interrupted after {num_new_tokens} new tokens[/yellow]", highlight=False)
+        return
+    why = "end of text" if generation.finish == "eos" else "--max-new-tokens reached"
+    rows = [
+        ("prefill", f"{generation.num_prompt_tokens:,} tokens, {_rate(generation.prefill_tokens_per_s)}"),
+        ("time to first token", f"{generation.first_token_seconds:.2f} s"),
+        ("decode", f"{num_new_tokens:,} tokens, {_rate(generation.decode_tokens_per_s)} ({why})"),
+    ]
+    for tier in generation.tiers:
+        moved = f", {format_bytes(tier.moved_bytes)} moved there" if tier.name != "near" else ""
+        size = f"{format_bytes(tier.used_bytes)} of {format_bytes(tier.capacity_bytes)} used{moved}"
+        rows.append((f"{tier.name} ({tier.device})", size))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, text in rows:
+        table.add_row(escape(name), escape(text))
+    console.print(table)
+
+
+def _run(
+    model: PreTrainedModel,
+    cache: tandem.TieredCache,
+    ids: Tensor,
+    settings: Settings,
+    console: Console,
+    stream: TextStream,
+) -> Generation:
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+    begin = time.perf_counter()
+    try:
+        _prefill(model, cache, ids[:, :-1], console)
+        mask = torch.ones_like(ids)
+        model.generate(ids, attention_mask=mask, past_key_values=cache, streamer=stream, **settings.for_transformers())
+        ends = model.generation_config.eos_token_id
+        finish: Finish = "eos" if stream.ids[-1] in (ends if isinstance(ends, list) else [ends]) else "length"
+    except KeyboardInterrupt:
+        stream.end()
+        finish = "interrupted"
+    return Generation(
+        text=stream.text,
+        new_ids=stream.ids,
+        finish=finish,
+        num_prompt_tokens=ids.shape[1],
+        token_seconds=[seconds - begin for seconds in stream.times],
+        tiers=cache.use(),
+    )
+
+
+@torch.no_grad()
+def _prefill(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor, console: Console) -> None:
+    """Work through `[1, num_tokens]` a chunk at a time, so that memory is bounded by a chunk and the bar moves."""
+    num_tokens, chunk_tokens = ids.shape[1], cache.kv.spec.chunk_tokens
+    if num_tokens == 0:
+        return
+    columns = (TextColumn("prefill"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("prefill", total=num_tokens, rate="")
+        begin = time.perf_counter()
+        for done in range(0, num_tokens, chunk_tokens):
+            chunk = ids[:, done : done + chunk_tokens]
+            model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            rate = (done + chunk.shape[1]) / (time.perf_counter() - begin)
+            progress.update(task, advance=chunk.shape[1], rate=_rate(rate))
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return "not timed" if tokens_per_s is None else f"{tokens_per_s:,.1f} tokens/s"
+
+
+def _check_positions(num_prompt_tokens: int, max_new_tokens: int, max_positions: int) -> None:
+    left = max_positions - num_prompt_tokens
+    if left < 1:
+        raise InputError(
+            f"the prompt has {num_prompt_tokens} tokens, the model {max_positions} positions: shorten the prompt by at "
+            f"least {1 - left} tokens"
+        )
+    if max_new_tokens > left:
+        raise InputError(
+            f"{num_prompt_tokens} tokens of prompt and {max_new_tokens} new ones exceed the model's {max_positions} "
+            f"positions: lower --max-new-tokens to {left} or shorten the prompt"
+        )
+
+
+def _check_memory(weight_bytes: int, kv_bytes: int, num_tokens: int) -> None:
+    available = machine.available_bytes()
+    if weight_bytes + kv_bytes > available.num_bytes:
+        raise CapacityError(
+            f"{format_bytes(weight_bytes)} of weights and {format_bytes(kv_bytes)} of keys and values for {num_tokens} "
+            f"tokens are needed, {format_bytes(available.num_bytes)} available ({available.limit}): shorten the "
+            "prompt, lower --near-tokens or --max-new-tokens, or free memory"
+        )
+
+
+def _check_json(path: Path) -> dict[str, Any]:
+    """The object in a file, {} where there is no file. transformers ignores or misreports some that are broken."""
+    if not path.is_file():
+        return {}
+    try:
+        told = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{path} is corrupt: it holds no JSON object")
+    return told
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turn what libraries raise over a broken file into one line that names it."""
+    try:
+        yield
+    except TandemError:
+        raise
+    except Exception as error:  # nothing narrower will do: tokenizers raises bare Exception for a broken file
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{path} is corrupt or not supported ({told[:300]})") from error
