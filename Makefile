@@ -26,7 +26,7 @@ help:  ## this list
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 setup: $(INSTALLED)  ## create .venv and install tandemkv with its tools; redone when their sources change

@@ -19,7 +19,7 @@ from torch import Tensor  # noqa: E402
 from transformers import Cache, DynamicCache, LlamaForCausalLM  # noqa: E402
 
 import tandemkv.integrations.transformers as tandem  # noqa: E402
-from benchmarks import common  # noqa: E402
+from benchmarks import common, plot  # noqa: E402
 from tandemkv import demo  # noqa: E402
 from tandemkv.attention import append_and_attend  # noqa: E402
 
@@ -171,6 +171,15 @@ def print_rows(rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
+def draw(rows: list[Row], run: common.Run) -> str:
+    """The picture that README shows."""
+    series = {f"stock: {name}": [row.all_stock_ms[name] for row in rows] for name in STOCK}
+    series |= {"tandemkv": [row.ours_ms for row in rows], "limit": [row.limit_ms for row in rows]}
+    title = "A whole token of a 155 M Llama, bf16, on the CPU"
+    path = common.RESULTS / "decode.png"
+    return plot.draw_over_context({"ms per token": series}, [row.context for row in rows], title, run, path)
+
+
 def main() -> None:
     """Run, print, save."""
     parser = common.argument_parser(MODULE, HELP)
@@ -191,6 +200,8 @@ def main() -> None:
             {**asdict(row), "all_stock_ms": " ".join(f"{ms:.1f}" for ms in row.all_stock_ms.values())} for row in rows
         ]
         common.append_rows(common.RESULTS / "decode.csv", flat, run)
+    if set(CONTEXTS) <= set(contexts):
+        console.print(draw(rows, run), highlight=False)
     if arguments.json:
         common.print_json({**asdict(rows[-1]), "rows": [asdict(row) for row in rows], **asdict(run)})
 

@@ -1,6 +1,6 @@
-"""The picture of benchmarks.attend, where matplotlib is installed."""
+"""The pictures of the benchmarks, where matplotlib is installed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from benchmarks.contest import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = {
     "tandemkv": "#c1272d",
@@ -18,13 +19,15 @@ COLORS = {
     "flex_attention": "#7f6fb5",
     "transformers": "#8c8c8c",
     "onnxruntime": "#b58900",
+    "limit": "black",
 }
+MISSING = "no picture: matplotlib is missing, pip install 'tandemkv[plot]'"
 
 
 def draw(rows: Sequence[Row], run: Run, path: Path) -> str:
     """Save GB/s over KV length, a panel for each heads and head_dim, and say where, or which extra to install."""
     if find_spec("matplotlib") is None:
-        return "no picture: matplotlib is missing, pip install 'tandemkv[plot]'"
+        return MISSING
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row.num_threads == max(row.num_threads for row in rows)]
@@ -46,6 +49,34 @@ def draw(rows: Sequence[Row], run: Run, path: Path) -> str:
     figure.suptitle(
         f"Decode attention on the CPU, bf16, {rows[0].num_threads} threads\n{run.machine}; {run.commit}", fontsize=10
     )
+    return _save(figure, path)
+
+
+def draw_over_context(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], contexts: Sequence[int], title: str, run: Run, path: Path
+) -> str:
+    """Save a panel for each quantity (its y label), a line for each contestant over the context, both axes in logs."""
+    if find_spec("matplotlib") is None:
+        return MISSING
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
+    for axes, (label, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, values in series.items():
+            style = "--" if name == "limit" else "-"
+            axes.plot(contexts, values, style, marker="o", markersize=4, color=COLORS.get(name), label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(contexts, [f"{context // 1024}K" for context in contexts])
+        axes.set(xlabel="tokens of context", ylabel=label)
+        axes.grid(alpha=0.25, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{title}\n{run.machine}; {run.commit}", fontsize=10)
+    return _save(figure, path)
+
+
+def _save(figure: "Figure", path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return f"picture: {path}"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import common
+from benchmarks import common, plot
 
 MODULE = "benchmarks.prefill"
 CONTEXTS = (8192, 32_768)
@@ -88,6 +88,18 @@ def print_rows(rows: list[Row], console: Console) -> None:
     console.print(table)
 
 
+def draw(rows: list[Row], run: common.Run) -> str:
+    """The picture that README shows."""
+    seconds = {"transformers": [row.stock_s for row in rows], "tandemkv": [row.ours_s for row in rows]}
+    peaks = {
+        "transformers": [row.stock_peak_bytes / 2**30 for row in rows],
+        "tandemkv": [row.ours_peak_bytes / 2**30 for row in rows],
+    }
+    panels = {"seconds": seconds, "peak memory, GiB": peaks}
+    title = "Prefill of a 155 M Llama, bf16, on the CPU"
+    return plot.draw_over_context(panels, [row.context for row in rows], title, run, common.RESULTS / "prefill.png")
+
+
 def main() -> None:
     """Run, print, save."""
     parser = common.argument_parser(MODULE, HELP)
@@ -108,6 +120,8 @@ def main() -> None:
     print_rows(rows, console)
     if not arguments.quick or arguments.save:
         common.append_rows(common.RESULTS / "prefill.csv", [asdict(row) for row in rows], run)
+    if set(CONTEXTS) <= set(contexts):
+        console.print(draw(rows, run), highlight=False)
     if arguments.json:
         common.print_json({**asdict(rows[-1]), "rows": [asdict(row) for row in rows], **asdict(run)})
 

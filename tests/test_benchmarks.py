@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from benchmarks import attend, common, contest, plot
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
-
 from tandemkv.kernels import cpu
 from tandemkv.types import Partial
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from tandemkv import machine
 from tandemkv.cache import LayerKV
+from tandemkv.errors import InputError
 from tandemkv.kernels import attend, attend_dense, merge
 from tandemkv.lanes import LANES
-from tandemkv.types import PagedKV, Partial
+from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -40,6 +41,7 @@ def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: flo
 
     k, v: `[num_seqs, num_kv_heads, q_len, head_dim]`, q accordingly. Everything in the layer is older than every query,
     so that only the chunk itself needs a causal mask. Memory beside the result is bounded by PREFILL_PIECE_TOKENS.
+    Raises InputError for NaN in q.
     """
     if int(layer.kv_start.max()) == 0:
         return _prefill_rows(q, k, v, layer, slice(None), 0, scale)
@@ -112,6 +114,9 @@ def _prefill_rows(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rows: slice, 
     num_padded = min(max(kv_start - history, 0), q.shape[2])  # of the chunk's own tokens
     queries = q[:, :, num_padded:]
     part = attend_dense(queries, k[:, :, num_padded:], v[:, :, num_padded:], scale=scale, causal=True)
+    # torch's kernel hides NaN in runs shorter than a block; in others it shows in lse, which is cheaper to read than q.
+    if bool((queries if queries.shape[2] < BLOCK_TOKENS else part.lse).isnan().any()):
+        raise InputError("q contains NaN: a layer before this attention produced it")
     for begin in range(min(kv_start, history), history, PREFILL_PIECE_TOKENS):
         piece_k, piece_v = layer.read(begin, min(begin + PREFILL_PIECE_TOKENS, history), rows)
         part = merge([attend_dense(queries, piece_k, piece_v, scale=scale), part], worker_pool())

@@ -81,10 +81,7 @@ class LayerKV:
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens `[num_seqs, num_kv_heads, num_tokens, head_dim]` behind the last one; they become near."""
         self._refuse_while_held("append")
-        if k.shape[0] != self.num_seqs:
-            raise InputError(
-                f"this cache holds {self.num_seqs} sequences, got a batch of {k.shape[0]}: use a new cache"
-            )
+        self._check_tokens(k, v)
         end = self.seq_len + k.shape[2]
         first_new = self.num_pages
         num_new = -(-end // self._page_size) - first_new
@@ -94,6 +91,17 @@ class LayerKV:
         table = self._table(self._near, begin_page, first_new + num_new)
         kernels.append(self._near.arena, table, self.seq_len - begin_page * self._page_size, k, v, self._workers)
         self.seq_len = end
+
+    def _check_tokens(self, k: Tensor, v: Tensor) -> None:
+        """Before pages are taken: the kernel's own checks come after."""
+        arena = self._near.arena
+        for name, x in (("k", k), ("v", v)):
+            expected = (self.num_seqs, arena.num_kv_heads, k.shape[2] if k.dim() == 4 else 1, arena.head_dim)
+            if x.shape != expected or x.dtype != arena.layout.dtype or x.device != arena.k.device:
+                raise InputError(
+                    f"this cache takes {name} {arena.layout.dtype} {list(expected)} on {arena.k.device}, "
+                    f"got {x.dtype} {list(x.shape)} on {x.device}"
+                )
 
     def _demote(self, num_pages: int) -> None:
         self._refuse_while_held("demote")

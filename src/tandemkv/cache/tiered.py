@@ -8,8 +8,8 @@ import torch
 from tandemkv import machine
 from tandemkv.cache.layer import LayerKV
 from tandemkv.cache.pool import PagePool
-from tandemkv.errors import CacheError, CapacityError, InputError
-from tandemkv.types import Arena, PageLayout, format_bytes
+from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
+from tandemkv.types import MAX_HEAD_DIM, Arena, PageLayout, format_bytes
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -36,6 +36,8 @@ class CacheSpec:
 
     def __post_init__(self) -> None:
         self.near_layout  # noqa: B018  refuses a dtype or page_size that no page can have
+        if not 2 <= self.head_dim <= MAX_HEAD_DIM or self.head_dim % 2:
+            raise UnsupportedError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {self.head_dim}")
         if self.near_tokens < 2 * self.page_size:
             raise InputError(f"near_tokens must be at least two pages, {2 * self.page_size}, got {self.near_tokens}")
         if self.chunk_tokens < self.page_size or self.chunk_tokens % self.page_size:
@@ -124,13 +126,14 @@ class KVCache:
         return min((layer.seq_len for layer in self._layers), default=0)
 
     def adapt(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Take the dtype and device that the model turned out to have; InputError once pages exist in others."""
+        """Take the dtype and device that the model turned out to have; InputError once tokens are held in others."""
         if (dtype, device) == (self.spec.dtype, self.spec.device):
             return
-        if self._layers:
+        if any(layer.seq_len for layer in self._layers):
             raise InputError(
                 f"this cache holds {self.spec.dtype} on {self.spec.device}, got {dtype} on {device}: use a new cache"
             )
+        self.reset()
         self.spec = replace(self.spec, dtype=dtype, device=device)
 
     def reserve(self, num_seqs: int, num_tokens: int) -> None:
@@ -145,10 +148,7 @@ class KVCache:
             raise InputError(
                 f"reserve expects at least one sequence and no negative length, got {num_seqs}, {num_tokens}"
             )
-        if self._layers and self.num_seqs != num_seqs:
-            raise InputError(
-                f"this cache holds {self.num_seqs} sequences, asked for {num_seqs}: use a new cache or reset()"
-            )
+        self._refuse_other_batch(num_seqs)
         far_pages = spec.num_far_pages(num_seqs, num_tokens)
         needed = far_pages * spec.far_page_bytes
         if far_pages > spec.num_far_slots:
@@ -165,17 +165,24 @@ class KVCache:
     def layer(self, index: int, num_seqs: int) -> LayerKV:
         """The pages of one layer, made for num_seqs sequences on first use."""
         self._refuse_if_closed()
+        self._refuse_other_batch(num_seqs)
         if not self._layers:
             self.reserve(num_seqs, 0)
         return self._layers[index]
 
-    def require_room(self, num_tokens: int) -> None:
-        """Before a step over all layers: CapacityError while nothing has moved, if one of them could not grow.
+    def require_room(self, num_seqs: int, num_tokens: int) -> None:
+        """Before a step over all layers: refuse, while nothing has moved, what one of them could not take.
 
-        `num_tokens` more are appended to every layer in chunks of at most chunk_tokens.
+        `num_tokens` more are appended to every layer in chunks of at most chunk_tokens. Raises CapacityError where the
+        far tier cannot take what they push out, InputError for another batch size, CacheError where layers differ.
         """
+        self._refuse_if_closed()
+        self._refuse_other_batch(num_seqs)
         if self._far is None:
+            self.reserve(num_seqs, num_tokens)
             return
+        if len({layer.seq_len for layer in self._layers}) > 1:
+            raise CacheError("the last forward pass did not reach every layer; crop() to a length, or reset()")
         before_last_chunk = self.seq_len + (num_tokens - 1) // self.spec.chunk_tokens * self.spec.chunk_tokens
         needed = self.spec.num_far_pages(self.num_seqs, before_last_chunk)
         self._far.require(max(0, needed - self._far.num_used))
@@ -246,6 +253,12 @@ class KVCache:
         self._layers = [
             LayerKV(self._near, self._far, num_seqs, spec.near_tokens, self._workers) for _ in range(spec.num_layers)
         ]
+
+    def _refuse_other_batch(self, num_seqs: int) -> None:
+        if self._layers and self.num_seqs != num_seqs:
+            raise InputError(
+                f"this cache holds {self.num_seqs} sequences, asked for {num_seqs}: use a new cache or reset()"
+            )
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:

@@ -12,6 +12,7 @@ it and is refused. Without a mark (another cache, no cache, training) an attache
 """
 
 from collections.abc import Callable
+from functools import cache as memoize
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -21,12 +22,17 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    create_masks_for_generate,
+    sdpa_mask,
+)
 
 from tandemkv.attention import append_and_attend, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, TierUse
 from tandemkv.errors import CacheError, InputError, UnsupportedError
-from tandemkv.types import parse_bytes
+from tandemkv.types import MAX_GROUP_SIZE, parse_bytes
 
 IMPLEMENTATION = "tandem"
 """The name under which transformers knows our attention function and mask."""
@@ -63,7 +69,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedError(
             f"{type(model).__name__} has {sorted(other_layers) or 'sliding'} layers: not supported yet"
         )
-    if config._attn_implementation == IMPLEMENTATION:
+    if "_tandem_before" in vars(model):
         return model
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
@@ -71,6 +77,8 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     model.set_attn_implementation(IMPLEMENTATION)
     stock = model._prepare_cache_for_generation
     model._prepare_cache_for_generation = MethodType(partial(_prepare_cache, stock), model)
+    stock_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+    model.create_masks_for_generate = partial(_create_masks, stock_masks)
     model._tandem_before = before
     return model
 
@@ -79,7 +87,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`; returns the same model. A model that is not attached stays as it is."""
     if "_tandem_before" in vars(model):
         model.set_attn_implementation(model._tandem_before)
-        del model._tandem_before, model._prepare_cache_for_generation
+        del model._tandem_before, model._prepare_cache_for_generation, model.create_masks_for_generate
     return model
 
 
@@ -106,14 +114,16 @@ class TieredCache(Cache):  # type: ignore[misc]
         Raises InputError for values that cannot be, CapacityError where far_bytes exceeds the machine.
         """
         config = config.get_text_config(decoder=True)
-        if config._attn_implementation != IMPLEMENTATION:
-            raise CacheError(
-                "this config's model is not attached; call tandemkv.integrations.transformers.attach(model) first"
-            )
+        _refuse_detached(config)
         heads = config.num_attention_heads
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        if heads % num_kv_heads or heads // num_kv_heads > MAX_GROUP_SIZE:
+            raise UnsupportedError(
+                f"query heads must be 1 to {MAX_GROUP_SIZE} times the {num_kv_heads} KV heads, got {heads}"
+            )
         spec = CacheSpec(
             num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            num_kv_heads=num_kv_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             dtype=config.dtype or torch.float32,
             near_tokens=near_tokens,
@@ -121,8 +131,11 @@ class TieredCache(Cache):  # type: ignore[misc]
             page_size=page_size,
             chunk_tokens=chunk_tokens,
         )
+        self._config = config
         self.kv = KVCache(spec, worker_pool())
         self.max_positions: int = config.max_position_embeddings
+        self.pending: TieredLayer | None = None  # was updated, but has not attended yet
+        self._step_begin = 0  # tokens held when the forward pass under way began
         self._padding: tuple[Tensor, Tensor] | None = None
         super().__init__(layers=[TieredLayer(self, index) for index in range(spec.num_layers)])
 
@@ -150,14 +163,41 @@ class TieredCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything and give every byte back; the next batch may have another size."""
         self.kv.reset()
-        self._padding = None
-        for layer in self.layers:
-            layer.pending = False
+        self._step_begin = 0
+        self.pending = self._padding = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove `-tokens_to_remove` tokens from the end; a positive number is the length to keep (as in 5.17)."""
         keep = tokens_to_remove if tokens_to_remove > 0 else max(0, self.kv.seq_len + tokens_to_remove)
         self.kv.crop(keep)
+
+    def begin_layer(self, layer: "TieredLayer") -> None:
+        """A layer was updated; its attention must come before the next update."""
+        if self.pending is not None:
+            self.pending = None
+            self.undo_step()
+            raise CacheError(
+                "the last update of this cache was never attended: the model is not attached, or it changes keys after "
+                "Cache.update (MLA), which is not supported; that forward pass is undone"
+            )
+        if layer.index == 0:
+            _refuse_detached(self._config)
+            self._step_begin = self.kv.seq_len
+        self.pending = layer
+
+    def require_room(self, k: Tensor) -> None:
+        """Before the first layer of a forward pass appends k: refuse what any layer could not take."""
+        num_tokens = self.kv.seq_len + k.shape[2]
+        if num_tokens > self.max_positions:
+            raise InputError(
+                f"{num_tokens} tokens exceed the model's {self.max_positions} positions; shorten the prompt"
+            )
+        self.kv.adapt(k.dtype, k.device)
+        self.kv.require_room(k.shape[0], k.shape[2])
+
+    def undo_step(self) -> None:
+        """Where a layer fails, none keeps tokens of the forward pass under way."""
+        self.kv.crop(self._step_begin)
 
     def padding(self, mask: Tensor | None) -> Tensor | None:
         """kv_start `[num_seqs]` of a 2D bool mask `[num_seqs, kv_len]`; None without padding; only left is allowed.
@@ -167,8 +207,8 @@ class TieredCache(Cache):  # type: ignore[misc]
         if mask is None:
             return None
         if self._padding is None or self._padding[0] is not mask:
-            is_left = bool((mask[:, 1:] >= mask[:, :-1]).all()) and bool(mask[:, -1].all())
-            if not is_left:
+            # A row of padding alone is the first piece of a prompt that is prefilled in pieces.
+            if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
                 raise UnsupportedError("only left padding is supported: set tokenizer.padding_side = 'left'")
             self._padding = mask, mask.logical_not().sum(-1).cpu()
         return self._padding[1]
@@ -184,20 +224,13 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, cache: TieredCache, index: int) -> None:
         super().__init__()
         self.cache, self.index = cache, index
-        self.pending = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Pages are made by the first append."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Mark the new keys with this layer and hand them on; the attention function appends them."""
-        previous = self.cache.layers[self.index - 1]  # of the first layer: the last one, in the step before
-        if previous.pending or self.pending:
-            raise CacheError(
-                "the last update of this cache was never attended: the model is not attached, or it changes keys after "
-                "Cache.update (MLA), which is not supported; reset() the cache before using it again"
-            )
-        self.pending = True
+        self.cache.begin_layer(self)
         marked = key_states.view_as(key_states)
         marked._tandem_layer = self  # type: ignore[attr-defined]
         return marked, value_states
@@ -205,15 +238,8 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Append k and v, attend from q. `[num_seqs, q_len, num_q_heads, head_dim]`, contiguous."""
         cache, kv = self.cache, self.cache.kv
-        self.pending = False
         if self.index == 0:
-            kv.adapt(k.dtype, k.device)
-            if kv.seq_len + k.shape[2] > cache.max_positions:
-                num_tokens = kv.seq_len + k.shape[2]
-                raise InputError(
-                    f"{num_tokens} tokens exceed the model's {cache.max_positions} positions; shorten the prompt"
-                )
-            kv.require_room(k.shape[2])
+            cache.require_room(k)
         layer = kv.layer(self.index, k.shape[0])
         layer.set_kv_start(cache.padding(mask))
         return append_and_attend(q, k, v, layer, scale=scale, chunk_tokens=kv.spec.chunk_tokens)
@@ -243,6 +269,13 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         raise UnsupportedError("selecting sequences of a TieredCache is not supported yet")
 
 
+def _refuse_detached(config: PreTrainedConfig) -> None:
+    if config._attn_implementation != IMPLEMENTATION:
+        raise CacheError(
+            "this config's model is not attached; call tandemkv.integrations.transformers.attach(model) first"
+        )
+
+
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -256,23 +289,53 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls; see the top of the file."""
     layer: TieredLayer | None = getattr(key, "_tandem_layer", None)
-    stock_mask: Callable[[], Tensor | None] | None = getattr(attention_mask, "_tandem_stock_mask", None)
     if layer is None:
-        mask = attention_mask if stock_mask is None else stock_mask()
+        mask = _stock_mask_of(attention_mask)
         out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
         return out, None
-    if attention_mask is not None and stock_mask is None:
-        raise UnsupportedError("a TieredCache takes 2D attention masks (left padding), not ready-made 4D masks")
-    if dropout:
+    layer.cache.pending = None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    try:
+        _refuse_unsupported(module, layer.cache, query, {**kwargs, "dropout": dropout or None})
+        return layer.attend(query, key, value, _padding_of(attention_mask), scale), None
+    except BaseException:
+        layer.cache.undo_step()
+        raise
+
+
+def _refuse_unsupported(module: Any, cache: TieredCache, query: Tensor, kwargs: dict[str, Any]) -> None:
+    """Whatever would make the answer another than that of a plain causal layer."""
+    num_layers = module.config.num_hidden_layers
+    if num_layers != len(cache.layers):
+        raise InputError(f"this cache is for a model of {len(cache.layers)} layers, this one has {num_layers}")
+    if kwargs["dropout"]:
         raise UnsupportedError("attention dropout with a TieredCache is not supported: call model.eval()")
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise UnsupportedError("no gradient flows through a TieredCache: use torch.no_grad(), or train without a cache")
     unknown = sorted(
         name for name, value in kwargs.items() if name not in _HARMLESS and value is not None and value is not False
     )
+    if kwargs.get("is_causal") is False:
+        unknown.append("is_causal=False")
     if unknown:
         raise UnsupportedError(f"{type(module).__name__} passes {', '.join(unknown)}: not supported yet")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = getattr(attention_mask, "_tandem_padding", None)
-    return layer.attend(query, key, value, mask, scale), None
+
+
+def _padding_of(attention_mask: Any) -> Tensor | None:
+    """The 2D padding that `_mask` put on its stand-in; None without padding."""
+    if attention_mask is None:
+        return None
+    if not hasattr(attention_mask, "_tandem_stock_mask"):
+        raise UnsupportedError("a TieredCache takes 2D attention masks (left padding), not ready-made 4D masks")
+    if attention_mask._tandem_other_rule:
+        raise UnsupportedError("only causal masks with left padding are supported: no packed sequences, no overlays")
+    padding: Tensor | None = attention_mask._tandem_padding
+    if padding is not None and padding.shape != attention_mask.shape:
+        raise InputError(
+            f"attention_mask must cover all tokens, those in the cache too: expected {list(attention_mask.shape)}, "
+            f"got {list(padding.shape)}"
+        )
+    return padding
 
 
 def _mask(
@@ -290,8 +353,9 @@ def _mask(
     The cache is not handed over, so both are prepared: a stand-in tensor carries the 2D padding and the recipe of the
     4D mask, which is followed only if the attention turns out to be a stock one.
     """
-    stand_in = torch.ones((1, 1), dtype=torch.bool, device=kwargs.get("device", "cpu")).expand(batch_size, kv_length)
-    stand_in._tandem_stock_mask = partial(  # type: ignore[attr-defined]
+    # On the meta device: whoever takes it for a mask, its attributes lost, fails instead of attending to everything.
+    stand_in = torch.empty((batch_size, kv_length), dtype=torch.bool, device="meta")
+    stock = partial(
         sdpa_mask,
         batch_size=batch_size,
         q_length=q_length,
@@ -302,11 +366,27 @@ def _mask(
         attention_mask=attention_mask,
         **kwargs,
     )
-    if mask_function is not causal_mask_function or kwargs.get("use_vmap"):
-        attention_mask = torch.zeros((batch_size, kv_length), dtype=torch.bool)  # no left padding: refused by `padding`
-    if attention_mask is not None and not bool(attention_mask.all()):
-        stand_in._tandem_padding = attention_mask[:, :kv_length]  # type: ignore[attr-defined]
+    is_full = attention_mask is None or (attention_mask.shape[1] >= kv_length and bool(attention_mask.all()))
+    padding = None if is_full else attention_mask[:, :kv_length]  # type: ignore[index]
+    other_rule = mask_function is not causal_mask_function or bool(kwargs.get("use_vmap"))
+    # Made once for all layers, as stock does.
+    stand_in._tandem_stock_mask = memoize(stock)  # type: ignore[attr-defined]
+    stand_in._tandem_padding, stand_in._tandem_other_rule = padding, other_rule  # type: ignore[attr-defined]
     return stand_in
+
+
+def _stock_mask_of(mask: Tensor | None) -> Tensor | None:
+    """What stock would have made where the mask is a stand-in; any other mask as it is."""
+    make = getattr(mask, "_tandem_stock_mask", None)
+    return mask if make is None else make()
+
+
+def _create_masks(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate` makes masks ahead, and copies them, for static caches only: a stand-in would not survive that."""
+    masks = stock(*args, **kwargs)
+    if isinstance(masks, dict):
+        return {name: _stock_mask_of(mask) for name, mask in masks.items()}
+    return _stock_mask_of(masks)
 
 
 def _prepare_cache(
@@ -325,7 +405,7 @@ def _prepare_cache(
         return
     if generation_mode not in ("greedy_search", "sample"):
         raise UnsupportedError(
-            f"{generation_mode} is not supported yet with a TieredCache: only greedy and sampling are"
+            f"{generation_mode.value} is not supported yet with a TieredCache: only greedy and sampling are"
         )
     cache.kv.adapt(model.dtype, model.device)
     cache.reserve(batch_size * generation_config.num_return_sequences, max_cache_length)
