@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
 from torch import Tensor
 
+from benchmarks.common import in_ms, medians_in_turn
 from tandemkv import machine
 
 Call = Callable[[], Tensor]
@@ -118,6 +119,26 @@ def transformers_sdpa(problem: Problem) -> Call:
     return call
 
 
+def llama_cpp(problem: Problem) -> Call:
+    """llama.cpp's flash attention over K and V in float16 or bfloat16, whichever is faster here.
+
+    float16 takes 37 ms to 50 for 32:8x128 at 32K, but 89 ms to 31 for 32:8x64: with AVX512-FP16 it goes in steps of
+    128 elements, and what is left over is not vectorized. Queries of a group as rows are no faster; K and V as
+    llama.cpp itself keeps them, the heads of a token side by side, take 114 ms for the 37.
+    """
+    try:
+        from benchmarks.ggml import FlashAttention
+    except ImportError as error:
+        raise PeerUnavailableError(f"{error}: pip install 'tandemkv[peers]'") from error
+    q, num_threads = problem.q.float(), torch.get_num_threads()
+    calls = {
+        str(dtype): FlashAttention(q, problem.dense.to(dtype, copy=True), problem.scale, num_threads)
+        for dtype in (torch.float16, torch.bfloat16)
+    }
+    ms = medians_in_turn({dtype: in_ms(call) for dtype, call in calls.items()}, budget_s=0.2)
+    return calls[min(ms, key=lambda dtype: ms[dtype])]
+
+
 def onnxruntime_gqa(problem: Problem) -> Call:
     """onnxruntime's GroupQueryAttention; in float32, as float16 takes twice as long there and bfloat16 is refused.
 
@@ -195,5 +216,6 @@ PEERS: dict[str, Callable[[Problem], Call]] = {
     "torch_matmul": torch_matmul,
     "flex_attention": flex_attention,
     "transformers": transformers_sdpa,
+    "llama.cpp": llama_cpp,
     "onnxruntime": onnxruntime_gqa,
 }

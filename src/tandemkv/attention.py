@@ -112,7 +112,7 @@ def _prefill_rows(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rows: slice, 
     """`prefill_chunk` for some sequences with the same padding."""
     history = layer.seq_len
     num_padded = min(max(kv_start - history, 0), q.shape[2])  # of the chunk's own tokens
-    queries = q[:, :, num_padded:]
+    queries = q[:, :, num_padded:].contiguous()  # once, or each piece would copy it to group its heads
     part = attend_dense(queries, k[:, :, num_padded:], v[:, :, num_padded:], scale=scale, causal=True)
     # torch's kernel hides NaN in runs shorter than a block; in others it shows in lse, which is cheaper to read than q.
     if bool((queries if queries.shape[2] < BLOCK_TOKENS else part.lse).isnan().any()):

@@ -36,7 +36,7 @@ import tandemkv.integrations.transformers as tandem
 from tandemkv import machine
 from tandemkv.cache import TierUse
 from tandemkv.errors import CapacityError, InputError, TandemError, UnsupportedError
-from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, format_bytes, parse_bytes
+from tandemkv.types import format_bytes, parse_bytes
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 Finish = Literal["eos", "length", "interrupted"]
@@ -221,12 +221,6 @@ def reserve_cache(
     far_bytes = 0 if settings.far_bytes is None else parse_bytes(settings.far_bytes)
     cache = tandem.TieredCache(skeleton.config, settings.near_tokens, far_bytes)
     spec = cache.kv.spec
-    group_size = skeleton.config.num_attention_heads // spec.num_kv_heads
-    if spec.head_dim > MAX_HEAD_DIM or group_size > MAX_GROUP_SIZE:
-        raise UnsupportedError(
-            f"{folder} has head_dim {spec.head_dim} and {group_size} query heads per KV head; "
-            f"supported are up to {MAX_HEAD_DIM} and {MAX_GROUP_SIZE}"
-        )
     num_tokens = num_prompt_tokens + settings.max_new_tokens
     needed_far_bytes = spec.num_far_pages(1, num_tokens) * spec.far_page_bytes
     kv_bytes = needed_far_bytes + spec.num_near_slots(1) * spec.near_page_bytes

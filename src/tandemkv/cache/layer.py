@@ -175,22 +175,28 @@ class LayerKV:
         """K and V of tokens `[begin, end)` of some sequences, `[seqs, num_kv_heads, tokens, head_dim]`, near device."""
         if not 0 <= begin < end <= self.seq_len:
             raise InputError(f"tokens [{begin}, {end}) of {self.seq_len}")
-        middle = min(max(self.far_tokens, begin), end)
-        runs = [run for run in ((self._far, begin, middle), (self._near, middle, end)) if run[1] < run[2]]
-        parts = [self._read(pool, first, last, seqs) for pool, first, last in runs]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)
-
-    def _read(self, pool: PagePool, begin: int, end: int, seqs: slice) -> tuple[Tensor, Tensor]:
-        arena, first = pool.arena, begin // self._page_size
-        table = self._table(pool, first, -(-end // self._page_size))[seqs]
-        shape = (table.shape[0], arena.num_kv_heads, end - begin, arena.head_dim)
-        k = torch.empty(shape, dtype=arena.layout.dtype, device=arena.k.device)
+        near = self._near.arena
+        shape = (self._slots[seqs].shape[0], near.num_kv_heads, end - begin, near.head_dim)
+        k = torch.empty(shape, dtype=near.layout.dtype, device=near.k.device)
         v = torch.empty_like(k)
-        kernels.gather(arena, table, begin - first * self._page_size, k, v, self._workers)
-        device = self._near.arena.k.device
-        return k.to(device), v.to(device)
+        middle = min(max(self.far_tokens, begin), end)
+        for pool, first, last in ((self._far, begin, middle), (self._near, middle, end)):
+            if first < last:
+                run = slice(first - begin, last - begin)
+                self._read_into(k[:, :, run], v[:, :, run], pool, first, seqs)
+        return k, v
+
+    def _read_into(self, k: Tensor, v: Tensor, pool: PagePool, begin: int, seqs: slice) -> None:
+        arena, first = pool.arena, begin // self._page_size
+        table = self._table(pool, first, -(-(begin + k.shape[2]) // self._page_size))[seqs]
+        offset = begin - first * self._page_size
+        if k.device == arena.k.device:
+            kernels.gather(arena, table, offset, k, v, self._workers)
+        else:
+            host_k, host_v = torch.empty_like(k, device="cpu"), torch.empty_like(v, device="cpu")
+            kernels.gather(arena, table, offset, host_k, host_v, self._workers)
+            k.copy_(host_k)
+            v.copy_(host_v)
 
     def _run(self, pool: PagePool, first: int, last: int, num_tokens: int) -> PagedKV:
         offset = first * self._page_size

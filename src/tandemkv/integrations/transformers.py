@@ -32,7 +32,7 @@ from transformers.masking_utils import (
 from tandemkv.attention import append_and_attend, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, TierUse
 from tandemkv.errors import CacheError, InputError, UnsupportedError
-from tandemkv.types import MAX_GROUP_SIZE, parse_bytes
+from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, parse_bytes
 
 IMPLEMENTATION = "tandem"
 """The name under which transformers knows our attention function and mask."""
@@ -69,6 +69,13 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedError(
             f"{type(model).__name__} has {sorted(other_layers) or 'sliding'} layers: not supported yet"
         )
+    num_kv_heads, head_dim = _kv_shape(config)
+    group_size = config.num_attention_heads // num_kv_heads
+    if head_dim > MAX_HEAD_DIM or head_dim % 2 or group_size > MAX_GROUP_SIZE:
+        raise UnsupportedError(
+            f"{type(model).__name__} has head_dim {head_dim} and {group_size} query heads per KV head; supported are "
+            f"even numbers up to {MAX_HEAD_DIM} and up to {MAX_GROUP_SIZE}"
+        )
     if "_tandem_before" in vars(model):
         return model
     AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -89,6 +96,14 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         model.set_attn_implementation(model._tandem_before)
         del model._tandem_before, model._prepare_cache_for_generation, model.create_masks_for_generate
     return model
+
+
+def _kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """KV heads and head_dim, which older families leave to be derived."""
+    heads: int = config.num_attention_heads
+    num_kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return num_kv_heads, head_dim
 
 
 class TieredCache(Cache):  # type: ignore[misc]
@@ -115,16 +130,11 @@ class TieredCache(Cache):  # type: ignore[misc]
         """
         config = config.get_text_config(decoder=True)
         _refuse_detached(config)
-        heads = config.num_attention_heads
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        if heads % num_kv_heads or heads // num_kv_heads > MAX_GROUP_SIZE:
-            raise UnsupportedError(
-                f"query heads must be 1 to {MAX_GROUP_SIZE} times the {num_kv_heads} KV heads, got {heads}"
-            )
+        num_kv_heads, head_dim = _kv_shape(config)
         spec = CacheSpec(
             num_layers=config.num_hidden_layers,
             num_kv_heads=num_kv_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim,
             dtype=config.dtype or torch.float32,
             near_tokens=near_tokens,
             far_bytes=parse_bytes(far_bytes),

@@ -1,0 +1,252 @@
+"""What the cache refuses, and that nothing has changed afterwards; what an append may touch."""
+
+import math
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tandemkv import machine
+from tandemkv.cache import CacheSpec, KVCache
+from tandemkv.errors import CacheError, CapacityError, InputError
+from tandemkv.machine import Available, CgroupMemory, Memory
+from tandemkv.types import format_bytes
+from tests.dense import random_kv
+
+SPEC = CacheSpec(
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=16,
+    dtype=torch.float32,
+    near_tokens=32,
+    far_bytes=1 << 20,
+    page_size=16,
+    chunk_tokens=32,
+)
+
+
+def fill(cache: KVCache, num_seqs: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The same random K and V in every layer."""
+    k, v = random_kv(num_seqs, SPEC.num_kv_heads, num_tokens, SPEC.head_dim, SPEC.dtype)
+    for index in range(SPEC.num_layers):
+        layer = cache.layer(index, num_seqs)
+        for begin in range(0, num_tokens, SPEC.chunk_tokens):
+            layer.evict()
+            layer.append(k[:, :, begin : begin + SPEC.chunk_tokens], v[:, :, begin : begin + SPEC.chunk_tokens])
+    return k, v
+
+
+def assert_holds(cache: KVCache, k: Tensor, v: Tensor) -> None:
+    cache.check()
+    for index in range(SPEC.num_layers):
+        layer = cache.layer(index, k.shape[0])
+        assert layer.seq_len == k.shape[2]
+        got_k, got_v = layer.read(0, layer.seq_len)
+        assert torch.equal(got_k, k)
+        assert torch.equal(got_v, v)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"near_tokens": 31}, "near_tokens must be at least two pages, 32, got 31"),
+        ({"chunk_tokens": 24}, "chunk_tokens must be a multiple of page_size 16, got 24"),
+        ({"chunk_tokens": 0}, "chunk_tokens must be a multiple"),
+        ({"page_size": 24}, "page_size must be a multiple of 16, got 24"),
+        ({"dtype": torch.float16}, "float32 or bfloat16, got torch.float16"),
+    ],
+)
+def test_a_spec_that_cannot_be(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(SPEC, **change)  # type: ignore[arg-type]
+
+
+def test_far_full_changes_nothing() -> None:
+    """Room for two far pages per layer: 32 near + 32 far + the chunk that is appended after the last eviction."""
+    cache = KVCache(replace(SPEC, far_bytes=4 * SPEC.far_page_bytes))
+    k, v = fill(cache, 1, 96)
+    before = cache.use()
+    with pytest.raises(CapacityError, match=r"far tier is full: .* needed, 0 B of .* free; raise far_bytes"):
+        cache.require_room(1, 1)
+    with pytest.raises(CapacityError, match="far tier is full"):
+        cache.layer(0, 1).evict()
+    assert cache.use() == before
+    assert_holds(cache, k, v)
+    cache.crop(64)
+    cache.require_room(1, 32)
+    assert_holds(cache, k[:, :, :64], v[:, :, :64])
+
+
+def test_near_overflow_is_refused_before_anything_is_written() -> None:
+    """Who forgets to evict learns it; the pages that exist stay as they are."""
+    cache = KVCache(SPEC)
+    k, v = fill(cache, 1, 32)
+    layer = cache.layer(0, 1)
+    more = torch.randn(1, 2, 1000, 16)
+    with pytest.raises(CapacityError, match="near tier is full"):
+        layer.append(more, more)
+    assert_holds(cache, k, v)
+
+
+def test_reserve_spells_the_arithmetic_out() -> None:
+    """3 sequences x (1000 - 32) far tokens = 61 pages each, 2 layers, K and V of 2 heads x 16 x 4 bytes."""
+    cache = KVCache(replace(SPEC, far_bytes=1 << 19))
+    needed = 3 * 61 * 16 * 2 * (2 * 2 * 16 * 4)
+    with pytest.raises(CapacityError) as refused:
+        cache.reserve(3, 1000)
+    message = str(refused.value)
+    for part in ("3 x 1000 tokens", "3 x 968 far", "2 layers", "256 bytes a token", format_bytes(needed), "512.00 KiB"):
+        assert part in message
+    assert "raise far_bytes or near_tokens" in message
+    assert cache.use() == []
+    cache.reserve(3, 32 + 16 * (2**19 // (3 * 2 * 16 * 256)))  # exactly what fits
+
+
+@pytest.mark.parametrize(("num_seqs", "num_tokens"), [(0, 10), (-1, 10), (1, -1)])
+def test_reserve_of_nonsense(num_seqs: int, num_tokens: int) -> None:
+    with pytest.raises(InputError, match="at least one sequence"):
+        KVCache(SPEC).reserve(num_seqs, num_tokens)
+
+
+def machine_with(total_bytes: int, free_bytes: int, cgroup: CgroupMemory | None = None) -> Memory:
+    return Memory(total_bytes, free_bytes, cgroup)
+
+
+@pytest.mark.parametrize(
+    ("memory", "limit"),
+    [
+        (machine_with(1 << 19, 1 << 19), "physical memory is 512.00 KiB"),
+        (machine_with(1 << 30, 1 << 30, CgroupMemory("/x", 1 << 18, 0)), "cgroup limit is 256.00 KiB"),
+    ],
+)
+def test_far_bytes_beyond_the_machine(monkeypatch: pytest.MonkeyPatch, memory: Memory, limit: str) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: memory)
+    with pytest.raises(CapacityError, match=f"far_bytes asks for 1.00 MiB, but the {limit}; lower far_bytes"):
+        KVCache(SPEC)
+
+
+def test_memory_that_is_gone_by_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """far_bytes is a capacity: only what a request would touch for the first time must be free."""
+    cache = KVCache(SPEC)
+    near_bytes = SPEC.num_near_slots(1) * SPEC.near_page_bytes
+
+    def leave(num_bytes: int) -> None:
+        monkeypatch.setattr(machine, "available_bytes", lambda: Available(num_bytes, "cgroup limit"))
+
+    leave(near_bytes - 1)
+    message = f"{re.escape(format_bytes(near_bytes))} of host memory needed.*cgroup limit.*lower far_bytes"
+    with pytest.raises(CapacityError, match=message):
+        cache.reserve(1, 32)
+    assert cache.use() == []
+    leave(near_bytes)
+    cache.reserve(1, 32)
+    k, v = fill(cache, 1, 96)  # touches 2 x 2 far pages
+    leave(2 * SPEC.far_page_bytes)
+    cache.reserve(1, 32 + 3 * 16)
+    with pytest.raises(CapacityError, match="host memory needed"):
+        cache.reserve(1, 32 + 4 * 16)
+    assert_holds(cache, k, v)
+
+
+def test_a_cache_of_no_far_bytes_holds_what_is_near() -> None:
+    cache = KVCache(replace(SPEC, far_bytes=0))
+    k, v = fill(cache, 2, 32)
+    assert_holds(cache, k, v)
+    with pytest.raises(CapacityError, match="raise far_bytes"):
+        cache.reserve(2, 33)
+
+
+def test_a_closed_cache_is_refused() -> None:
+    cache = KVCache(SPEC)
+    fill(cache, 1, 100)
+    cache.close()
+    assert cache.use() == []
+    cache.check()
+    for act in (lambda: cache.reserve(1, 1), lambda: cache.layer(0, 1), lambda: cache.require_room(1, 1)):
+        with pytest.raises(CacheError, match="closed"):
+            act()
+
+
+@pytest.mark.parametrize("end", [KVCache.close, KVCache.reset], ids=["close", "reset"])
+def test_close_and_reset_give_every_byte_back(end: Callable[[KVCache], None]) -> None:
+    cache = KVCache(SPEC)
+    fill(cache, 1, 100)
+    layer = cache.layer(0, 1)
+    arenas = [weakref.ref(layer._near.arena), weakref.ref(layer._far.arena)]
+    del layer
+    end(cache)
+    assert [arena() for arena in arenas] == [None, None]
+
+
+def test_layers_of_different_lengths_are_noticed() -> None:
+    cache = KVCache(SPEC)
+    fill(cache, 1, 40)
+    k, v = random_kv(1, 2, 1, 16, SPEC.dtype)
+    cache.layer(0, 1).append(k, v)
+    with pytest.raises(AssertionError, match="different numbers of tokens"):
+        cache.check()
+    with pytest.raises(CacheError, match="did not reach every layer"):
+        cache.require_room(1, 1)
+    cache.crop(40)
+    cache.check()
+
+
+def test_check_counts_slots() -> None:
+    """The books are compared with the tables, not with themselves."""
+    cache = KVCache(SPEC)
+    fill(cache, 1, 100)
+    layer = cache.layer(1, 1)
+    layer._slots[0, 0] = layer._slots[0, 1]
+    with pytest.raises(AssertionError, match="used twice"):
+        cache.check()
+
+
+def test_adapt_takes_the_models_dtype_until_tokens_are_held() -> None:
+    cache = KVCache(SPEC)
+    cache.reserve(1, 100)
+    cache.adapt(torch.bfloat16, torch.device("cpu"))
+    cache.layer(0, 1).append(*random_kv(1, 2, 5, 16, torch.bfloat16))
+    with pytest.raises(InputError, match=r"holds torch.bfloat16 on cpu, got torch.float32 on cpu"):
+        cache.adapt(torch.float32, torch.device("cpu"))
+
+
+class AllocatedBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The largest tensor that any op returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            owned = result.untyped_storage().nbytes() if func._schema.returns[0].alias_info is None else 0
+            self.largest = max(self.largest, owned)
+        return result
+
+
+def test_append_at_100k_tokens_touches_one_row_and_makes_nothing_long() -> None:
+    """A sentinel everywhere: after one more token, exactly one token of one near page differs."""
+    spec = replace(SPEC, num_layers=1, near_tokens=100_016, far_bytes=0, chunk_tokens=64)
+    cache = KVCache(spec)
+    layer = cache.layer(0, 1)
+    arena = layer._near.arena
+    arena.k.fill_(math.pi)
+    arena.v.fill_(math.pi)
+    layer.seq_len = 100_000
+    layer._put_slots(0, layer._near.allocate(100_000 // 16))
+    one = torch.ones(1, 2, 1, 16)
+    for num_new in (1, 2):  # a new page, then a place in it
+        with AllocatedBytes() as allocated:  # type: ignore[no-untyped-call]
+            layer.evict()
+            layer.append(one, one)
+            with layer.hold():
+                pass
+        assert allocated.largest < 1024
+        for half in (arena.k, arena.v):
+            changed = (half != torch.tensor(math.pi)).any(-1).nonzero()
+            assert changed.tolist() == [[6250, head, at] for head in range(2) for at in range(num_new)]
+    cache.check()

@@ -1,0 +1,81 @@
+"""Ours beside stock: both models, their caches, and a tolerance that stock's own error sets."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tandemkv.integrations.transformers as tandem
+from tests.models import MAX_POSITIONS
+
+PAGE_SIZE, NEAR_TOKENS, CHUNK_TOKENS = 16, 32, 48
+
+
+def attached(stock: Any) -> Any:
+    """A twin of a stock model, attached."""
+    return tandem.attach(copy.deepcopy(stock))
+
+
+def tiered(model: Any, **changes: Any) -> tandem.TieredCache:
+    """A cache so small that a hundred tokens are mostly far."""
+    sizes: dict[str, Any] = {"near_tokens": NEAR_TOKENS, "far_bytes": "32MiB"}
+    return tandem.TieredCache(
+        model.config, **{**sizes, "page_size": PAGE_SIZE, "chunk_tokens": CHUNK_TOKENS, **changes}
+    )
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """Sequences and logits; greedy unless told otherwise."""
+    options = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, **{**options, **kwargs})
+
+
+def logits_of(found: Any) -> Tensor:
+    """`[num_seqs, num_new_tokens, vocab_size]`, float64."""
+    return torch.stack(found.logits, 1).double()
+
+
+@torch.no_grad()
+def exact_logits(stock: Any, sequences: Tensor, num_new: int, mask: Tensor | None = None) -> Tensor:
+    """What a float64 twin answers to the same tokens, all at once, each sequence alone and without its padding."""
+    exact = copy.deepcopy(stock).double()
+    starts = [0] * len(sequences) if mask is None else mask.logical_not().sum(1).tolist()
+    rows = [exact(row[None, start:-1]).logits[0, -num_new:] for row, start in zip(sequences, starts, strict=True)]
+    return torch.stack(rows)
+
+
+def assert_agrees(stock: Any, expected: Any, found: Any, mask: Tensor | None = None) -> None:
+    """Equal tokens; logits no farther from float64 than four times stock's largest own error."""
+    assert torch.equal(expected.sequences, found.sequences)
+    truth = exact_logits(stock, expected.sequences, len(expected.logits), mask)
+    tolerance = 4 * (logits_of(expected) - truth).abs().max()
+    assert tolerance < 1e-3
+    assert (logits_of(found) - truth).abs().max() <= tolerance
+
+
+def assert_far(cache: tandem.TieredCache) -> None:
+    """The test would prove little if everything fitted near."""
+    cache.check()
+    near, far = cache.use()
+    assert near.used_bytes > 0
+    assert far.used_bytes > 0
+    assert far.moved_bytes >= far.used_bytes
+    assert cache.get_seq_length() < MAX_POSITIONS
+
+
+class Streamer:
+    """What `generate` asks of a streamer; keeps the ids."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.num_puts = 0
+        self.is_ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.ids += value.flatten().tolist()
+        self.num_puts += 1
+
+    def end(self) -> None:
+        self.is_ended = True

@@ -1,0 +1,38 @@
+"""A model on a GPU: near pages there, far attention on the CPU. Needs a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import models
+from tests.integrations.agreement import assert_far, attached, generate, logits_of, tiered
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+def test_generate_on_cuda(family: str) -> None:
+    """A left-padded batch in float32, against eager on the same device."""
+    stock = models.FAMILIES[family]().cuda()
+    ours = attached(stock)
+    cache: Any = tiered(ours)
+    ids, mask = (x.cuda() for x in models.left_padded([120, 3, 61]))
+    expected, found = generate(stock, ids, mask), generate(ours, ids, mask, past_key_values=cache)
+    assert cache.kv.spec.device.type == "cuda"
+    assert torch.equal(expected.sequences, found.sequences)
+    torch.testing.assert_close(logits_of(found), logits_of(expected), atol=2e-3, rtol=0)
+    assert_far(cache)
+
+
+def test_bf16_on_cuda() -> None:
+    """Flash attention with lse; closeness to eager in bf16."""
+    stock = models.llama(hidden_size=128, num_attention_heads=4, num_key_value_heads=2).bfloat16().cuda()
+    ours = attached(stock)
+    cache, ids = tiered(ours), models.random_ids(2, 120).cuda()
+    with torch.no_grad():
+        expected = stock(ids).logits[:, -1].float()
+        ours(ids[:, :119], past_key_values=cache)
+        found = ours(ids[:, 119:], past_key_values=cache).logits[:, -1].float()
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    assert_far(cache)

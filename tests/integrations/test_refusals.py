@@ -1,0 +1,338 @@
+"""What cannot be served is refused by name, once, and the cache goes on: its books are right and a good call works."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+
+import tandemkv.integrations.transformers as tandem
+from tandemkv import machine
+from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
+from tests import models
+from tests.integrations.agreement import attached, generate, tiered
+
+HELD = 70
+IDS = models.random_ids(1, 90)
+TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 11}
+
+
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    return models.llama()
+
+
+@pytest.fixture
+def ours(stock: Any) -> Any:
+    return attached(stock)
+
+
+@pytest.fixture
+def cache(ours: Any) -> tandem.TieredCache:
+    """A cache in use: 70 tokens, two of three pages far."""
+    cache = tiered(ours)
+    with torch.no_grad():
+        ours(IDS[:, :HELD], past_key_values=cache)
+    assert cache.use()[1].used_bytes > 0
+    return cache
+
+
+@contextmanager
+def unharmed(stock: Any, ours: Any, cache: tandem.TieredCache) -> Iterator[None]:
+    """What happens inside leaves the cache's tokens as they were, and the next turn is right."""
+    held = cache.get_seq_length()
+    before = [layer.read(0, held) for layer in cache.kv._layers]
+    yield
+    cache.check()
+    assert cache.get_seq_length() == held
+    for (k, v), layer in zip(before, cache.kv._layers, strict=True):
+        got_k, got_v = layer.read(0, held)
+        assert torch.equal(got_k, k)
+        assert torch.equal(got_v, v)
+    found = generate(ours, IDS, past_key_values=cache, max_new_tokens=4)
+    assert torch.equal(found.sequences, generate(stock, IDS, max_new_tokens=4).sequences)
+    cache.check()
+
+
+@contextmanager
+def no_forward(model: Any) -> Iterator[None]:
+    """Nothing is computed before the refusal."""
+    calls = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    yield
+    hook.remove()
+    assert calls == []
+
+
+# -- models that are not supported -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=11)), "GPT2LMHeadModel.*'gpt2'"),
+        (lambda: MistralForCausalLM(MistralConfig(intermediate_size=8, **TINY)), "MistralForCausalLM.*'mistral'"),
+        (lambda: models.qwen2(use_sliding_window=True, max_window_layers=1, sliding_window=8), "sliding"),
+        (lambda: models.qwen3(layer_types=["full_attention", "sliding_attention"], sliding_window=8), "sliding"),
+    ],
+    ids=["gpt2", "mistral", "sliding-qwen2", "sliding-qwen3"],
+)
+def test_unsupported_models_are_refused_by_name(build: Callable[[], Any], message: str) -> None:
+    model = build()
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedError, match=message):
+        tandem.attach(model)
+    assert model.config._attn_implementation == before
+    assert "_tandem_before" not in vars(model)
+
+
+def test_a_cache_for_a_model_that_is_not_attached(stock: Any) -> None:
+    with pytest.raises(CacheError, match=r"not attached; call .*attach"):
+        tandem.TieredCache(stock.config)
+
+
+def test_a_detached_model_is_refused_and_the_cache_is_not_spoiled(
+    stock: Any, ours: Any, cache: tandem.TieredCache
+) -> None:
+    with unharmed(stock, ours, cache):
+        tandem.detach(ours)
+        with pytest.raises(CacheError, match="not attached"), torch.no_grad():
+            ours(IDS[:, HELD:], past_key_values=cache)
+        tandem.attach(ours)
+
+
+def test_a_model_that_does_not_attend_its_updates_is_refused(stock: Any, ours: Any) -> None:
+    """Its second layer is not computed: nothing was appended, and an attached model goes on."""
+    cache = tiered(ours)
+    for _ in range(2):
+        with pytest.raises(CacheError, match="never attended: the model is not attached"), torch.no_grad():
+            stock(IDS, past_key_values=cache)
+    cache.check()
+    found = generate(ours, IDS, past_key_values=cache, max_new_tokens=4)
+    assert torch.equal(found.sequences, generate(stock, IDS, max_new_tokens=4).sequences)
+
+
+@pytest.mark.parametrize("num_layers", [2, 4])
+def test_a_cache_made_for_another_number_of_layers(
+    stock: Any, ours: Any, cache: tandem.TieredCache, num_layers: int
+) -> None:
+    other = attached(models.llama(num_hidden_layers=num_layers))
+    message = f"cache is for a model of 3 layers, this one has {num_layers}"
+    with unharmed(stock, ours, cache), pytest.raises(InputError, match=message), torch.no_grad():
+        other(IDS[:, HELD:], past_key_values=cache)
+
+
+def test_a_cache_made_for_another_shape(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    other = attached(models.llama(num_key_value_heads=4))
+    with unharmed(stock, ours, cache), pytest.raises(InputError, match="this cache takes k"), torch.no_grad():
+        other(IDS[:, HELD:], past_key_values=cache)
+
+
+# -- numbers that cannot be --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ({"near_tokens": 31}, InputError, "near_tokens must be at least two pages, 32, got 31"),
+        ({"far_bytes": "many"}, InputError, "expected a size such as '16GiB' .*, got 'many'"),
+        ({"far_bytes": -1}, InputError, "cannot be negative"),
+        ({"page_size": 20}, InputError, "page_size must be a multiple of 16, got 20"),
+        ({"chunk_tokens": 20}, InputError, "chunk_tokens must be a multiple of page_size 16"),
+        ({"far_bytes": machine.memory().total_bytes + 1}, CapacityError, "lower far_bytes"),
+    ],
+)
+def test_sizes_that_cannot_be(ours: Any, sizes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tiered(ours, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: models.opt(hidden_size=68, word_embed_proj_dim=68), "head_dim must be even and at most 256, got 17"),
+        (lambda: models.llama(head_dim=260), "head_dim must be even and at most 256, got 260"),
+        (lambda: models.llama(hidden_size=68, num_attention_heads=17, num_key_value_heads=1), "1 to 16 times the 1 KV"),
+    ],
+    ids=["odd", "large", "group"],
+)
+def test_heads_that_the_kernel_cannot_read_are_refused_at_the_door(build: Callable[[], Any], message: str) -> None:
+    model = attached(build())
+    with pytest.raises(UnsupportedError, match=message):
+        tiered(model)
+
+
+def test_half_precision_is_refused_with_the_way_out() -> None:
+    model = attached(models.llama(dtype=torch.float16))
+    with pytest.raises(InputError, match=r"float16: load the model with dtype=torch\.bfloat16"):
+        tiered(model)
+
+
+def test_far_capacity_is_checked_before_any_forward(stock: Any, ours: Any) -> None:
+    """3 layers x K and V of 2 heads x 16 x 4 bytes x 16 tokens = 12 KiB a page of all layers."""
+    cache = tiered(ours, far_bytes=5 * 12288)
+    generate(ours, IDS, past_key_values=cache, max_new_tokens=4)  # ends with 93 tokens: 4 pages far
+    with (
+        pytest.raises(CapacityError, match=r"1 x 149 tokens .*far_bytes is 60\.00 KiB; raise far_bytes"),
+        no_forward(ours),
+    ):
+        generate(ours, IDS, past_key_values=cache, max_new_tokens=60)
+    cache.crop(HELD - cache.get_seq_length())
+    with unharmed(stock, ours, cache):
+        pass
+
+
+def test_far_capacity_of_a_bare_forward(stock: Any, ours: Any) -> None:
+    """Without `generate` nobody reserves: the first layer refuses for all of them."""
+    cache = tiered(ours, far_bytes=5 * 12288)
+    with torch.no_grad():
+        with pytest.raises(CapacityError, match="raise far_bytes"):
+            ours(models.random_ids(1, 400), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        ours(IDS[:, :HELD], past_key_values=cache)
+        with unharmed(stock, ours, cache), pytest.raises(CapacityError, match="far tier is full"):
+            ours(models.random_ids(1, 400), past_key_values=cache)
+
+
+def test_more_positions_than_the_model_has(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    with unharmed(stock, ours, cache):
+        with pytest.raises(InputError, match="exceed the model's 1024 positions; shorten the prompt"), no_forward(ours):
+            generate(ours, IDS, past_key_values=cache, max_new_tokens=models.MAX_POSITIONS)
+        with pytest.raises(InputError, match="1070 tokens exceed the model's 1024 positions"), torch.no_grad():
+            ours(models.random_ids(1, 1000), past_key_values=cache)
+
+
+# -- calls that are not supported --------------------------------------------------------------------------------------
+
+
+def test_beams_are_refused(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    with unharmed(stock, ours, cache), pytest.raises(UnsupportedError, match="beam_search is not"), no_forward(ours):
+        generate(ours, IDS, past_key_values=cache, num_beams=2)
+    with pytest.raises(UnsupportedError, match="num_beams=1"):
+        cache.reorder_cache(torch.tensor([0]))
+
+
+def zeros_at(*positions: int) -> Tensor:
+    mask = torch.ones(1, 90, dtype=torch.long)
+    mask[0, list(positions)] = 0
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"attention_mask": zeros_at(89)}, UnsupportedError, "only left padding is supported: set tokenizer"),
+        ({"attention_mask": zeros_at(0, 2)}, UnsupportedError, "only left padding is supported"),
+        ({"attention_mask": torch.ones(1, 1, 20, 90) > 0}, UnsupportedError, "not ready-made 4D masks"),
+        ({"attention_mask": torch.ones(1, 20)}, InputError, r"cover all tokens.*expected \[1, 90\], got \[1, 20\]"),
+        ({"softcap": 30.0}, UnsupportedError, "LlamaAttention passes softcap: not supported yet"),
+        ({"is_causal": False}, UnsupportedError, "is_causal=False"),
+        ({"output_attentions": True}, UnsupportedError, "output_attentions"),
+    ],
+    ids=["right", "hole", "4d", "short", "softcap", "bidirectional", "attentions"],
+)
+def test_arguments_that_are_not_understood(
+    stock: Any,
+    ours: Any,
+    cache: tandem.TieredCache,
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with unharmed(stock, ours, cache), pytest.raises(error, match=message), torch.no_grad():
+        ours(IDS[:, HELD:], past_key_values=cache, **arguments)
+
+
+def test_dropout_in_training(stock: Any) -> None:
+    ours = attached(models.llama(attention_dropout=0.1))
+    cache = tiered(ours)
+    with torch.no_grad():
+        ours(IDS[:, :HELD], past_key_values=cache)
+        with unharmed(stock, ours, cache):
+            ours.train()
+            with pytest.raises(UnsupportedError, match=r"dropout.*model\.eval\(\)"):
+                ours(IDS[:, HELD:], past_key_values=cache)
+            ours.eval()
+
+
+def test_gradients(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    """They would be wrong without a word: the kernel is no torch op."""
+    with unharmed(stock, ours, cache), pytest.raises(UnsupportedError, match=r"torch\.no_grad\(\)"):
+        ours(IDS[:, HELD:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9, 20])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_nan_in_a_layer(stock: Any, ours: Any, cache: tandem.TieredCache, layer: int, num_tokens: int) -> None:
+    """Layers before the bad one have taken the tokens already and give them back; 9 and 20 are prefill chunks."""
+    weight = ours.model.layers[layer].self_attn.q_proj.weight
+    good = weight.detach().clone()
+    with unharmed(stock, ours, cache):
+        weight.data[0] = torch.nan
+        with pytest.raises(InputError, match="q contains NaN"), torch.no_grad():
+            ours(IDS[:, HELD : HELD + num_tokens], past_key_values=cache)
+        weight.data.copy_(good)
+
+
+def test_nan_in_an_embedding_stops_a_long_prompt(stock: Any, ours: Any) -> None:
+    """In the third chunk of the first layer."""
+    cache = tiered(ours)
+    ids = models.random_ids(1, 120)
+    ids[0, 110] = 1
+    good = ours.model.embed_tokens.weight.detach().clone()
+    ours.model.embed_tokens.weight.data[1] = torch.nan
+    with pytest.raises(InputError, match="q contains NaN"), torch.no_grad():
+        ours(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+    cache.check()
+    ours.model.embed_tokens.weight.data.copy_(good)
+    found = generate(ours, ids, past_key_values=cache, max_new_tokens=4)
+    assert torch.equal(found.sequences, generate(stock, ids, max_new_tokens=4).sequences)
+
+
+def test_a_forward_that_fails_outside_of_attention(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    """The layers differ afterwards; the next call says so, and repairs it."""
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    hook = ours.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with torch.no_grad(), unharmed(stock, ours, cache):
+        with pytest.raises(MemoryError):
+            ours(IDS[:, HELD:], past_key_values=cache)
+        hook.remove()
+        with pytest.raises(CacheError, match="did not reach every layer"):
+            ours(IDS[:, HELD:], past_key_values=cache)
+
+
+def test_another_batch_size(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    with unharmed(stock, ours, cache):
+        for num_tokens in (1, 20):
+            with pytest.raises(InputError, match="holds 1 sequences, asked for 2"), torch.no_grad():
+                ours(models.random_ids(2, num_tokens), past_key_values=cache)
+        with pytest.raises(InputError, match="holds 1 sequences, asked for 2"), no_forward(ours):
+            generate(ours, models.random_ids(2, 90), past_key_values=cache)
+
+
+def test_another_dtype(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    other = attached(stock).bfloat16()
+    with unharmed(stock, ours, cache):
+        with (
+            pytest.raises(InputError, match=r"holds torch\.float32 on cpu, got torch\.bfloat16 on cpu"),
+            torch.no_grad(),
+        ):
+            other(IDS[:, HELD:], past_key_values=cache)
+        with pytest.raises(InputError, match=r"holds torch\.float32"), no_forward(other):
+            generate(other, IDS, past_key_values=cache)
+
+
+def test_a_closed_cache(ours: Any, cache: tandem.TieredCache) -> None:
+    cache.close()
+    with pytest.raises(CacheError, match="closed"), no_forward(ours):
+        generate(ours, IDS, past_key_values=cache)
+    with pytest.raises(CacheError, match="closed"), torch.no_grad():
+        ours(IDS, past_key_values=cache)
+    cache.check()
