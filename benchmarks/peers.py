@@ -122,9 +122,9 @@ def transformers_sdpa(problem: Problem) -> Call:
 def llama_cpp(problem: Problem) -> Call:
     """llama.cpp's flash attention over K and V in float16 or bfloat16, whichever is faster here.
 
-    float16 takes 37 ms to 50 for 32:8x128 at 32K, but 89 ms to 31 for 32:8x64: with AVX512-FP16 it goes in steps of
-    128 elements, and what is left over is not vectorized. Queries of a group as rows are no faster; K and V as
-    llama.cpp itself keeps them, the heads of a token side by side, take 114 ms for the 37.
+    With one thread float16 takes 37 ms and bfloat16 50 for 32:8x128 at 32K, but 89 and 31 for 32:8x64: ggml's sum over
+    V in float16 then converts by a lookup for each element. Queries of a group as rows are no faster; K and V as
+    llama.cpp keeps them, the heads of a token side by side, take 114 ms instead of 37.
     """
     try:
         from benchmarks.ggml import FlashAttention

@@ -19,6 +19,7 @@ COLORS = {
     "flex_attention": "#7f6fb5",
     "transformers": "#8c8c8c",
     "onnxruntime": "#b58900",
+    "llama.cpp": "#5a9e3d",
     "limit": "black",
 }
 MISSING = "no picture: matplotlib is missing, pip install 'tandemkv[plot]'"
@@ -45,7 +46,7 @@ def draw(rows: Sequence[Row], run: Run, path: Path) -> str:
     for axes in panels[-1]:
         axes.set_xlabel("KV tokens")
     lines = {line.get_label(): line for axes in panels.flat for line in axes.get_lines()}
-    figure.legend(lines.values(), [str(name) for name in lines], loc="outside lower center", ncols=7, frameon=False)
+    figure.legend(lines.values(), [str(name) for name in lines], loc="outside lower center", ncols=8, frameon=False)
     figure.suptitle(
         f"Decode attention on the CPU, bf16, {rows[0].num_threads} threads\n{run.machine}; {run.commit}", fontsize=10
     )

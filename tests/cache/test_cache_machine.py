@@ -28,7 +28,8 @@ class CacheMachine(RuleBasedStateMachine):
         near_pages=st.integers(2, 4),
         near_rest=st.integers(0, 15),
         chunk_pages=st.integers(1, 3),
-        far_pages=st.integers(0, 9),
+        far_pages=st.sampled_from([0, 3, 6, 9]),
+        prompt_pages=st.floats(0.0, 9.0),
         num_layers=st.integers(1, 3),
         num_seqs=st.integers(1, 3),
         with_workers=st.booleans(),
@@ -49,6 +50,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.num_far_slots = num_slots
         self.cache = KVCache(self.spec, worker_pool() if counts["with_workers"] else None)
         self.start(counts["num_seqs"])
+        self.grow(max(1, int(counts["prompt_pages"] * page_size)))
 
     def start(self, num_seqs: int) -> None:
         """An empty cache, here and in the model of it."""
@@ -104,14 +106,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.grow(max(1, int(pages * self.spec.chunk_tokens)))
 
     @precondition(lambda self: self.seq_len > 0)
-    @rule(part=st.floats(0.0, 1.0), rounding=st.sampled_from(["any", "page", "far"]))
+    @rule(part=st.floats(0.0, 1.0), rounding=st.sampled_from(["any", "page", "far", "all far"]))
     def crop(self, part: float, rounding: str) -> None:
         size = self.spec.page_size
         seq_len = int(part * self.seq_len)
         if rounding == "page":
             seq_len = seq_len // size * size
         elif rounding == "far":
-            seq_len = min(self.num_far_pages * size, self.seq_len)
+            seq_len = int(part * self.num_far_pages * size)
+        elif rounding == "all far":
+            seq_len = self.num_far_pages * size
         self.cache.crop(seq_len)
         self.dense = [(k[:, :, :seq_len], v[:, :, :seq_len]) for k, v in self.dense]
         self.num_far_pages = min(self.num_far_pages, seq_len // size)
@@ -226,5 +230,5 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCache = CacheMachine.TestCase
 TestCache.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=80, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandemkv import machine
 from tandemkv.cache import CacheSpec, KVCache
-from tandemkv.errors import CacheError, CapacityError, InputError
+from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
 from tandemkv.machine import Available, CgroupMemory, Memory
 from tandemkv.types import format_bytes
 from tests.dense import random_kv
@@ -66,6 +66,12 @@ def test_a_spec_that_cannot_be(change: dict[str, object], message: str) -> None:
         replace(SPEC, **change)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("head_dim", [0, 1, 17, 258])
+def test_heads_that_the_kernel_cannot_read(head_dim: int) -> None:
+    with pytest.raises(UnsupportedError, match=f"head_dim must be even and at most 256, got {head_dim}"):
+        replace(SPEC, head_dim=head_dim)
+
+
 def test_far_full_changes_nothing() -> None:
     """Room for two far pages per layer: 32 near + 32 far + the chunk that is appended after the last eviction."""
     cache = KVCache(replace(SPEC, far_bytes=4 * SPEC.far_page_bytes))
@@ -105,6 +111,23 @@ def test_reserve_spells_the_arithmetic_out() -> None:
     assert "raise far_bytes or near_tokens" in message
     assert cache.use() == []
     cache.reserve(3, 32 + 16 * (2**19 // (3 * 2 * 16 * 256)))  # exactly what fits
+
+
+@pytest.mark.parametrize("seq_len", [100, 99, 96, 81, 80, 79, 65, 64, 63, 50, 49, 48, 33, 32, 31, 17, 16, 15, 1, 0])
+def test_crop_to_any_length_and_grow_again(seq_len: int) -> None:
+    """64 of 100 tokens are far: cuts in near pages, in far pages and at every edge."""
+    cache = KVCache(SPEC)
+    k, v = fill(cache, 2, 100)
+    assert cache.layer(0, 2).far_tokens == 64
+    cache.crop(seq_len)
+    cache.check()
+    for index in range(SPEC.num_layers):
+        layer = cache.layer(index, 2)
+        assert layer.far_tokens == min(64, seq_len // 16 * 16)
+        for begin in range(seq_len, 100, SPEC.chunk_tokens):
+            layer.evict()
+            layer.append(k[:, :, begin : begin + SPEC.chunk_tokens], v[:, :, begin : begin + SPEC.chunk_tokens])
+    assert_holds(cache, k, v)
 
 
 @pytest.mark.parametrize(("num_seqs", "num_tokens"), [(0, 10), (-1, 10), (1, -1)])
