@@ -8,6 +8,7 @@ how to read it:
             torch at its best: dense K and V, contiguous per head, the queries of a group as rows
   transformers
             the function that `generate` calls as shipped (attn_implementation="sdpa"), without a mask
+  llama.cpp its flash attention in f16 or bf16, whichever is faster, where llama-cpp-python is installed
   onnxruntime
             GroupQueryAttention in float32 (faster there than float16), where onnxruntime and onnx are installed
 
@@ -16,7 +17,7 @@ turns in one run, so that noise hits all of them, over copies in rotation, so th
 are medians. torch's threads sleep between ops (GOMP_SPINCOUNT=0), for ours and for peers; as torch's default is to
 spin, the peers are timed once more that way, at 32:8x128 and 32K, in a process of their own.
 
-A full run takes some eight minutes and 5 GiB (9 with onnxruntime), appends to benchmarks/results/attend.csv and draws
+A full run takes some eight minutes and 5 GiB (more with the extra peers), appends to benchmarks/results/attend.csv and draws
 attend.png beside it; --quick --save only appends.
 
 examples:
