@@ -17,8 +17,8 @@ turns in one run, so that noise hits all of them, over copies in rotation, so th
 are medians. torch's threads sleep between ops (GOMP_SPINCOUNT=0), for ours and for peers; as torch's default is to
 spin, the peers are timed once more that way, at 32:8x128 and 32K, in a process of their own.
 
-A full run takes some eight minutes and 5 GiB (more with the extra peers), appends to benchmarks/results/attend.csv and draws
-attend.png beside it; --quick --save only appends.
+A full run takes some ten minutes and 5 GiB (more with the extra peers), appends to benchmarks/results/attend.csv and
+draws attend.png beside it; --quick --save only appends.
 
 examples:
   python -m benchmarks.attend --quick           32 query heads on 8 KV heads of 128, 32K tokens: 30 seconds

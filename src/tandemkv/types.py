@@ -129,16 +129,17 @@ class PagedKV:
 
 def parse_bytes(size: int | str) -> int:
     """Bytes of 16 GiB given as `17179869184`, `"16GiB"`, `"16 GB"` (1e9) or `"16G"` (binary, like Linux tools)."""
-    if isinstance(size, int):
-        if size < 0:
-            raise InputError(f"a size in bytes cannot be negative, got {size}")
+    if isinstance(size, int) and size >= 0:
         return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", size, re.IGNORECASE)
+    text = size if isinstance(size, str) else ""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?B?)|B?)\s*", text, re.IGNORECASE)
     if match is None:
-        raise InputError(f"expected a size such as '16GiB' or 17179869184, got {size!r}")
+        raise InputError(f"expected a size such as '16GiB' or 17179869184, not negative, got {size!r}")
     number, prefix, unit = match.groups()
-    base = 1000 if unit.lower() == "b" and prefix else 1024
-    return int(float(number) * base ** (" KMGT".index(prefix.upper()) if prefix else 0))
+    if prefix is None:
+        return int(float(number))
+    base = 1000 if unit.upper() == "B" else 1024
+    return int(float(number) * base ** (1 + "KMGT".index(prefix.upper())))
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -1,5 +1,6 @@
 """What cannot be served is refused by name, once, and the cache goes on: its books are right and a good call works."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -324,3 +325,13 @@ def test_a_closed_cache(ours: Any, cache: tandem.TieredCache) -> None:
     with pytest.raises(CacheError, match="closed"), torch.no_grad():
         ours(IDS, past_key_values=cache)
     cache.check()
+
+
+def test_a_copy_of_the_cache_is_refused_by_name(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    with unharmed(stock, ours, cache), pytest.raises(UnsupportedError, match="copying a TieredCache"):
+        copy.deepcopy(cache)
+
+
+def test_near_tokens_must_be_whole(ours: Any) -> None:
+    with pytest.raises(InputError, match=r"whole numbers, got 128\.5"):
+        tandem.TieredCache(ours.config, near_tokens=128.5, far_bytes="1MiB")  # type: ignore[arg-type]

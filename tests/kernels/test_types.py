@@ -37,7 +37,7 @@ def test_parse_bytes_refuses(size: str) -> None:
 
 
 def test_parse_bytes_refuses_negative_numbers() -> None:
-    with pytest.raises(InputError, match="cannot be negative, got -1"):
+    with pytest.raises(InputError, match="not negative, got -1"):
         parse_bytes(-1)
 
 
@@ -132,3 +132,9 @@ def test_panels_store_padded_dims() -> None:
 def test_an_input_error_is_a_value_error_of_ours() -> None:
     assert issubclass(InputError, ValueError)
     assert issubclass(InputError, TandemError)
+
+
+@pytest.mark.parametrize("size", [1e6, None, "16i", "", "G", "16 furlongs"])
+def test_parse_bytes_refuses_what_is_no_size(size: object) -> None:
+    with pytest.raises(InputError, match="expected a size such as '16GiB'"):
+        parse_bytes(size)  # type: ignore[arg-type]

@@ -38,6 +38,10 @@ class CacheSpec:
         self.near_layout  # noqa: B018  refuses a dtype or page_size that no page can have
         if not 2 <= self.head_dim <= MAX_HEAD_DIM or self.head_dim % 2:
             raise UnsupportedError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {self.head_dim}")
+        if not isinstance(self.near_tokens, int) or not isinstance(self.chunk_tokens, int):
+            raise InputError(
+                f"near_tokens and chunk_tokens are whole numbers, got {self.near_tokens}, {self.chunk_tokens}"
+            )
         if self.near_tokens < 2 * self.page_size:
             raise InputError(f"near_tokens must be at least two pages, {2 * self.page_size}, got {self.near_tokens}")
         if self.chunk_tokens < self.page_size or self.chunk_tokens % self.page_size:

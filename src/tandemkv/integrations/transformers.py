@@ -70,11 +70,11 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} has {sorted(other_layers) or 'sliding'} layers: not supported yet"
         )
     num_kv_heads, head_dim = _kv_shape(config)
-    group_size = config.num_attention_heads // num_kv_heads
-    if head_dim > MAX_HEAD_DIM or head_dim % 2 or group_size > MAX_GROUP_SIZE:
+    group_size, rest = divmod(config.num_attention_heads, num_kv_heads)
+    if head_dim > MAX_HEAD_DIM or head_dim % 2 or group_size > MAX_GROUP_SIZE or rest:
         raise UnsupportedError(
-            f"{type(model).__name__} has head_dim {head_dim} and {group_size} query heads per KV head; supported are "
-            f"even numbers up to {MAX_HEAD_DIM} and up to {MAX_GROUP_SIZE}"
+            f"{type(model).__name__} has head_dim {head_dim} and {config.num_attention_heads}:{num_kv_heads} heads; "
+            f"supported are even head_dim up to {MAX_HEAD_DIM} and 1 to {MAX_GROUP_SIZE} query heads per KV head"
         )
     if "_tandem_before" in vars(model):
         return model
@@ -165,6 +165,9 @@ class TieredCache(Cache):  # type: ignore[misc]
     def check(self) -> None:
         """Recount every page; AssertionError where the books are wrong."""
         self.kv.check()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
+        raise UnsupportedError("copying a TieredCache is not supported yet: prefill a new one")
 
     def close(self) -> None:
         """Give every byte back; the cache cannot be used again."""
