@@ -29,7 +29,7 @@ inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The lines of the tile after this one, asked for a few at a time while this one is computed: in the products and in
 // the softmax alike, for a core has some 16 requests in flight and memory idles whenever none is waiting. Loops take a
-// run of lines beforehand: a store in the loop, even of a cursor, would hold back the tile loads of AMX (17 % of a
+// run of lines beforehand: a store in the loop, even of a cursor, would hold back the tile loads of AMX (12 % of a
 // call).
 struct Ahead {
   const char *at = nullptr, *end = nullptr;            // K

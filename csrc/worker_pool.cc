@@ -12,9 +12,9 @@
 namespace tandem {
 namespace {
 
-// A decode step calls the pool every few hundred microseconds; waking a sleeping thread costs about 50 us on a
-// virtual machine. Spinning this long keeps the crew awake between the calls of one layer and no longer: spinning
-// for milliseconds is what makes libgomp lose its bandwidth when another job runs.
+// A decode step calls the pool several times within a layer, and waking a sleeping thread costs tens of microseconds.
+// Spinning this long keeps the crew awake between those calls and no longer: spinning for milliseconds is what makes
+// libgomp lose its bandwidth when another job runs.
 constexpr auto kSpin = std::chrono::microseconds(50);
 
 inline void relax() {

@@ -129,12 +129,14 @@ class PagedKV:
 
 def parse_bytes(size: int | str) -> int:
     """Bytes of 16 GiB given as `17179869184`, `"16GiB"`, `"16 GB"` (1e9) or `"16G"` (binary, like Linux tools)."""
-    if isinstance(size, int) and size >= 0:
+    if isinstance(size, int) and size < 0:
+        raise InputError(f"a size in bytes cannot be negative, got {size}")
+    if isinstance(size, int):
         return size
     text = size if isinstance(size, str) else ""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?B?)|B?)\s*", text, re.IGNORECASE)
     if match is None:
-        raise InputError(f"expected a size such as '16GiB' or 17179869184, not negative, got {size!r}")
+        raise InputError(f"expected a size such as '16GiB' or 17179869184, got {size!r}")
     number, prefix, unit = match.groups()
     if prefix is None:
         return int(float(number))

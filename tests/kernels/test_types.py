@@ -37,7 +37,7 @@ def test_parse_bytes_refuses(size: str) -> None:
 
 
 def test_parse_bytes_refuses_negative_numbers() -> None:
-    with pytest.raises(InputError, match="not negative, got -1"):
+    with pytest.raises(InputError, match="cannot be negative, got -1"):
         parse_bytes(-1)
 
 

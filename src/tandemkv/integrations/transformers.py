@@ -73,8 +73,9 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     group_size, rest = divmod(config.num_attention_heads, num_kv_heads)
     if head_dim > MAX_HEAD_DIM or head_dim % 2 or group_size > MAX_GROUP_SIZE or rest:
         raise UnsupportedError(
-            f"{type(model).__name__} has head_dim {head_dim} and {config.num_attention_heads}:{num_kv_heads} heads; "
-            f"supported are even head_dim up to {MAX_HEAD_DIM} and 1 to {MAX_GROUP_SIZE} query heads per KV head"
+            f"{type(model).__name__} has head_dim {head_dim} and "
+            f"{config.num_attention_heads / num_kv_heads:g} query heads per KV head; supported are even numbers up to "
+            f"{MAX_HEAD_DIM} and whole ones up to {MAX_GROUP_SIZE}"
         )
     if "_tandem_before" in vars(model):
         return model
