@@ -137,6 +137,8 @@ Status attend(WorkerPool& pool, const KernelTable& kernels, const AttendArgs& ar
     // Whoever finishes a span's last item merges it: acquire-release orders the others' writes before the merge.
     if (remaining[span_of[i]].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_span(schedule.spans[span_of[i]]);
   });
+  constexpr size_t kKeptFloats = 4 << 20;  // 16 MiB: 128K tokens of a large layer; more goes back
+  if (workspace.size() > kKeptFloats) std::vector<float>().swap(workspace);
   return status.load();
 }
 

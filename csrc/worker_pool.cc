@@ -54,7 +54,7 @@ struct WorkerPool::Crew {
     for (std::thread& thread : threads) thread.join();
   }
 
-  void drain(const std::function<void(int64_t)>& run_item, int64_t count) {
+  void drain(const std::function<void(int64_t)>& run_item, int64_t count) noexcept {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run_item(i);
   }
 

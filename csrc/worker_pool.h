@@ -18,6 +18,7 @@ class WorkerPool {
   int num_threads() const { return num_threads_; }
 
   // Calls run_item(i) once for every i in [0, num_items), in any order, and returns when all have returned.
+  // run_item must not throw: the others could still be at work on the job.
   // Callers on several threads take turns. A child process after fork gets threads of its own.
   void run(int64_t num_items, const std::function<void(int64_t)>& run_item);
 

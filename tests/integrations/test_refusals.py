@@ -335,3 +335,9 @@ def test_a_copy_of_the_cache_is_refused_by_name(stock: Any, ours: Any, cache: ta
 def test_near_tokens_must_be_whole(ours: Any) -> None:
     with pytest.raises(InputError, match=r"whole numbers, got 128\.5"):
         tandem.TieredCache(ours.config, near_tokens=128.5, far_bytes="1MiB")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [40.5, float("nan"), "3", None])
+def test_crop_takes_whole_numbers(stock: Any, ours: Any, cache: tandem.TieredCache, tokens: Any) -> None:
+    with unharmed(stock, ours, cache), pytest.raises(InputError, match="crop takes a whole number"):
+        cache.crop(tokens)

@@ -210,7 +210,8 @@ class LayerKV:
     def _put_slots(self, first: int, slots: list[int]) -> None:
         num_pages = len(slots) // self.num_seqs
         if first + num_pages > self._slots.shape[1]:
-            grown = torch.zeros((self.num_seqs, 2 * (first + num_pages)), dtype=torch.int32)
+            with torch.inference_mode(False):  # as in KVCache._allocate
+                grown = torch.zeros((self.num_seqs, 2 * (first + num_pages)), dtype=torch.int32)
             grown[:, : self._slots.shape[1]] = self._slots
             self._slots = grown
         self._slots[:, first : first + num_pages] = torch.tensor(slots, dtype=torch.int32).view(

@@ -193,6 +193,8 @@ class KVCache:
 
     def crop(self, seq_len: int) -> None:
         """Forget every token from `seq_len` on, in every layer."""
+        if not isinstance(seq_len, int) or isinstance(seq_len, bool):
+            raise InputError(f"crop takes a whole number of tokens, got {seq_len!r}")
         for layer in self._layers:
             layer.crop(min(seq_len, layer.seq_len))
 
@@ -247,6 +249,7 @@ class KVCache:
                 f"({available.limit}); lower far_bytes, near_tokens or the batch, or free memory"
             )
 
+    @torch.inference_mode(False)  # tensors made inside inference mode could not be written outside it
     def _allocate(self, num_seqs: int) -> None:
         spec = self.spec
         heads, dim = spec.num_kv_heads, spec.head_dim

@@ -107,6 +107,12 @@ def _kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
     return num_kv_heads, head_dim
 
 
+def _dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The model's dtype; `save_pretrained` turns it into its name, and a fresh config has none."""
+    found = config.dtype or torch.float32
+    return getattr(torch, found) if isinstance(found, str) else found
+
+
 class TieredCache(Cache):  # type: ignore[misc]
     """A transformers cache whose recent tokens lie near, on the model's device, and older ones in host memory.
 
@@ -136,7 +142,7 @@ class TieredCache(Cache):  # type: ignore[misc]
             num_layers=config.num_hidden_layers,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            dtype=config.dtype or torch.float32,
+            dtype=_dtype(config),
             near_tokens=near_tokens,
             far_bytes=parse_bytes(far_bytes),
             page_size=page_size,
@@ -182,6 +188,8 @@ class TieredCache(Cache):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove `-tokens_to_remove` tokens from the end; a positive number is the length to keep (as in 5.17)."""
+        if not isinstance(tokens_to_remove, int):
+            raise InputError(f"crop takes a whole number of tokens, got {tokens_to_remove!r}")
         keep = tokens_to_remove if tokens_to_remove > 0 else max(0, self.kv.seq_len + tokens_to_remove)
         self.kv.crop(keep)
 
@@ -242,6 +250,7 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Pages are made by the first append."""
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, its mark and the native writes would be lost
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Mark the new keys with this layer and hand them on; the attention function appends them."""
         self.cache.begin_layer(self)
@@ -290,6 +299,7 @@ def _refuse_detached(config: PreTrainedConfig) -> None:
         )
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -1,0 +1,36 @@
+"""The demo's claims: the check holds and can fail, and the output says how the context came about."""
+
+import json
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tandemkv import demo
+from tandemkv.cli import app
+
+
+def test_the_check_holds_and_fails_when_a_far_page_is_withheld() -> None:
+    found = demo.check_agreement(1024)
+    assert found.far_pages > 0
+    assert found.error <= found.tolerance < found.withheld_error
+    assert found.holds
+
+
+def test_json_of_a_short_run() -> None:
+    done = CliRunner().invoke(app, ["demo", "--context", "2048", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["agrees"]
+    assert found["prefilled"]
+    assert found["far_bytes"] > 0
+    assert found["ratio"] == pytest.approx(found["stock_ms"] / found["ours_ms"])
+
+
+@pytest.mark.parametrize(("prefilled", "words"), [(True, "prefilled from random tokens"), (False, "not prefilled")])
+def test_the_table_says_how_the_context_came_about(prefilled: bool, words: str) -> None:
+    agreement = demo.Agreement(1024, 3, stock_error=1e-6, error=1e-6, withheld_error=1e-2)
+    found = demo.Demo(65_536, prefilled, 4.0, 3.0, 2.0, 1.0, 30.0, 0.1, 1 << 20, 1 << 30, agreement)
+    console = Console(record=True, width=200)
+    demo.print_demo(found, console)
+    assert words in console.export_text()
