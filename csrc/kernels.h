@@ -23,7 +23,7 @@ struct Isa {
   std::string missing;  // empty where this machine has it, else the first thing it lacks
 };
 
-// Every instruction set this module was compiled for, fastest first.
+// Every instruction set this module was compiled for, in the order of choice.
 const std::vector<Isa>& isas();
 
 // Gigabytes (1e9) per second of plain loads over a 64-byte aligned buffer, one pass with each prefetch distance, the

@@ -4,11 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from examples import merge_partials
-from tests.test_generate import byte_tokenizer
+from tests.test_generate import save_tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -18,21 +15,10 @@ def test_merge_partials_equals_the_whole() -> None:
 
 
 def test_long_prompt_continues_and_fills_the_far_tier(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=258,
-        max_position_embeddings=4096,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model = save_tiny_llama(tmp_path / "model")
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("a line of a long text\n" * 100)
-    command = [sys.executable, str(EXAMPLES / "long_prompt.py"), str(tmp_path / "model"), str(prompt)]
+    command = [sys.executable, str(EXAMPLES / "long_prompt.py"), str(model), str(prompt)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     far = next(line for line in done.stderr.splitlines() if line.startswith("far:"))
     assert not far.startswith("far: 0 bytes")

@@ -56,10 +56,8 @@ def word_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_tiny_llama(folder: Path) -> Path:
     """A tiny Llama of random float32 weights, large enough that its text varies, beside a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("models") / "llama"
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -76,6 +74,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture
