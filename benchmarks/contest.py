@@ -246,7 +246,7 @@ def _ours(problem: Problem, paged: list[PagedKV], pool: cpu.WorkerPool) -> Call:
     turns = cycle(paged)
 
     def call() -> Tensor:
-        return cpu.attend(problem.q, next(turns), scale=problem.scale, causal=False, pool=pool).out
+        return cpu.attend(problem.q, [next(turns)], scale=problem.scale, causal=False, pool=pool).out
 
     return call
 

@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM  # noqa: E402
 import tandemkv.integrations.transformers as tandem  # noqa: E402
 from benchmarks import common, plot  # noqa: E402
 from tandemkv import demo  # noqa: E402
-from tandemkv.attention import append_and_attend  # noqa: E402
+from tandemkv.attention import extend_and_attend  # noqa: E402
 
 MODULE = "benchmarks.decode"
 CONTEXTS = (1024, 8192, 32_768, 131_072)
@@ -75,11 +75,11 @@ class AttentionClock:
         """Time every call that the integration makes into attention."""
 
         def timed(*args: Any, **kwargs: Any) -> Tensor:
-            milliseconds, out = demo.timed(lambda: append_and_attend(*args, **kwargs))
+            milliseconds, out = demo.timed(lambda: extend_and_attend(*args, **kwargs))
             self.step_ms[-1] += milliseconds
             return out
 
-        with mock.patch.object(tandem, "append_and_attend", timed):
+        with mock.patch.object(tandem, "extend_and_attend", timed):
             yield
 
 

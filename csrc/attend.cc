@@ -10,10 +10,11 @@
 namespace tandem {
 namespace {
 
-// A long sequence is cut into chunks of about this many bytes of K and V, at places that follow from the shape alone,
-// never from the number of threads: the same call gives the same bits on any pool. 2 MiB take 50 to 150 us to read;
-// with 1 MiB a call over 32K tokens was 5 % slower, with 8 MiB as fast.
-constexpr int64_t kChunkBytes = 2 << 20;
+// A sequence is cut into chunks at places that follow from the shape alone, never from the number of threads: the same
+// call gives the same bits on any pool. Chunks of a long one are 2 MiB of K and V, which take 50 to 150 us to read
+// (with 1 MiB a call over 32K tokens was 5 % slower, with 8 MiB as fast); a short one is cut into kMinChunks, so that
+// every thread has work, but not below 256 KiB.
+constexpr int64_t kMaxChunkBytes = 2 << 20, kMinChunkBytes = 256 << 10, kMinChunks = 4;
 constexpr int64_t kChunkStep = 64;
 
 // Items that answer for the same rows, in the order of their chunks.
@@ -25,8 +26,8 @@ struct Schedule {
   std::vector<WorkItem> items;
   std::vector<Span> spans;
 
+  // The item's rows over tokens [begin, end) of its run.
   void add(WorkItem item, int64_t begin, int64_t end, int64_t chunk_tokens) {
-    const int64_t first_item = static_cast<int64_t>(items.size());
     int64_t at = begin;
     do {  // an empty range is one item too: it checks q and writes the identity
       item.token_begin = at;
@@ -34,27 +35,50 @@ struct Schedule {
       items.push_back(item);
       at = item.token_end;
     } while (at < end);
-    spans.push_back({first_item, static_cast<int64_t>(items.size()) - first_item});
   }
 };
 
-Schedule cut(const AttendArgs& args) {
+int64_t chunk_tokens_of(const Run& kv, int64_t seq, int64_t num_heads) {
+  const int64_t token_bytes = 2 * num_heads * kv.arena.stored_dim() * item_bytes(kv.arena.dtype);
+  const int64_t bytes = std::max<int64_t>(0, kv.kv_len[seq] - kv.kv_start[seq]) * token_bytes;
+  const int64_t chunk_bytes = std::clamp(bytes / kMinChunks, kMinChunkBytes, kMaxChunkBytes);
+  return std::max<int64_t>(1, chunk_bytes / token_bytes / kChunkStep) * kChunkStep;
+}
+
+Schedule cut(const std::vector<AttendArgs>& runs) {
   Schedule schedule;
-  const int64_t rows_per_head = args.group_size() * args.q_len, num_heads = args.arena.num_kv_heads;
+  const AttendArgs& first = runs.front();
+  const int64_t rows_per_head = first.group_size() * first.q.q_len, num_heads = first.kv.arena.num_kv_heads;
   const int64_t head_rows = std::min(rows_per_head, kMaxHeadRows);
   const int64_t heads = std::min(num_heads, std::max<int64_t>(1, kMaxItemRows / head_rows));
-  const int64_t token_bytes = 2 * heads * args.arena.stored_dim() * item_bytes(args.arena.dtype);
-  const int64_t chunk_tokens = std::max<int64_t>(1, kChunkBytes / token_bytes / kChunkStep) * kChunkStep;
-  for (int64_t seq = 0; seq < args.num_seqs; ++seq) {
+  for (int64_t seq = 0; seq < first.q.num_seqs; ++seq) {
     for (int64_t head = 0; head < num_heads; head += heads) {
       for (int64_t row = 0; row < rows_per_head; row += head_rows) {
-        const WorkItem item{seq, head, std::min(head + heads, num_heads), row, std::min(row + head_rows, rows_per_head),
-                            0,   0};
-        schedule.add(item, args.kv_start[seq], args.kv_len[seq], chunk_tokens);
+        const int64_t first_item = static_cast<int64_t>(schedule.items.size());
+        for (size_t run = 0; run < runs.size(); ++run) {
+          const Run& kv = runs[run].kv;
+          const WorkItem item{static_cast<int64_t>(run),
+                              seq,
+                              head,
+                              std::min(head + heads, num_heads),
+                              row,
+                              std::min(row + head_rows, rows_per_head),
+                              0,
+                              0};
+          schedule.add(item, kv.kv_start[seq], kv.kv_len[seq], chunk_tokens_of(kv, seq, heads));
+        }
+        schedule.spans.push_back({first_item, static_cast<int64_t>(schedule.items.size()) - first_item});
       }
     }
   }
   return schedule;
+}
+
+bool inside_table(const Run& kv) {
+  for (int64_t seq = 0; seq < kv.num_seqs; ++seq) {
+    if (kv.kv_start[seq] < 0 || kv.kv_len[seq] > kv.num_pages * kv.arena.page_size) return false;
+  }
+  return true;
 }
 
 // Merges `num_parts` of one row in index order; `part(i)` gives its out and lse.
@@ -73,6 +97,23 @@ void merge_row(const float* const* outs, const float* lses, int64_t num_parts, i
   }
   for (int64_t d = 0; d < dim; ++d) out[d] /= total;
   *lse = top + std::log(total);
+}
+
+// Nearest, ties to even; a NaN stays one.
+uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return x != x ? 0x7FC0 : static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// One row of out to element `at`.
+void store_row(const float* row, int64_t dim, const Output& to, int64_t at) {
+  if (to.dtype == DType::kFloat32) {
+    std::memcpy(static_cast<float*>(to.out) + at, row, dim * sizeof(float));
+  } else {
+    uint16_t* const out = static_cast<uint16_t*>(to.out) + at;
+    for (int64_t d = 0; d < dim; ++d) out[d] = to_bf16(row[d]);
+  }
 }
 
 }  // namespace
@@ -94,9 +135,13 @@ void merge(WorkerPool& pool, const Partials& parts, float* out, float* lse) {
   });
 }
 
-Status attend(WorkerPool& pool, const KernelTable& kernels, const AttendArgs& args) {
-  const Schedule schedule = cut(args);
-  const int64_t dim = args.arena.head_dim, rows_per_head = args.group_size() * args.q_len;
+Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to) {
+  for (const AttendArgs& run : runs) {
+    if (!inside_table(run.kv)) return Status::kOutsideTable;
+  }
+  const Schedule schedule = cut(runs);
+  const Queries& q = runs[0].q;
+  const int64_t dim = runs[0].kv.arena.head_dim;
   const int64_t num_items = static_cast<int64_t>(schedule.items.size());
   const int64_t item_rows = schedule.items.empty() ? 0 : schedule.items[0].num_rows();  // the first is the largest
   const int64_t item_size = item_rows * (dim + 1);  // item i: out [item_rows][dim], then lse [item_rows]
@@ -116,23 +161,27 @@ Status attend(WorkerPool& pool, const KernelTable& kernels, const AttendArgs& ar
     const WorkItem& item = schedule.items[span.first_item];
     std::vector<const float*> outs(span.num_items);
     std::vector<float> lses(span.num_items);
+    float out[kMaxHeadDim], lse;
     for (int64_t row = 0; row < item.num_rows(); ++row) {
       for (int64_t i = 0; i < span.num_items; ++i) {
         const float* part = parts + (span.first_item + i) * item_size;
         outs[i] = part + row * dim;
         lses[i] = part[item_rows * dim + row];
       }
-      const int64_t head = item.head_begin + row / item.head_rows();
-      const int64_t to =
-          (item.seq * args.arena.num_kv_heads + head) * rows_per_head + item.row_begin + row % item.head_rows();
-      merge_row(outs.data(), lses.data(), span.num_items, dim, args.out + to * dim, args.lse + to);
+      merge_row(outs.data(), lses.data(), span.num_items, dim, out, &lse);
+      const int64_t in_head = item.row_begin + row % item.head_rows();  // attend.h, WorkItem
+      const int64_t head = (item.head_begin + row / item.head_rows()) * runs[0].group_size() + in_head / q.q_len;
+      const int64_t token = in_head % q.q_len;
+      store_row(out, dim, to, item.seq * to.stride_seq + head * to.stride_head + token * to.stride_token);
+      if (to.lse != nullptr) to.lse[(item.seq * q.num_heads + head) * q.q_len + token] = lse;
     }
   };
 
   std::atomic<Status> status{Status::kOk};
   pool.run(num_items, [&](int64_t i) {
     float* part = parts + i * item_size;
-    const Status item_status = kernels.attend_item(args, schedule.items[i], part, part + item_rows * dim);
+    const WorkItem& item = schedule.items[i];
+    const Status item_status = kernels.attend_item(runs[item.run], item, part, part + item_rows * dim);
     if (item_status != Status::kOk) status.store(item_status, std::memory_order_relaxed);
     // Whoever finishes a span's last item merges it: acquire-release orders the others' writes before the merge.
     if (remaining[span_of[i]].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_span(schedule.spans[span_of[i]]);

@@ -20,9 +20,15 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 //          with dim padded to a multiple of 16 by zeros. The packing is the same for every instruction set.
 enum class Packing : int32_t { kRows = 0, kPanels = 1 };
 
-enum class Status : int32_t { kOk = 0, kNanInQuery = 1, kSlotOutOfRange = 2 };
+enum class Status : int32_t { kOk = 0, kNanInQuery = 1, kSlotOutOfRange = 2, kOutsideTable = 3 };
 
 inline int64_t item_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// One head's slice of one page.
+struct HeadSlice {
+  char* k;
+  char* v;
+};
 
 // One pair of K and V arenas: `num_slots` pages, each [kv_head][a head's slice].
 struct Arena {
@@ -36,6 +42,7 @@ struct Arena {
   int64_t head_bytes() const { return page_size * stored_dim() * item_bytes(dtype); }
   int64_t page_bytes() const { return num_kv_heads * head_bytes(); }
   int64_t offset(int64_t slot, int64_t head) const { return slot * page_bytes() + head * head_bytes(); }
+  HeadSlice slice(int64_t slot, int64_t head) const { return {k + offset(slot, head), v + offset(slot, head)}; }
 };
 
 // int32 slots, [num_seqs][num_kv_heads][pages]; a stride of 0 lets sequences or heads share a row.
@@ -48,23 +55,30 @@ struct PageTable {
   }
 };
 
-// Attention of q over the tokens [kv_start, kv_len) of each sequence's table.
-// With `causal`, query i of q_len sees tokens below kv_len - q_len + 1 + i.
-struct AttendArgs {
-  const void* q;  // [num_seqs][num_q_heads][q_len][head_dim], strides in elements, head_dim contiguous
-  DType q_dtype;
-  int64_t q_stride_seq, q_stride_head, q_stride_token;
-  int64_t num_seqs, num_q_heads, q_len;
+// A run of tokens of every sequence: [kv_start, kv_len) of its table.
+struct Run {
   Arena arena;
   PageTable table;
-  const int64_t* kv_start;  // [num_seqs]
-  const int64_t* kv_len;    // [num_seqs]
+  int64_t num_seqs, num_pages;  // of the table
+  const int64_t* kv_start;      // [num_seqs]
+  const int64_t* kv_len;        // [num_seqs]
+};
+
+struct Queries {
+  const void* data;  // [num_seqs][num_heads][q_len][head_dim], strides in elements, head_dim contiguous
+  DType dtype;
+  int64_t stride_seq, stride_head, stride_token;
+  int64_t num_seqs, num_heads, q_len;
+};
+
+// Attention of queries over one run. With `causal`, query i of q_len sees tokens below kv_len - q_len + 1 + i.
+struct AttendArgs {
+  Queries q;
+  Run kv;
   float scale;
   bool causal;
-  float* out;  // [num_seqs][num_q_heads][q_len][head_dim], contiguous
-  float* lse;  // [num_seqs][num_q_heads][q_len], contiguous, natural log
 
-  int64_t group_size() const { return num_q_heads / arena.num_kv_heads; }
+  int64_t group_size() const { return q.num_heads / kv.arena.num_kv_heads; }
 };
 
 // The share of a call that one thread computes at a time: some query rows of each of some KV heads over a range of
@@ -76,7 +90,7 @@ constexpr int64_t kMaxItemRows = 64;
 constexpr int64_t kMaxHeadRows = 16;
 
 struct WorkItem {
-  int64_t seq;
+  int64_t run, seq;
   int64_t head_begin, head_end;
   int64_t row_begin, row_end;      // of every one of these heads; at most kMaxHeadRows
   int64_t token_begin, token_end;  // inside [kv_start, kv_len)
@@ -85,10 +99,10 @@ struct WorkItem {
   int64_t num_rows() const { return (head_end - head_begin) * head_rows(); }  // at most kMaxItemRows
 };
 
-// Moves one head's slice of one page between packings of the same dtype and page_size.
-struct HeadSlice {
-  char* k;
-  char* v;
+// A run of one head's tokens as rows of head_dim elements; strides in bytes, from token to token.
+struct TokenRun {
+  char *k, *v;
+  int64_t k_stride, v_stride;
 };
 
 // What one instruction set provides; see kernel.cc, which is compiled once for each.
@@ -96,10 +110,9 @@ struct KernelTable {
   const char* name;
   // out [head][row][head_dim] and lse [head][row] of one item.
   Status (*attend_item)(const AttendArgs& args, const WorkItem& item, float* out, float* lse);
-  // A head's slice, rows -> panels.
-  void (*pack)(const Arena& rows, HeadSlice from, HeadSlice to);
-  // Tokens [begin, end) of a head's slice in either packing -> rows of head_dim elements.
-  void (*unpack)(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, HeadSlice to);
+  // Tokens [begin, end) of a head's slice of panels <- rows, other tokens untouched; and back.
+  void (*pack)(const Arena& arena, HeadSlice to, int64_t begin, int64_t end, const TokenRun& from);
+  void (*unpack)(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, const TokenRun& to);
   // Reads every byte with plain loads, asking for lines `prefetch_bytes` ahead where that is not 0.
   uint64_t (*read)(const char* data, int64_t num_bytes, int64_t prefetch_bytes);
 };

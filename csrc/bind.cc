@@ -15,8 +15,7 @@ namespace tandem {
 namespace {
 
 using Address = uintptr_t;
-using Strides = std::tuple<int64_t, int64_t, int64_t>;
-
+using Four = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 template <class T>
 T* as(Address address) {
   return reinterpret_cast<T*>(address);
@@ -33,10 +32,38 @@ PageTable table_of(Address slots, std::tuple<int64_t, int64_t> strides) {
   return {as<const int32_t>(slots), std::get<0>(strides), std::get<1>(strides)};
 }
 
-TokenRows rows_of(Address k, Address v, const Strides& k_strides, const Strides& v_strides) {
-  const auto [ks, kh, kt] = k_strides;
-  const auto [vs, vh, vt] = v_strides;
-  return {as<char>(k), as<char>(v), ks, kh, kt, vs, vh, vt};
+// A tensor [num_seqs][num_heads][num_tokens][head_dim] as Python hands it over, head_dim contiguous.
+struct Rows {
+  Address data;
+  DType dtype;
+  int64_t num_seqs, num_heads, num_tokens;
+  int64_t stride_seq, stride_head, stride_token;  // elements
+
+  char* bytes() const { return as<char>(data); }
+  int64_t in_bytes(int64_t stride) const { return stride * item_bytes(dtype); }
+};
+
+TokenRows rows_of(const Rows& k, const Rows& v) {
+  return {k.bytes(),
+          v.bytes(),
+          k.in_bytes(k.stride_seq),
+          k.in_bytes(k.stride_head),
+          k.in_bytes(k.stride_token),
+          v.in_bytes(v.stride_seq),
+          v.in_bytes(v.stride_head),
+          v.in_bytes(v.stride_token)};
+}
+
+std::vector<AttendArgs> args_of(const std::vector<const Run*>& runs, const Rows& q, float scale, bool causal) {
+  const Queries queries{q.bytes(),      q.dtype,    q.stride_seq, q.stride_head,
+                        q.stride_token, q.num_seqs, q.num_heads,  q.num_tokens};
+  std::vector<AttendArgs> args;
+  for (const Run* run : runs) args.push_back({queries, *run, scale, causal && run == runs.back()});
+  return args;
+}
+
+Output output_of(const Rows& out, Address lse) {
+  return {out.bytes(), out.dtype, out.stride_seq, out.stride_head, out.stride_token, as<float>(lse)};
 }
 
 }  // namespace
@@ -48,10 +75,12 @@ NB_MODULE(_native, m) {
   nb::enum_<Status>(m, "Status")
       .value("ok", Status::kOk)
       .value("nan_in_query", Status::kNanInQuery)
-      .value("slot_out_of_range", Status::kSlotOutOfRange);
+      .value("slot_out_of_range", Status::kSlotOutOfRange)
+      .value("outside_table", Status::kOutsideTable);
 
   nb::class_<WorkerPool>(m, "WorkerPool")
       .def(nb::init<int>(), "num_threads"_a)
+      .def("rouse", &WorkerPool::rouse)
       .def_prop_ro("num_threads", &WorkerPool::num_threads);
 
   nb::class_<Arena>(m, "Arena")
@@ -69,34 +98,52 @@ NB_MODULE(_native, m) {
     return names;
   });
 
+  nb::class_<Rows>(m, "Rows").def(
+      "__init__",
+      [](Rows* rows, Address data, DType dtype, const Four& shape, const Four& strides) {
+        const auto [num_seqs, num_heads, num_tokens, dim] = shape;
+        const auto [stride_seq, stride_head, stride_token, stride_dim] = strides;
+        new (rows) Rows{data, dtype, num_seqs, num_heads, num_tokens, stride_seq, stride_head, stride_token};
+      },
+      "data"_a, "dtype"_a, "shape"_a, "strides"_a);
+
+  nb::class_<Run>(m, "Run").def(
+      "__init__",
+      [](Run* run, const Arena& arena, Address slots, std::tuple<int64_t, int64_t> strides, int64_t num_seqs,
+         int64_t num_pages, Address kv_start, Address kv_len) {
+        new (run) Run{arena,     table_of(slots, strides),    num_seqs,
+                      num_pages, as<const int64_t>(kv_start), as<const int64_t>(kv_len)};
+      },
+      "arena"_a, "slots"_a, "strides"_a, "num_seqs"_a, "num_pages"_a, "kv_start"_a, "kv_len"_a);
+
   m.def(
       "attend",
-      [](WorkerPool& pool, const std::string& isa, Address q, DType q_dtype, const Strides& q_strides, int64_t num_seqs,
-         int64_t num_q_heads, int64_t q_len, const Arena& arena, Address table, std::tuple<int64_t, int64_t> strides,
-         Address kv_start, Address kv_len, float scale, bool causal, Address out, Address lse) {
-        const auto [qs, qh, qt] = q_strides;
-        const AttendArgs args{as<const void>(q),
-                              q_dtype,
-                              qs,
-                              qh,
-                              qt,
-                              num_seqs,
-                              num_q_heads,
-                              q_len,
-                              arena,
-                              table_of(table, strides),
-                              as<const int64_t>(kv_start),
-                              as<const int64_t>(kv_len),
-                              scale,
-                              causal,
-                              as<float>(out),
-                              as<float>(lse)};
+      [](WorkerPool& pool, const std::string& isa, const std::vector<const Run*>& runs, const Rows& q, float scale,
+         bool causal, const Rows& out, Address lse) {
+        const std::vector<AttendArgs> args = args_of(runs, q, scale, causal);
         const KernelTable& kernels = kernels_named(isa);
+        const Output to = output_of(out, lse);
         nb::gil_scoped_release release;
-        return attend(pool, kernels, args);
+        return attend(pool, kernels, args, to);
       },
-      "pool"_a, "isa"_a, "q"_a, "q_dtype"_a, "q_strides"_a, "num_seqs"_a, "num_q_heads"_a, "q_len"_a, "arena"_a,
-      "table"_a, "table_strides"_a, "kv_start"_a, "kv_len"_a, "scale"_a, "causal"_a, "out"_a, "lse"_a);
+      "pool"_a, "isa"_a, "runs"_a, "q"_a, "scale"_a, "causal"_a, "out"_a, "lse"_a);
+
+  m.def(
+      "append_and_attend",
+      [](WorkerPool& pool, const std::string& isa, const std::vector<const Run*>& runs, const Rows& q, const Rows& k,
+         const Rows& v, float scale, const Rows& out) {
+        const std::vector<AttendArgs> args = args_of(runs, q, scale, true);
+        const KernelTable& kernels = kernels_named(isa);
+        const Output to = output_of(out, 0);
+        const TokenRows rows = rows_of(k, v);
+        nb::gil_scoped_release release;
+        const Run& last = *runs.back();
+        const int64_t end = last.num_seqs == 0 ? 0 : last.kv_len[0];
+        const Status status =
+            append(pool, kernels, last.arena, last.table, last.num_seqs, end - args[0].q.q_len, end, rows);
+        return status == Status::kOk ? attend(pool, kernels, args, to) : status;
+      },
+      "pool"_a, "isa"_a, "runs"_a, "q"_a, "k"_a, "v"_a, "scale"_a, "out"_a);
 
   m.def(
       "merge",
@@ -112,26 +159,25 @@ NB_MODULE(_native, m) {
 
   m.def(
       "append",
-      [](WorkerPool& pool, const Arena& arena, Address table, std::tuple<int64_t, int64_t> strides, int64_t num_seqs,
-         int64_t begin, int64_t end, Address k, Address v, const Strides& k_strides, const Strides& v_strides) {
+      [](WorkerPool& pool, const std::string& isa, const Arena& arena, Address table,
+         std::tuple<int64_t, int64_t> strides, int64_t begin, const Rows& k, const Rows& v) {
+        const KernelTable& kernels = kernels_named(isa);
+        const TokenRows rows = rows_of(k, v);
         nb::gil_scoped_release release;
-        return append(pool, arena, table_of(table, strides), num_seqs, begin, end, rows_of(k, v, k_strides, v_strides));
+        return append(pool, kernels, arena, table_of(table, strides), k.num_seqs, begin, begin + k.num_tokens, rows);
       },
-      "pool"_a, "arena"_a, "table"_a, "table_strides"_a, "num_seqs"_a, "begin"_a, "end"_a, "k"_a, "v"_a, "k_strides"_a,
-      "v_strides"_a);
+      "pool"_a, "isa"_a, "arena"_a, "table"_a, "table_strides"_a, "begin"_a, "k"_a, "v"_a);
 
   m.def(
       "gather",
       [](WorkerPool& pool, const std::string& isa, const Arena& arena, Address table,
-         std::tuple<int64_t, int64_t> strides, int64_t num_seqs, int64_t begin, int64_t end, Address k, Address v,
-         const Strides& k_strides, const Strides& v_strides) {
+         std::tuple<int64_t, int64_t> strides, int64_t begin, const Rows& k, const Rows& v) {
         const KernelTable& kernels = kernels_named(isa);
+        const TokenRows rows = rows_of(k, v);
         nb::gil_scoped_release release;
-        return gather(pool, kernels, arena, table_of(table, strides), num_seqs, begin, end,
-                      rows_of(k, v, k_strides, v_strides));
+        return gather(pool, kernels, arena, table_of(table, strides), k.num_seqs, begin, begin + k.num_tokens, rows);
       },
-      "pool"_a, "isa"_a, "arena"_a, "table"_a, "table_strides"_a, "num_seqs"_a, "begin"_a, "end"_a, "k"_a, "v"_a,
-      "k_strides"_a, "v_strides"_a);
+      "pool"_a, "isa"_a, "arena"_a, "table"_a, "table_strides"_a, "begin"_a, "k"_a, "v"_a);
 
   m.def(
       "move_pages",

@@ -8,6 +8,7 @@
 // No function with external linkage but the table at the end: an inline function of the standard library that is
 // compiled here with AVX-512 could be the copy the linker keeps for everybody.
 #include "attend.h"
+#include "panels.h"
 #include "simd.h"
 
 namespace tandem::TANDEM_ISA {
@@ -21,9 +22,6 @@ constexpr int64_t kMinDotRows = 5;  // fewer rows fill too little of a tile: mul
 #elif defined(__AVX512BF16__)
 constexpr int64_t kMinDotRows = 1;
 #endif
-
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- The product ---------------------------------------------------------------------------------------------------
 
@@ -205,143 +203,22 @@ void product(const Panel& panel, Weights weights, Accumulators acc, int64_t num_
   }
 }
 
-// ---- Rows <-> panels -----------------------------------------------------------------------------------------------
-
-// K of one block: 16 rows -> panel. Tokens outside [begin, end) are neither read nor left undefined: they become 0.
-void pack_k_block(const char* rows, int64_t row_bytes, int64_t begin, int64_t end, int64_t words, char* panel) {
-  const int64_t row_words = row_bytes / 4;
-  int64_t w = 0;
-  if (begin == 0 && end == 16) {
-    for (; w + 16 <= row_words; w += 16) transpose16(rows + w * 4, row_bytes, panel + w * 64, 64);
-  }
-  for (; w < words; ++w) {
-    for (int64_t t = 0; t < 16; ++t) {
-      const bool stored = w < row_words && t >= begin && t < end;
-      if (stored) std::memcpy(panel + w * 64 + t * 4, rows + t * row_bytes + w * 4, 4);
-      if (!stored) std::memset(panel + w * 64 + t * 4, 0, 4);
-    }
-  }
-}
-
-void unpack_k_block(const char* panel, int64_t begin, int64_t end, int64_t row_bytes, char* rows) {
-  const int64_t row_words = row_bytes / 4;
-  int64_t w = 0;
-  if (begin == 0 && end == 16) {
-    for (; w + 16 <= row_words; w += 16) transpose16(panel + w * 64, 64, rows + w * 4, row_bytes);
-  }
-  for (; w < row_words; ++w) {
-    for (int64_t t = begin; t < end; ++t) {
-      std::memcpy(rows + (t - begin) * row_bytes + w * 4, panel + w * 64 + t * 4, 4);
-    }
-  }
-}
-
-// Two bf16 rows -> pairs, and back. A missing row (nullptr) counts as zeros.
-void interleave(const char* even, const char* odd, int64_t dim, int64_t stored_dim, char* pairs) {
-  uint16_t zeros[kMaxHeadDim] = {};
-  uint16_t a[kMaxHeadDim], b[kMaxHeadDim];
-  std::memcpy(a, even ? even : reinterpret_cast<const char*>(zeros), dim * 2);
-  std::memcpy(b, odd ? odd : reinterpret_cast<const char*>(zeros), dim * 2);
-  uint32_t* out = reinterpret_cast<uint32_t*>(pairs);
-  for (int64_t d = 0; d < dim; ++d) out[d] = a[d] | static_cast<uint32_t>(b[d]) << 16;
-  for (int64_t d = dim; d < stored_dim; ++d) out[d] = 0;
-}
-
-void deinterleave(const char* pairs, int64_t dim, char* even, char* odd) {
-  const uint32_t* in = reinterpret_cast<const uint32_t*>(pairs);
-  uint16_t a[kMaxHeadDim], b[kMaxHeadDim];
-  for (int64_t d = 0; d < dim; ++d) {
-    a[d] = static_cast<uint16_t>(in[d]);
-    b[d] = static_cast<uint16_t>(in[d] >> 16);
-  }
-  if (even) std::memcpy(even, a, dim * 2);
-  if (odd) std::memcpy(odd, b, dim * 2);
-}
-
-// V of one block: 16 rows -> panel, as above.
-template <int kPair>
-void pack_v_block(const char* rows, int64_t row_bytes, int64_t begin, int64_t end, int64_t stored_dim, char* panel) {
-  for (int64_t t = 0; t < 16; t += kPair) {
-    const char* row[2];
-    for (int64_t i = 0; i < kPair; ++i) row[i] = t + i >= begin && t + i < end ? rows + (t + i) * row_bytes : nullptr;
-    char* out = panel + t * stored_dim * (4 / kPair);
-    if constexpr (kPair == 2) {
-      interleave(row[0], row[1], row_bytes / 2, stored_dim, out);
-    } else {
-      const int64_t bytes = row[0] ? row_bytes : 0;
-      if (bytes) std::memcpy(out, row[0], bytes);
-      std::memset(out + bytes, 0, stored_dim * 4 - bytes);
-    }
-  }
-}
-
-template <int kPair>
-void unpack_v_block(const char* panel, int64_t begin, int64_t end, int64_t row_bytes, int64_t stored_dim, char* rows) {
-  for (int64_t t = begin / kPair * kPair; t < end; t += kPair) {
-    const char* in = panel + t * stored_dim * (4 / kPair);
-    if constexpr (kPair == 2) {
-      deinterleave(in, row_bytes / 2, t >= begin ? rows + (t - begin) * row_bytes : nullptr,
-                   t + 1 < end ? rows + (t + 1 - begin) * row_bytes : nullptr);
-    } else {
-      std::memcpy(rows + (t - begin) * row_bytes, in, row_bytes);
-    }
-  }
-}
-
-inline int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
-
-template <int kPair>
-void pack_slice(const Arena& rows, HeadSlice from, HeadSlice to) {
-  const int64_t row_bytes = rows.head_dim * item_bytes(rows.dtype), stored = padded(rows.head_dim);
-  for (int64_t t = 0; t < rows.page_size; t += 16) {
-    const int64_t from_at = t * row_bytes, to_at = t * stored * item_bytes(rows.dtype);
-    pack_k_block(from.k + from_at, row_bytes, 0, 16, stored / kPair, to.k + to_at);
-    pack_v_block<kPair>(from.v + from_at, row_bytes, 0, 16, stored, to.v + to_at);
-  }
-}
-
-template <int kPair>
-void unpack_slice(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, HeadSlice to) {
-  const int64_t row_bytes = arena.head_dim * item_bytes(arena.dtype), stored = arena.stored_dim();
-  if (arena.packing == Packing::kRows) {
-    std::memcpy(to.k, from.k + begin * row_bytes, (end - begin) * row_bytes);
-    std::memcpy(to.v, from.v + begin * row_bytes, (end - begin) * row_bytes);
-    return;
-  }
-  for (int64_t t = begin / 16 * 16; t < end; t += 16) {
-    const int64_t from_at = t * stored * item_bytes(arena.dtype);
-    const int64_t first = max64(begin - t, 0), last = min64(end - t, 16);
-    const int64_t to_at = (t + first - begin) * row_bytes;
-    unpack_k_block(from.k + from_at, first, last, row_bytes, to.k + to_at);
-    unpack_v_block<kPair>(from.v + from_at, first, last, row_bytes, stored, to.v + to_at);
-  }
-}
-
-void pack(const Arena& rows, HeadSlice from, HeadSlice to) {
-  rows.dtype == DType::kFloat32 ? pack_slice<1>(rows, from, to) : pack_slice<2>(rows, from, to);
-}
-
-void unpack(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, HeadSlice to) {
-  arena.dtype == DType::kFloat32 ? unpack_slice<1>(arena, from, begin, end, to)
-                                 : unpack_slice<2>(arena, from, begin, end, to);
-}
-
 // ---- One work item -------------------------------------------------------------------------------------------------
 
 // What the rows of one head have gathered so far; views into Scratch.
 struct Rows {
   uint32_t* q_RD;
-  float *out_RD, *max_R, *sum_R;
+  float *out_RD, *max_R, *sum_RL;
   int64_t num;
 };
 
-// What one item needs beside the pages: about 270 KiB, on the worker's stack.
+// What one item needs beside the pages: about 280 KiB, on the worker's stack.
 struct alignas(64) Scratch {
   uint32_t q_RD[kMaxItemRows * kMaxHeadDim];
   float out_RD[kMaxItemRows * kMaxHeadDim];
   float max_R[kMaxItemRows];
-  float sum_R[kMaxItemRows];
-  int64_t visible_R[kMaxHeadRows];  // row r of every head sees tokens below this
+  float sum_RL[kMaxItemRows * kLanes];  // added up over the lanes at the end
+  int64_t visible_R[kMaxHeadRows];      // row r of every head sees tokens below this
   uint32_t p_RT[kMaxHeadRows * kTileTokens];
   float score_RT[kMaxHeadRows * kTileTokens];
   Ahead ahead;
@@ -353,72 +230,72 @@ struct alignas(64) Scratch {
 // read.
 struct Tile {
   int64_t head, begin, end, valid_begin, valid_end;
-  const char *k, *v;
+  char *k, *v;
 };
 
-inline float query_element(const void* q, DType dtype, int64_t i) {
-  return dtype == DType::kFloat32 ? static_cast<const float*>(q)[i]
-                                  : as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(q)[i]) << 16);
+// One query row as float32; false where it holds a NaN.
+bool load_query(const AttendArgs& args, int64_t at, float* row) {
+  const int64_t dim = args.kv.arena.head_dim;
+  if (args.q.dtype == DType::kFloat32) {
+    std::memcpy(row, static_cast<const float*>(args.q.data) + at, dim * 4);
+  } else {
+    const Half* q = static_cast<const Half*>(args.q.data) + at;
+    for (int64_t d = 0; d < dim; ++d) row[d] = as_float(static_cast<uint32_t>(q[d]) << 16);
+  }
+  int has_nan = 0;
+  for (int64_t d = 0; d < dim; ++d) has_nan |= row[d] != row[d];
+  return has_nan == 0;
 }
 
 // The item's query rows as weights, zero-padded to stored dims; false where one holds a NaN.
 template <class Element>
 bool prepare_queries(const AttendArgs& args, const WorkItem& item, int64_t stored, Scratch& s) {
-  alignas(64) float row[kMaxHeadDim];
+  alignas(64) float row[kMaxHeadDim] = {};
   uint32_t* weights = s.q_RD;
   for (int64_t kv_head = item.head_begin; kv_head < item.head_end; ++kv_head) {
     for (int64_t r = item.row_begin; r < item.row_end; ++r, weights += stored) {
-      const int64_t head = kv_head * args.group_size() + r / args.q_len, token = r % args.q_len;
-      const int64_t at = item.seq * args.q_stride_seq + head * args.q_stride_head + token * args.q_stride_token;
-      bool has_nan = false;
-      for (int64_t d = 0; d < stored; ++d) {
-        row[d] = d < args.arena.head_dim ? query_element(args.q, args.q_dtype, at + d) : 0.0f;
-        has_nan |= row[d] != row[d];
-      }
-      if (has_nan) return false;
-      Element::prepare(row, stored, weights);
-      const int64_t seq_len = args.kv_len[item.seq];
-      s.visible_R[r - item.row_begin] = args.causal ? seq_len - args.q_len + 1 + token : seq_len;
+      const int64_t head = kv_head * args.group_size() + r / args.q.q_len, token = r % args.q.q_len;
+      const int64_t at = item.seq * args.q.stride_seq + head * args.q.stride_head + token * args.q.stride_token;
+      if (!load_query(args, at, row)) return false;
+      for (int64_t d = 0; d < stored; d += kLanes) Element::put(load(row + d), d, stored, weights);
+      const int64_t seq_len = args.kv.kv_len[item.seq];
+      s.visible_R[r - item.row_begin] = args.causal ? seq_len - args.q.q_len + 1 + token : seq_len;
     }
   }
   return true;
 }
 
 // Points the tile at panels: the page's own, or a copy in scratch where the page holds rows or the tile holds tokens
-// that must not be read (an open page, padding): a zero weight does not silence a NaN in V.
+// that must not be read (an open page, padding).
 template <int kPair>
 void stage(const Arena& arena, Tile& tile, Scratch& s) {
-  const bool whole = tile.valid_begin == tile.begin && tile.valid_end == tile.end && tile.end % 16 == 0;
+  const bool whole = tile.valid_begin == tile.begin && tile.valid_end == tile.end && tile.end % kBlockTokens == 0;
   if (whole && arena.packing == Packing::kPanels) return;
-  const int64_t bytes = item_bytes(arena.dtype), stored = padded(arena.head_dim);
-  const int64_t block_bytes = 16 * stored * bytes;
-  for (int64_t t = tile.begin, at = 0; t < tile.end; t += 16, at += block_bytes) {
-    const int64_t begin = min64(max64(tile.valid_begin - t, 0), 16), end = max64(min64(tile.valid_end - t, 16), 0);
-    if (arena.packing == Packing::kRows) {
-      const int64_t row_bytes = arena.head_dim * bytes, from = (t - tile.begin) * row_bytes;
-      pack_k_block(tile.k + from, row_bytes, begin, end, stored / kPair, s.k_tile + at);
-      pack_v_block<kPair>(tile.v + from, row_bytes, begin, end, stored, s.v_tile + at);
-    } else {
-      alignas(64) char k_rows[16 * kMaxHeadDim * 4], v_rows[16 * kMaxHeadDim * 4];
-      if (begin < end) {
-        unpack_k_block(tile.k + at, begin, end, stored * bytes, k_rows + begin * stored * bytes);
-        unpack_v_block<kPair>(tile.v + at, begin, end, stored * bytes, stored, v_rows + begin * stored * bytes);
-      }
-      pack_k_block(k_rows, stored * bytes, begin, end, stored / kPair, s.k_tile + at);
-      pack_v_block<kPair>(v_rows, stored * bytes, begin, end, stored, s.v_tile + at);
+  const BlockShape shape(arena);
+  for (int64_t t = tile.begin, at = 0; t < tile.end; t += kBlockTokens, at += shape.block_bytes()) {
+    const int64_t begin = min64(max64(tile.valid_begin - t, 0), kBlockTokens);
+    const int64_t end = max64(min64(tile.valid_end - t, kBlockTokens), begin);
+    if (arena.packing == Packing::kPanels) {
+      copy_block<kPair>(shape, {tile.k + at, tile.v + at}, begin, end, {s.k_tile + at, s.v_tile + at});
+      continue;
     }
+    if (end - begin < kBlockTokens) {
+      std::memset(s.k_tile + at, 0, shape.block_bytes());
+      std::memset(s.v_tile + at, 0, shape.block_bytes());
+    }
+    const int64_t from = (t - tile.begin + begin) * shape.row_bytes();
+    put_k(shape, tile.k + from, shape.row_bytes(), begin, end, s.k_tile + at);
+    put_v<kPair>(shape, tile.v + from, shape.row_bytes(), begin, end, s.v_tile + at);
   }
   tile.k = s.k_tile;
   tile.v = s.v_tile;
 }
 
-// Scores of row r -> probabilities relative to its running maximum; rescales what the row has gathered so far.
-void softmax_row(float scale, const Tile& tile, int64_t num_tokens, int64_t stored, int64_t r, const Rows& rows,
-                 Scratch& s) {
-  float* score = s.score_RT + r * kTileTokens;
-  const int64_t end = min64(tile.valid_end, s.visible_R[r]) - tile.begin;
-  const int64_t begin = tile.valid_begin - tile.begin;
-  const char* run = s.ahead.take(num_tokens / 2, tile.k);
+// Scales and masks the scores of row r in place; their maximum.
+float mask_row(float scale, const Tile& tile, int64_t num_tokens, int64_t r, Scratch& s) {
+  float* const score = s.score_RT + r * kTileTokens;
+  const int64_t begin = tile.valid_begin - tile.begin, end = min64(tile.valid_end, s.visible_R[r]) - tile.begin;
+  const char* run = s.ahead.take(num_tokens / 4, tile.k);
   Vec tile_max = splat(-INFINITY);
   for (int64_t t = 0; t < num_tokens; t += kLanes) {
     ask(run, kLanes / 4);
@@ -427,39 +304,54 @@ void softmax_row(float scale, const Tile& tile, int64_t num_tokens, int64_t stor
     store(score + t, x);
     tile_max = max(x, tile_max);
   }
-  const float highest = reduce_max(tile_max), old_max = rows.max_R[r];
-  const float new_max = highest > old_max ? highest : old_max;
-  const float base = new_max == -INFINITY ? 0.0f : new_max;  // nothing visible yet: every probability is 0
-  if (new_max > old_max) {
-    const float shrink = exp_nonpositive(splat(old_max - new_max))[0];
-    rows.sum_R[r] *= shrink;
-    float* out = rows.out_RD + r * stored;
+  return reduce_max(tile_max);
+}
+
+// Raises the running maximum of row r and rescales what the row has gathered so far; what to subtract from scores.
+float raise_maximum(float highest, int64_t stored, int64_t r, const Rows& rows) {
+  const float old_max = rows.max_R[r];
+  if (highest > old_max) {
+    const Vec shrink = exp_nonpositive(splat(old_max - highest));
+    float *const sum = rows.sum_RL + r * kLanes, *const out = rows.out_RD + r * stored;
+    store(sum, load(sum) * shrink);
     for (int64_t d = 0; d < stored; d += kLanes) store(out + d, load(out + d) * shrink);
-    rows.max_R[r] = new_max;
+    rows.max_R[r] = highest;
   }
-  Vec sum{};
-  for (int64_t t = 0; t < num_tokens; t += kLanes) {
-    ask(run, kLanes / 4);
-    const Vec p = exp_nonpositive(load(score + t) - base);
-    sum += p;
-    store(score + t, p);
+  return rows.max_R[r] == -INFINITY ? 0.0f : rows.max_R[r];  // nothing visible yet: every probability is 0
+}
+
+// Scores of a tile -> probabilities relative to each row's running maximum, as weights of V. Step by step over all
+// rows: each step is a chain of dependent instructions, and those of different rows overlap.
+template <class Element>
+void softmax(float scale, const Tile& tile, int64_t num_tokens, int64_t stored, const Rows& rows, Scratch& s) {
+  float base_R[kMaxHeadRows];
+  for (int64_t r = 0; r < rows.num; ++r) base_R[r] = mask_row(scale, tile, num_tokens, r, s);
+  for (int64_t r = 0; r < rows.num; ++r) base_R[r] = raise_maximum(base_R[r], stored, r, rows);
+  for (int64_t r = 0; r < rows.num; ++r) {
+    float *const score = s.score_RT + r * kTileTokens, *const sum = rows.sum_RL + r * kLanes;
+    uint32_t* const p = s.p_RT + r * kTileTokens;
+    const char* run = s.ahead.take(num_tokens / 4, tile.k);
+    Vec total = load(sum);
+    for (int64_t t = 0; t < num_tokens; t += kLanes) {
+      ask(run, kLanes / 4);
+      const Vec x = exp_nonpositive(load(score + t) - base_R[r]);
+      total += x;
+      Element::put(x, t, num_tokens, p);
+    }
+    store(sum, total);
   }
-  rows.sum_R[r] += reduce_add(sum);
 }
 
 template <class Element, class QueryElement>
 void attend_tile(const AttendArgs& args, Tile tile, const Rows& rows, Scratch& s) {
   constexpr int kPair = Element::kPair;
-  const int64_t stored = padded(args.arena.head_dim);
+  const int64_t stored = padded(args.kv.arena.head_dim);
   const int64_t num_blocks = (tile.end - tile.begin + 15) / 16, num_tokens = num_blocks * 16;
-  stage<kPair>(args.arena, tile, s);
+  stage<kPair>(args.kv.arena, tile, s);
   for (int64_t r = 0; r < rows.num; ++r) std::memset(s.score_RT + r * kTileTokens, 0, num_tokens * 4);
   const Panel k{tile.k, 64, stored / kPair * 64, stored / kPair, num_blocks};
   product<QueryElement>(k, {rows.q_RD, stored}, {s.score_RT, kTileTokens}, rows.num, s.ahead);
-  for (int64_t r = 0; r < rows.num; ++r) {
-    softmax_row(args.scale, tile, num_tokens, stored, r, rows, s);
-    Element::prepare(s.score_RT + r * kTileTokens, num_tokens, s.p_RT + r * kTileTokens);
-  }
+  softmax<Element>(args.scale, tile, num_tokens, stored, rows, s);
   const Panel v{tile.v, stored * 4, 64, num_tokens / kPair, stored / 16};
   product<Element>(v, {s.p_RT, kTileTokens}, {rows.out_RD, stored}, rows.num, s.ahead);
   while (!s.ahead.done()) {
@@ -470,9 +362,9 @@ void attend_tile(const AttendArgs& args, Tile tile, const Rows& rows, Scratch& s
 
 // The tile of `head` that starts at a block; false where the table's entry points outside the arena.
 bool locate(const AttendArgs& args, const WorkItem& item, int64_t head, int64_t begin, Tile& tile) {
-  const Arena& arena = args.arena;
+  const Arena& arena = args.kv.arena;
   const int64_t in_page = begin % arena.page_size;
-  const int64_t slot = args.table.slot(item.seq, head, begin / arena.page_size);
+  const int64_t slot = args.kv.table.slot(item.seq, head, begin / arena.page_size);
   if (slot < 0 || slot >= arena.num_slots) return false;
   const int64_t end = min64(begin + min64(kTileTokens, arena.page_size - in_page), item.token_end);
   const int64_t at = arena.offset(slot, head) + in_page * arena.stored_dim() * item_bytes(arena.dtype);
@@ -482,7 +374,7 @@ bool locate(const AttendArgs& args, const WorkItem& item, int64_t head, int64_t 
 
 template <class Element, class QueryElement>
 Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
-  const int64_t stored = padded(args.arena.head_dim), head_rows = item.head_rows();
+  const int64_t stored = padded(args.kv.arena.head_dim), head_rows = item.head_rows();
   if (item.token_begin >= item.token_end) return Status::kOk;
   Tile next;
   bool more = true;
@@ -494,11 +386,11 @@ Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
     if (more) {
       const int64_t head = last_head ? item.head_begin : tile.head + 1, begin = last_head ? tile.end : tile.begin;
       if (!locate(args, item, head, begin, next)) return Status::kSlotOutOfRange;
-      const int64_t bytes = (next.end - next.begin) * args.arena.stored_dim() * item_bytes(args.arena.dtype);
+      const int64_t bytes = (next.end - next.begin) * args.kv.arena.stored_dim() * item_bytes(args.kv.arena.dtype);
       s.ahead = {next.k, next.k + bytes, next.v, next.v + bytes};
     }
     const int64_t row = (tile.head - item.head_begin) * head_rows;
-    const Rows rows{s.q_RD + row * stored, s.out_RD + row * stored, s.max_R + row, s.sum_R + row, head_rows};
+    const Rows rows{s.q_RD + row * stored, s.out_RD + row * stored, s.max_R + row, s.sum_RL + row * kLanes, head_rows};
     attend_tile<Element, QueryElement>(args, tile, rows, s);
   }
   return Status::kOk;
@@ -507,28 +399,26 @@ Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
 template <class Element, class QueryElement>
 Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
   Scratch s;
-  const int64_t num_rows = item.num_rows(), dim = args.arena.head_dim, stored = padded(dim);
+  const int64_t num_rows = item.num_rows(), dim = args.kv.arena.head_dim, stored = padded(dim);
   if (!prepare_queries<QueryElement>(args, item, stored, s)) return Status::kNanInQuery;
   std::memset(s.out_RD, 0, num_rows * stored * 4);
-  for (int64_t r = 0; r < num_rows; ++r) {
-    s.max_R[r] = -INFINITY;
-    s.sum_R[r] = 0.0f;
-  }
+  std::memset(s.sum_RL, 0, num_rows * kLanes * 4);
+  for (int64_t r = 0; r < num_rows; ++r) s.max_R[r] = -INFINITY;
   const TileShapes shapes(item.head_rows());
   const Status status = attend_tiles<Element, QueryElement>(args, item, s);
   for (int64_t r = 0; r < num_rows; ++r) {
-    const float inverse = s.sum_R[r] == 0.0f ? 0.0f : 1.0f / s.sum_R[r];
+    const float sum = reduce_add(load(s.sum_RL + r * kLanes)), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     for (int64_t d = 0; d < dim; ++d) out[r * dim + d] = s.out_RD[r * stored + d] * inverse;
-    lse[r] = s.sum_R[r] == 0.0f ? -INFINITY : s.max_R[r] + logf(s.sum_R[r]);
+    lse[r] = sum == 0.0f ? -INFINITY : s.max_R[r] + logf(sum);
   }
   return status;
 }
 
 Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
-  if (args.arena.dtype == DType::kFloat32) return attend_item_as<Float32, Float32>(args, item, out, lse);
+  if (args.kv.arena.dtype == DType::kFloat32) return attend_item_as<Float32, Float32>(args, item, out, lse);
 #if defined(__AVX512BF16__)
   if (item.head_rows() >= kMinDotRows) {
-    if (args.q_dtype == DType::kBFloat16) return attend_item_as<Bf16Dot<true>, Bf16Dot<false>>(args, item, out, lse);
+    if (args.q.dtype == DType::kBFloat16) return attend_item_as<Bf16Dot<true>, Bf16Dot<false>>(args, item, out, lse);
     return attend_item_as<Bf16Dot<true>, Bf16Dot<true>>(args, item, out, lse);
   }
 #endif

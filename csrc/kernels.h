@@ -15,7 +15,17 @@ struct Partials {
   int64_t num_rows, dim;
 };
 
-Status attend(WorkerPool& pool, const KernelTable& kernels, const AttendArgs& args);
+// Where attention goes: out [num_seqs][num_heads][q_len][head_dim], strides in elements, head_dim contiguous, float32
+// or rounded to bf16; lse [num_seqs][num_heads][q_len], contiguous, natural log, or nullptr where nobody asks.
+struct Output {
+  void* out;
+  DType dtype;
+  int64_t stride_seq, stride_head, stride_token;
+  float* lse;
+};
+
+// Attention over all runs together. Runs differ in `kv` and `causal` alone; their tokens are disjoint.
+Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to);
 void merge(WorkerPool& pool, const Partials& parts, float* out, float* lse);
 
 struct Isa {

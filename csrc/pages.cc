@@ -38,19 +38,39 @@ Status for_each_page(WorkerPool& pool, const Arena& arena, const PageTable& tabl
   return Status::kOk;
 }
 
+// The rows that follow token `run` of one sequence's head.
+TokenRun run_of(const TokenRows& rows, int64_t seq, int64_t head, int64_t run) {
+  return {rows.k + seq * rows.k_stride_seq + head * rows.k_stride_head + run * rows.k_stride_token,
+          rows.v + seq * rows.v_stride_seq + head * rows.v_stride_head + run * rows.v_stride_token, rows.k_stride_token,
+          rows.v_stride_token};
+}
+
+void copy_rows(const TokenRun& from, const TokenRun& to, int64_t num_tokens, int64_t row_bytes) {
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    std::memcpy(to.k + t * to.k_stride, from.k + t * from.k_stride, row_bytes);
+    std::memcpy(to.v + t * to.v_stride, from.v + t * from.v_stride, row_bytes);
+  }
+}
+
+// Token `first` of a head's slice of rows, and what follows.
+TokenRun rows_in_page(const Arena& arena, HeadSlice slice, int64_t first) {
+  const int64_t row_bytes = arena.head_dim * item_bytes(arena.dtype);
+  return {slice.k + first * row_bytes, slice.v + first * row_bytes, row_bytes, row_bytes};
+}
+
 }  // namespace
 
-Status append(WorkerPool& pool, const Arena& arena, const PageTable& table, int64_t num_seqs, int64_t begin,
-              int64_t end, const TokenRows& from) {
+Status append(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const PageTable& table,
+              int64_t num_seqs, int64_t begin, int64_t end, const TokenRows& from) {
   const int64_t row_bytes = arena.head_dim * item_bytes(arena.dtype);
   return for_each_page(pool, arena, table, num_seqs, begin, end,
                        [&](int64_t seq, int64_t head, int64_t slot, int64_t first, int64_t last, int64_t run) {
-                         const int64_t at = arena.offset(slot, head);
-                         const char* k = from.k + seq * from.k_stride_seq + head * from.k_stride_head;
-                         const char* v = from.v + seq * from.v_stride_seq + head * from.v_stride_head;
-                         for (int64_t t = first; t < last; ++t, ++run) {
-                           std::memcpy(arena.k + at + t * row_bytes, k + run * from.k_stride_token, row_bytes);
-                           std::memcpy(arena.v + at + t * row_bytes, v + run * from.v_stride_token, row_bytes);
+                         const HeadSlice slice = arena.slice(slot, head);
+                         const TokenRun rows = run_of(from, seq, head, run);
+                         if (arena.packing == Packing::kPanels) {
+                           kernels.pack(arena, slice, first, last, rows);
+                         } else {
+                           copy_rows(rows, rows_in_page(arena, slice, first), last - first, row_bytes);
                          }
                        });
 }
@@ -58,16 +78,14 @@ Status append(WorkerPool& pool, const Arena& arena, const PageTable& table, int6
 Status gather(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const PageTable& table,
               int64_t num_seqs, int64_t begin, int64_t end, const TokenRows& to) {
   const int64_t row_bytes = arena.head_dim * item_bytes(arena.dtype);
-  const bool dense = to.k_stride_token == row_bytes && to.v_stride_token == row_bytes;
   return for_each_page(pool, arena, table, num_seqs, begin, end,
                        [&](int64_t seq, int64_t head, int64_t slot, int64_t first, int64_t last, int64_t run) {
-                         const int64_t at = arena.offset(slot, head);
-                         char* const k = to.k + seq * to.k_stride_seq + head * to.k_stride_head;
-                         char* const v = to.v + seq * to.v_stride_seq + head * to.v_stride_head;
-                         const int64_t step = dense ? last - first : 1;  // unpack leaves no gaps between its rows
-                         for (int64_t t = first; t < last; t += step, run += step) {
-                           kernels.unpack(arena, {arena.k + at, arena.v + at}, t, t + step,
-                                          {k + run * to.k_stride_token, v + run * to.v_stride_token});
+                         const HeadSlice slice = arena.slice(slot, head);
+                         const TokenRun rows = run_of(to, seq, head, run);
+                         if (arena.packing == Packing::kPanels) {
+                           kernels.unpack(arena, slice, first, last, rows);
+                         } else {
+                           copy_rows(rows_in_page(arena, slice, first), rows, last - first, row_bytes);
                          }
                        });
 }
@@ -79,13 +97,12 @@ Status move_pages(WorkerPool& pool, const KernelTable& kernels, const Arena& fro
   }
   pool.run(num_pages * from.num_kv_heads, [&](int64_t i) {
     const int64_t page = i / from.num_kv_heads, head = i % from.num_kv_heads;
-    const int64_t from_at = from.offset(from_slots[page], head), to_at = to.offset(to_slots[page], head);
-    const HeadSlice source{from.k + from_at, from.v + from_at}, target{to.k + to_at, to.v + to_at};
-    if (to.packing == Packing::kPanels) {
-      kernels.pack(from, source, target);
-    } else {
+    const HeadSlice source = from.slice(from_slots[page], head), target = to.slice(to_slots[page], head);
+    if (from.packing == to.packing) {
       std::memcpy(target.k, source.k, from.head_bytes());
       std::memcpy(target.v, source.v, from.head_bytes());
+    } else {
+      kernels.pack(to, target, 0, to.page_size, rows_in_page(from, source, 0));
     }
   });
   return Status::kOk;

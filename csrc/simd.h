@@ -50,7 +50,7 @@ inline Vec load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline void store(void* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // Folds halves onto each other: log2(kLanes) steps, not kLanes.
@@ -115,14 +115,14 @@ inline float as_float(uint32_t bits) {
 // ---- Elements: how a panel of K or V is multiplied ---------------------------------------------------------------
 // A panel row holds 16 lanes of `kPair` neighbours. `mac` adds to each lane the dot product of its neighbours with a
 // weight of as many numbers, broadcast. Scores: lanes are tokens, weights are q. Output: lanes are dims, weights are
-// probabilities.
+// probabilities. `put` stores numbers [i, i + kLanes) of a row of n weights; n is a multiple of 16.
 
 struct Float32 {
   static constexpr int kPair = 1;
   static constexpr bool kIsDot = false;
   using Panel = Vec;
   using Weight = Vec;
-  static void prepare(const float* w, int64_t n, uint32_t* out) { std::memcpy(out, w, n * 4); }
+  static void put(Vec w, int64_t i, int64_t, uint32_t* out) { store(out + i, w); }
   static Panel panel(const char* p) { return load(reinterpret_cast<const float*>(p)); }
   static Weight weight(const uint32_t* w, int64_t k, int64_t) { return splat(as_float(w[k])); }
   static Vec mac(Vec acc, Panel m, Weight w) { return acc + m * w; }
@@ -137,7 +137,7 @@ struct Bf16Wide {
     Vec even, odd;
   };
   using Weight = Panel;
-  static void prepare(const float* w, int64_t n, uint32_t* out) { std::memcpy(out, w, n * 4); }
+  static void put(Vec w, int64_t i, int64_t, uint32_t* out) { store(out + i, w); }
   static Panel panel(const char* p) {
     IVec pairs;
     std::memcpy(&pairs, p, sizeof pairs);
@@ -161,16 +161,14 @@ struct Bf16Dot {
   struct Weight {
     __m512bh high, low;
   };
-  // n / 2 words of high pairs, then n / 2 of low ones; n is a multiple of 16.
-  static void prepare(const float* w, int64_t n, uint32_t* out) {
-    uint16_t* high = reinterpret_cast<uint16_t*>(out);
-    uint16_t* low = high + n;
-    for (int64_t i = 0; i < n; i += 16) {
-      const __m512 x = _mm512_loadu_ps(w + i);
-      const __m256bh h = _mm512_cvtneps_pbh(x);
-      const __m512 rounded = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), (__m256i)h);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + i), (__m256i)_mm512_cvtneps_pbh(_mm512_sub_ps(x, rounded)));
+  // n / 2 words of high pairs, then n / 2 of low ones.
+  static void put(Vec w, int64_t i, int64_t n, uint32_t* out) {
+    uint16_t* const high = reinterpret_cast<uint16_t*>(out) + i;
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)w);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), (__m256i)h);
+    if constexpr (kSplit) {
+      const Vec rounded = (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + n), (__m256i)_mm512_cvtneps_pbh((__m512)(w - rounded)));
     }
   }
   static Panel panel(const char* p) { return (__m512bh)_mm512_loadu_si512(p); }

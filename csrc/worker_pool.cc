@@ -67,7 +67,7 @@ struct WorkerPool::Crew {
       wake.wait(lock, [&] { return generation.load(std::memory_order_relaxed) != seen; });
       seen = generation.load(std::memory_order_relaxed);
       if (stop) return;
-      if (job == nullptr) continue;  // the others finished it before this thread woke
+      if (job == nullptr) continue;  // roused, or the others finished it before this thread woke: spin again
       const std::function<void(int64_t)>& run_item = *job;
       const int64_t count = num_items;
       ++num_working;
@@ -95,6 +95,17 @@ WorkerPool::Crew& WorkerPool::crew() {
   if (crew_.compare_exchange_strong(found, mine, std::memory_order_acq_rel)) return *mine;
   delete mine;
   return *found;
+}
+
+void WorkerPool::rouse() {
+  if (num_threads_ == 1) return;
+  Crew& c = crew();
+  {
+    std::lock_guard<std::mutex> lock(c.mutex);
+    if (c.job != nullptr) return;  // they are at work
+    c.generation.fetch_add(1, std::memory_order_release);
+  }
+  c.wake.notify_all();
 }
 
 void WorkerPool::run(int64_t num_items, const std::function<void(int64_t)>& run_item) {

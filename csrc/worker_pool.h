@@ -22,6 +22,10 @@ class WorkerPool {
   // Callers on several threads take turns. A child process after fork gets threads of its own.
   void run(int64_t num_items, const std::function<void(int64_t)>& run_item);
 
+  // Wakes the others ahead of a job that is about to come, while its caller prepares it. Without a job they sleep
+  // again.
+  void rouse();
+
  private:
   struct Crew;
   Crew& crew();

@@ -115,7 +115,7 @@ def poisoned_arena(layout: PageLayout, num_slots: int, num_kv_heads: int, head_d
 
 def repacked(rows: Arena, packing: Packing) -> Arena:
     """The same pages at the same slots, in the packing asked for."""
-    if packing == "rows":
+    if packing == rows.layout.packing:
         return rows
     layout = PageLayout(rows.layout.dtype, rows.layout.page_size, packing)
     arena = poisoned_arena(layout, rows.num_slots, rows.num_kv_heads, rows.head_dim)

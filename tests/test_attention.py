@@ -1,8 +1,10 @@
 """A decode step and a prefill chunk over near and far pages equal dense causal attention, however tokens arrive."""
 
 import math
+import threading
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tandemkv import attention, lanes
-from tandemkv.attention import append_and_attend, decode_step, prefill_chunk, worker_pool
+from tandemkv import attention
+from tandemkv.attention import decode_step, extend_and_attend, prefill_chunk, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import cpu, torch_ops
-from tandemkv.lanes import attend as attend_lane
-from tandemkv.types import Arena, PagedKV, PageLayout, Partial
+from tandemkv.types import Arena, PageLayout, Partial
 from tests.dense import causal_visible, dense_attention, random_kv
 from tests.paged import paginate
 from tests.tolerances import (
@@ -65,14 +66,14 @@ def feed(spec: CacheSpec, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], k
         layer.set_kv_start(kv_start)
         run = slice(end - length, end)
         run_q, run_k, run_v = q[:, :, run], k[:, :, run], v[:, :, run]
-        outs.append(append_and_attend(run_q, run_k, run_v, layer, scale=SCALE, chunk_tokens=spec.chunk_tokens))
+        outs.append(extend_and_attend(run_q, run_k, run_v, layer, scale=SCALE, chunk_tokens=spec.chunk_tokens))
         assert outs[-1].is_contiguous()
         assert outs[-1].dtype == q.dtype
     return torch.cat(outs, 1), layer.far_tokens
 
 
 def assert_equals_dense(out: Tensor, q: Tensor, k: Tensor, v: Tensor, kv_start: Tensor, num_merges: int) -> None:
-    """Only `out` is compared: lse does not leave `append_and_attend`."""
+    """Only `out` is compared: lse does not leave `extend_and_attend`."""
     visible = causal_visible(q.shape[2], q.shape[2], kv_start)
     truth = dense_attention(q, k, v, visible, SCALE)
     bound = attend_bound(q, k, v, visible, SCALE, rounding_of(q.dtype), num_merges)
@@ -142,18 +143,31 @@ def filled(num_tokens: int, kv_start: list[int]) -> tuple[LayerKV, Tensor, Tenso
     return layer, q, k, v
 
 
-def test_lse_of_a_decode_step_and_of_a_chunk() -> None:
+def test_a_decode_step_and_the_lse_of_a_chunk() -> None:
     layer, q, k, v = filled(100, [0, 70])
     for q_len in (1, 3):
-        queries = q[:, :, -q_len:]
+        tail = slice(100 - q_len, 100)
+        queries, chunk_k, chunk_v = q[:, :, tail], k[:, :, tail], v[:, :, tail]
         visible = causal_visible(100, q_len, layer.kv_start)
         truth = dense_attention(queries, k, v, visible, SCALE)
         bound = attend_bound(queries, k, v, visible, SCALE, TORCH_FLOAT32, num_merges=2)
-        assert_within(decode_step(queries, layer, scale=SCALE), truth, bound)
         layer.crop(100 - q_len)
-        chunk_k, chunk_v = k[:, :, -q_len:], v[:, :, -q_len:]
         assert_within(prefill_chunk(queries, chunk_k, chunk_v, layer, scale=SCALE), truth, bound)
-        layer.append(chunk_k, chunk_v)
+        out = decode_step(queries, chunk_k, chunk_v, layer, scale=SCALE)
+        assert layer.seq_len == 100
+        assert_within(Partial(out.transpose(1, 2), truth.lse.float()), truth, bound)
+
+
+def test_a_failed_decode_step_leaves_the_layer_as_it_was() -> None:
+    layer, q, k, v = filled(95, [0])
+    expected = [x.clone() for x in layer.read(0, 95)]
+    with pytest.raises(InputError, match=r"k must be torch\.float32"):
+        decode_step(q[:, :, :1], k[:, :, :1].double(), v[:, :, :1], layer, scale=SCALE)
+    with pytest.raises(InputError, match="q contains NaN"):
+        decode_step(q[:, :, :2] * math.nan, k[:, :, :2], v[:, :, :2], layer, scale=SCALE)  # would open a page
+    assert layer.seq_len == 95
+    layer.crop(95)  # not held any more
+    assert all(torch.equal(x, y) for x, y in zip(layer.read(0, 95), expected, strict=True))
 
 
 def test_a_chunk_of_padding_alone_is_empty() -> None:
@@ -179,7 +193,7 @@ def test_nan_in_a_single_query_is_refused(q_len: int, dtype: torch.dtype) -> Non
     q, k, v = random_qkv(1, q_len, dtype)
     q[0, 1, q_len // 2, 3] = math.nan
     with pytest.raises(InputError, match="q contains NaN"):
-        append_and_attend(q, k, v, layer, scale=SCALE, chunk_tokens=32)
+        extend_and_attend(q, k, v, layer, scale=SCALE, chunk_tokens=32)
 
 
 def test_strided_inputs_as_models_give_them() -> None:
@@ -214,20 +228,20 @@ def test_near_attention_as_on_a_device(kv_start: list[int]) -> None:
     queries = q[:, :, -1:]
     with layer.hold() as held:
         far = cpu.attend(queries, held.far, scale=SCALE, causal=False)
-        near = attention._attend_near_on_device(queries, held.near, SCALE)
+        near = attention._attend_near(queries, held.near, SCALE)
     visible = causal_visible(100, 1, layer.kv_start)
     bound = attend_bound(queries, k, v, visible, SCALE, TORCH_FLOAT32, num_merges=2)
     assert_within(torch_ops.merge([far, near]), dense_attention(queries, k, v, visible, SCALE), bound)
 
 
 def test_decode_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lane answers from its own thread, the near part is gathered, parts are merged by torch."""
-    monkeypatch.setattr(attention, "_attend_near", attention._attend_near_on_device)
+    """The lane answers from its own thread, the near part is gathered, parts are merged."""
 
-    def start(q: Tensor, far: PagedKV, *, scale: float, workers: cpu.WorkerPool) -> lanes.base.PendingPartial:
-        return attend_lane._dispatcher().submit(attend_lane._attend_from_device, q, far, scale, workers)
+    def on_device(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float) -> Tensor:
+        assert q.shape[2] == 1
+        return attention._decode_on_device(q, k, v, layer, scale)
 
-    monkeypatch.setitem(lanes.LANES, "attend", start)
+    monkeypatch.setattr(attention, "decode_step", on_device)
     q, k, v = random_qkv(2, 130)
     kv_start = torch.tensor([0, 70])
     out, far_tokens = feed(SPEC, q, k, v, [100] + [1] * 30, kv_start)
@@ -236,15 +250,34 @@ def test_decode_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_in_the_lane_reaches_the_caller_and_releases_the_pages() -> None:
-    layer, q, _, _ = filled(100, [0])
-    with layer.hold() as held:
-        pending = attend_lane._dispatcher().submit(
-            attend_lane._attend_from_device, q[:, :, -1:] * math.nan, held.far, SCALE, worker_pool()
-        )
-        with pytest.raises(InputError, match="q contains NaN"):
-            pending.result()
+    layer, q, k, v = filled(100, [0])
+    tail = q[:, :, -1:] * math.nan, k[:, :, -1:], v[:, :, -1:], layer
     with pytest.raises(InputError, match="q contains NaN"):
-        decode_step(q[:, :, -1:] * math.nan, layer, scale=SCALE)
+        attention._decode_on_device(*tail, SCALE)
+    with pytest.raises(InputError, match="q contains NaN"):
+        decode_step(*tail, scale=SCALE)
+    layer.crop(0)
+
+
+def test_pages_are_held_until_the_lane_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The near part fails while the lane still reads: the layer must not move pages under it."""
+    layer, q, k, v = filled(100, [0])
+    may_end, seen = threading.Event(), []
+
+    def slow_attend(*args: Any, **kwargs: Any) -> Partial:
+        may_end.wait(10)
+        seen.append(layer._num_holds)
+        return cpu.attend(args[0], args[1:], causal=False, **kwargs)
+
+    def failing_near(*args: Any) -> Partial:
+        threading.Timer(0.05, may_end.set).start()
+        raise RuntimeError("the device failed")
+
+    monkeypatch.setattr("tandemkv.lanes.attend.kernels.attend", slow_attend)
+    monkeypatch.setattr(attention, "_attend_near", failing_near)
+    with pytest.raises(RuntimeError, match="the device failed"):
+        attention._decode_on_device(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], layer, SCALE)
+    assert seen == [1]
     layer.crop(0)
 
 

@@ -87,7 +87,7 @@ def test_every_copy_is_the_same_sequence(rules: contest.Rules) -> None:
     slots = torch.cat([paged.page_table[0, 0] for paged in made.copies.paged]).tolist()
     assert len(set(slots)) == len(slots), "copies that share memory would be read from a cache"
     for paged in made.copies.paged:
-        out = cpu.attend(made.problem.q, paged, scale=made.problem.scale, causal=False).out
+        out = cpu.attend(made.problem.q, [paged], scale=made.problem.scale, causal=False).out
         assert made.judge.error(out) <= made.judge.tolerance
 
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -127,28 +128,29 @@ struct Result {
   std::vector<float> out, lse;
 };
 
-Result run_attend(WorkerPool& pool, const KernelTable& kernels, const Problem& p) {
+AttendArgs args_of(const Problem& p) {
   const Shape& s = p.shape;
-  Result result{Status::kOk, std::vector<float>(p.q.size(), kNan), std::vector<float>(p.q.size() / s.head_dim, kNan)};
-  AttendArgs args{};
-  args.q = p.q_stored.data();
-  args.q_dtype = s.q_dtype;
-  args.q_stride_token = p.q_row;
-  args.q_stride_head = s.q_len * p.q_row;
-  args.q_stride_seq = s.num_q_heads() * args.q_stride_head;
-  args.num_seqs = s.num_seqs();
-  args.num_q_heads = s.num_q_heads();
-  args.q_len = s.q_len;
-  args.arena = p.pages.arena;
-  args.table = {p.slots.data(), s.num_kv_heads * p.num_pages, p.num_pages};
-  args.kv_start = s.kv_start.data();
-  args.kv_len = s.kv_len.data();
-  args.scale = p.scale;
-  args.causal = s.causal;
-  args.out = result.out.data();
-  args.lse = result.lse.data();
-  result.status = attend(pool, kernels, args);
+  const int64_t stride_head = s.q_len * p.q_row;
+  const Queries q{p.q_stored.data(), s.q_dtype, s.num_q_heads() * stride_head, stride_head, p.q_row, s.num_seqs(),
+                  s.num_q_heads(),   s.q_len};
+  const PageTable table{p.slots.data(), s.num_kv_heads * p.num_pages, p.num_pages};
+  const Run kv{p.pages.arena, table, s.num_seqs(), p.num_pages, s.kv_start.data(), s.kv_len.data()};
+  return {q, kv, p.scale, s.causal};
+}
+
+Result run_attend(WorkerPool& pool, const KernelTable& kernels, const Problem& p, const std::vector<AttendArgs>& runs) {
+  const size_t num_rows = p.q.size() / p.shape.head_dim;
+  Result result{Status::kOk, std::vector<float>(p.q.size(), kNan), std::vector<float>(num_rows, kNan)};
+  const Queries& q = runs[0].q;
+  const int64_t stride_head = q.q_len * p.shape.head_dim;
+  result.status = attend(pool, kernels, runs,
+                         {result.out.data(), DType::kFloat32, q.num_heads * stride_head, stride_head, p.shape.head_dim,
+                          result.lse.data()});
   return result;
+}
+
+Result run_attend(WorkerPool& pool, const KernelTable& kernels, const Problem& p) {
+  return run_attend(pool, kernels, p, {args_of(p)});
 }
 
 // The attention of one query row in double, and how far float32 may be from it.
@@ -369,11 +371,9 @@ void no_sequences_and_no_tokens() {
     CHECK(result.status == Status::kOk);
     for (const float out : result.out) CHECK(out == 0.0f, out);
     for (const float lse : result.lse) CHECK(lse == -INFINITY, lse);
-    AttendArgs nothing{};
-    nothing.arena = p.pages.arena;
-    nothing.q_len = 1;
-    nothing.num_q_heads = 2;
-    CHECK(attend(pool, *kernels, nothing) == Status::kOk);
+    AttendArgs nothing = args_of(p);
+    nothing.q.num_seqs = nothing.kv.num_seqs = 0;
+    CHECK(attend(pool, *kernels, {nothing}, Output{}) == Status::kOk);
   }
 }
 
@@ -469,6 +469,73 @@ void merge_of_pieces_on_threads() {
   }
 }
 
+// One call over pieces that lie in different arenas is attention over all of them; the causal tail is in the last.
+void several_runs() {
+  WorkerPool pool(2);
+  const Shape whole{DType::kBFloat16, DType::kFloat32, Packing::kRows, 2, 4, 3, 64, 16, true, {3, 0}, {150, 90}};
+  for (const KernelTable* kernels : available_kernels()) {
+    const Problem all(whole, fill_normal);
+    const std::vector<Expected> expected = reference(all);
+    std::vector<std::unique_ptr<Problem>> pieces;
+    std::vector<AttendArgs> runs;
+    for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{{0, 32}, {32, 32}, {32, 70}, {70, 150}}) {
+      Shape shape = whole;
+      shape.packing = begin == 32 ? Packing::kPanels : Packing::kRows;
+      pieces.push_back(std::make_unique<Problem>(shape, fill_normal));
+      for (int64_t seq = 0; seq < 2; ++seq) {
+        pieces.back()->shape.kv_start[seq] = std::max(begin, whole.kv_start[seq]);
+        pieces.back()->shape.kv_len[seq] = std::min(end, whole.kv_len[seq]);
+      }
+      runs.push_back(args_of(*pieces.back()));
+      runs.back().q = args_of(all).q;
+      runs.back().causal = end == 150;
+    }
+    current_case() = case_name(*kernels, all);
+    check_close(run_attend(pool, *kernels, all, runs), expected);
+    runs.pop_back();
+    const Result without_tail = run_attend(pool, *kernels, all, runs);
+    CHECK(without_tail.out != run_attend(pool, *kernels, all).out);
+  }
+}
+
+// Into bf16 rows that lie apart, tokens outside heads, as a model wants them: the same numbers, rounded once.
+void out_in_other_strides() {
+  WorkerPool pool(2);
+  const Shape shape{DType::kBFloat16, DType::kBFloat16, Packing::kPanels, 2, 4, 3, 24, 16, true, {0, 5}, {40, 70}};
+  const Problem p(shape, fill_normal);
+  for (const KernelTable* kernels : available_kernels()) {
+    current_case() = case_name(*kernels, p);
+    const Result plain = run_attend(pool, *kernels, p);
+    const int64_t heads = shape.num_q_heads(), row = shape.head_dim + 3, token = heads * row;
+    std::vector<uint16_t> out(shape.num_seqs() * shape.q_len * token, 0xABCD);
+    const Output to{out.data(), DType::kBFloat16, shape.q_len * token, row, token, nullptr};
+    CHECK(attend(pool, *kernels, {args_of(p)}, to) == Status::kOk);
+    for (int64_t seq = 0; seq < shape.num_seqs(); ++seq) {
+      for (int64_t head = 0; head < heads; ++head) {
+        for (int64_t i = 0; i < shape.q_len; ++i) {
+          const uint16_t* found = &out[seq * to.stride_seq + head * row + i * token];
+          const float* right = &plain.out[((seq * heads + head) * shape.q_len + i) * shape.head_dim];
+          for (int64_t d = 0; d < row; ++d) {
+            CHECK(found[d] == (d < shape.head_dim ? bf16_bits(right[d]) : 0xABCD), seq, head, i, d);
+          }
+        }
+      }
+    }
+  }
+}
+
+// A run that reaches behind its table is refused before anything is read.
+void outside_the_table() {
+  WorkerPool pool(2);
+  const Problem p({DType::kFloat32, DType::kFloat32, Packing::kRows, 1, 1, 1, 8, 16, false, {0}, {40}}, fill_normal);
+  for (const auto& [start, len] : std::vector<std::pair<int64_t, int64_t>>{{-1, 40}, {0, p.num_pages * 16 + 1}}) {
+    AttendArgs args = args_of(p);
+    args.kv.kv_start = &start;
+    args.kv.kv_len = &len;
+    CHECK(run_attend(pool, *available_kernels().front(), p, {args}).status == Status::kOutsideTable, start, len);
+  }
+}
+
 // Parts of random weight, huge ones and empty ones, against a merge in double. An lse near 1e4 is known to 1e4 u, and
 // so is the difference of two: 4 u (largest + 1) in every exponent, and 4 u for each part and operation.
 void merge_against_double() {
@@ -532,6 +599,9 @@ int main(int argc, char** argv) {
                     {"a wild slot in use", wild_slot_in_use},
                     {"same bits on any threads", same_bits_on_any_threads},
                     {"merge of pieces, on threads", merge_of_pieces_on_threads},
-                    {"merge against double", merge_against_double}},
+                    {"merge against double", merge_against_double},
+                    {"several runs", several_runs},
+                    {"out in other strides", out_in_other_strides},
+                    {"outside the table", outside_the_table}},
                    argc, argv);
 }

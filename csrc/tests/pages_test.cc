@@ -72,8 +72,8 @@ struct Fixture {
     return {nullptr, nullptr, dtype, packing, num_slots, kNumKvHeads, page_size, head_dim};
   }
 
-  Fixture(DType dtype, int64_t page_size, int64_t head_dim)
-      : pages(shape(dtype, Packing::kRows, page_size, head_dim)),
+  Fixture(DType dtype, Packing packing, int64_t page_size, int64_t head_dim)
+      : pages(shape(dtype, packing, page_size, head_dim)),
         slots(shuffled_slots(pages.arena.num_slots, random)),
         table{slots.data(), kNumKvHeads * kNumPages, kNumPages},
         tokens(pages.arena, kNumPages * page_size),
@@ -82,15 +82,17 @@ struct Fixture {
   }
 };
 
-// Calls body(fixture) for every dtype, page_size and head_dim.
+// Calls body(fixture) for every dtype, packing, page_size and head_dim.
 template <class Body>
 void for_each_shape(const KernelTable& kernels, const Body& body) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    for (const int64_t page_size : {16, 48, 64}) {
-      for (const int64_t head_dim : {2, 8, 64, 80, 256}) {
-        Fixture f(dtype, page_size, head_dim);
-        current_case() = shape_name(kernels, f.pages.arena);
-        body(f);
+    for (const Packing packing : {Packing::kRows, Packing::kPanels}) {
+      for (const int64_t page_size : {16, 48, 64}) {
+        for (const int64_t head_dim : {2, 8, 64, 80, 256}) {
+          Fixture f(dtype, packing, page_size, head_dim);
+          current_case() = shape_name(kernels, f.pages.arena);
+          body(f);
+        }
       }
     }
   }
@@ -139,11 +141,12 @@ void check_gathers(WorkerPool& pool, const KernelTable& kernels, Fixture& f, con
 }
 
 // Appends all tokens in runs of odd lengths, as decoding and prefill chunks do.
-void append_in_runs(WorkerPool& pool, Fixture& f) {
+void append_in_runs(WorkerPool& pool, const KernelTable& kernels, Fixture& f) {
   const int64_t lengths[] = {1, 5, 40, 1, 0, 17, 31};
   for (int64_t begin = 0, i = 0; begin < f.num_tokens; ++i) {
     const int64_t end = std::min(begin + lengths[i % 7], f.num_tokens);
-    CHECK(append(pool, f.pages.arena, f.table, kNumSeqs, begin, end, f.tokens.rows_from(begin)) == Status::kOk);
+    CHECK(append(pool, kernels, f.pages.arena, f.table, kNumSeqs, begin, end, f.tokens.rows_from(begin)) ==
+          Status::kOk);
     begin = end;
   }
 }
@@ -152,10 +155,11 @@ void round_trip() {
   WorkerPool pool(2);
   for (const KernelTable* kernels : available_kernels()) {
     for_each_shape(*kernels, [&](Fixture& f) {
-      append_in_runs(pool, f);
+      append_in_runs(pool, *kernels, f);
       check_stored(f, f.pages.arena, f.table, f.num_tokens);
       check_gathers(pool, *kernels, f, f.pages.arena, f.table);
       for (const Packing packing : {Packing::kRows, Packing::kPanels}) {
+        if (packing == Packing::kRows && f.pages.arena.packing == Packing::kPanels) continue;
         OwnedArena far(Fixture::shape(f.pages.arena.dtype, packing, f.pages.arena.page_size, f.pages.arena.head_dim));
         const std::vector<int32_t> far_slots = shuffled_slots(far.arena.num_slots, f.random);
         const PageTable far_table{far_slots.data(), f.table.stride_seq, f.table.stride_head};
@@ -172,20 +176,29 @@ void round_trip() {
 // A run writes its own tokens and no others: beside it, and in other heads' slices, the poison stays.
 void append_touches_only_its_run() {
   WorkerPool pool(2);
-  for_each_shape(*available_kernels().front(), [&](Fixture& f) {
-    const OwnedArena untouched(f.pages.arena);
-    const int64_t begin = f.pages.arena.page_size - 3, end = f.pages.arena.page_size + 18;
-    CHECK(append(pool, f.pages.arena, f.table, kNumSeqs, begin, end, f.tokens.rows_from(begin)) == Status::kOk);
-    std::vector<char> k = untouched.k, v = untouched.v;
-    f.tokens.for_each_row([&](int64_t seq, int64_t head, int64_t token) {
-      if (token < begin || token >= end) return;
-      const int64_t at = f.pages.arena.offset(f.table.slot(seq, head, token / f.pages.arena.page_size), head) +
-                         token % f.pages.arena.page_size * f.tokens.row_bytes;
-      std::memcpy(&k[at], f.tokens.k_at(seq, head, token), f.tokens.row_bytes);
-      std::memcpy(&v[at], f.tokens.v_at(seq, head, token), f.tokens.row_bytes);
+  for (const KernelTable* kernels : available_kernels()) {
+    for_each_shape(*kernels, [&](Fixture& f) {
+      const Arena& arena = f.pages.arena;
+      const OwnedArena untouched(arena);
+      const int64_t begin = arena.page_size - 3, end = arena.page_size + 18, bytes = item_bytes(arena.dtype);
+      CHECK(append(pool, *kernels, arena, f.table, kNumSeqs, begin, end, f.tokens.rows_from(begin)) == Status::kOk);
+      std::vector<char> k = untouched.k, v = untouched.v;
+      f.tokens.for_each_row([&](int64_t seq, int64_t head, int64_t token) {
+        if (token < begin || token >= end) return;
+        const int64_t at = arena.offset(f.table.slot(seq, head, token / arena.page_size), head);
+        const int64_t in_page = token % arena.page_size;
+        for (int64_t d = 0; d < arena.stored_dim(); ++d) {
+          const char zeros[4] = {};
+          const bool pad = d >= arena.head_dim;
+          std::memcpy(&k[at + k_offset(arena, in_page, d)], pad ? zeros : f.tokens.k_at(seq, head, token) + d * bytes,
+                      bytes);
+          std::memcpy(&v[at + v_offset(arena, in_page, d)], pad ? zeros : f.tokens.v_at(seq, head, token) + d * bytes,
+                      bytes);
+        }
+      });
+      CHECK(f.pages.k == k && f.pages.v == v);
     });
-    CHECK(f.pages.k == k && f.pages.v == v);
-  });
+  }
 }
 
 // Entries outside the run may be wild; one inside is refused before a byte moves.
@@ -203,7 +216,7 @@ void wild_entries() {
       Tokens back(f.pages.arena, 3 * size);
       const Tokens empty = back;
       const auto append_run = [&](int64_t begin, int64_t end) {
-        return append(pool, f.pages.arena, table, kNumSeqs, begin, end, f.tokens.rows_from(begin));
+        return append(pool, kernels, f.pages.arena, table, kNumSeqs, begin, end, f.tokens.rows_from(begin));
       };
       const auto gather_run = [&](int64_t begin, int64_t end) {
         return gather(pool, kernels, f.pages.arena, table, kNumSeqs, begin, end, back.rows_from(0));
@@ -222,7 +235,7 @@ void wild_entries() {
 void wild_moves() {
   WorkerPool pool(2);
   const KernelTable& kernels = *available_kernels().front();
-  Fixture f(DType::kBFloat16, 16, 64);
+  Fixture f(DType::kBFloat16, Packing::kRows, 16, 64);
   OwnedArena far(Fixture::shape(DType::kBFloat16, Packing::kPanels, 16, 64));
   const OwnedArena untouched(far.arena);
   const int32_t good[] = {0, 1};

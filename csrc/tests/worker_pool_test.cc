@@ -54,6 +54,23 @@ void jobs_after_sleep() {
   }
 }
 
+// Rousing changes nothing but who is awake: before jobs, without jobs, and from another thread while a job runs.
+void rousing() {
+  WorkerPool pool(3), alone(1);
+  alone.rouse();
+  std::atomic<bool> stop{false};
+  std::thread other([&] {
+    while (!stop.load()) pool.rouse();
+  });
+  for (int job = 0; job < 200; ++job) {
+    if (job % 3 != 0) pool.rouse();
+    if (job % 20 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+    CHECK(each_item_once(pool, job % 7), job);
+  }
+  stop.store(true);
+  other.join();
+}
+
 void one_thread_is_the_caller() {
   WorkerPool pool(1);
   std::vector<int64_t> order;
@@ -163,11 +180,14 @@ void forked_while_busy() {
 
 int main(int argc, char** argv) {
   using namespace tandem;
-  std::vector<Test> tests = {
-      {"every item once", every_item_once},           {"many jobs", many_jobs},
-      {"jobs after sleep", jobs_after_sleep},         {"one thread is the caller", one_thread_is_the_caller},
-      {"threads work at once", threads_work_at_once}, {"callers take turns", callers_take_turns},
-      {"destroyed while idle", destroyed_while_idle}};
+  std::vector<Test> tests = {{"every item once", every_item_once},
+                             {"many jobs", many_jobs},
+                             {"jobs after sleep", jobs_after_sleep},
+                             {"rousing", rousing},
+                             {"one thread is the caller", one_thread_is_the_caller},
+                             {"threads work at once", threads_work_at_once},
+                             {"callers take turns", callers_take_turns},
+                             {"destroyed while idle", destroyed_while_idle}};
 #if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer itself dies of threads that a forked child starts
   tests.push_back({"used after fork", used_after_fork});
   tests.push_back({"used after fork by two", used_after_fork_by_two});

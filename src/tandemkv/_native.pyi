@@ -13,9 +13,11 @@ class Status(Enum):
     ok = 0
     nan_in_query = 1
     slot_out_of_range = 2
+    outside_table = 3
 
 class WorkerPool:
     def __init__(self, num_threads: int) -> None: ...
+    def rouse(self) -> None: ...
     @property
     def num_threads(self) -> int: ...
 
@@ -32,55 +34,36 @@ class Arena:
         head_dim: int,
     ) -> None: ...
 
+class Rows:
+    def __init__(self, data: int, dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...]) -> None: ...
+
+class Run:
+    def __init__(
+        self,
+        arena: Arena,
+        slots: int,
+        strides: tuple[int, int],
+        num_seqs: int,
+        num_pages: int,
+        kv_start: int,
+        kv_len: int,
+    ) -> None: ...
+
 def isas() -> list[tuple[str, str]]: ...
 def attend(
-    pool: WorkerPool,
-    isa: str,
-    q: int,
-    q_dtype: DType,
-    q_strides: tuple[int, int, int],
-    num_seqs: int,
-    num_q_heads: int,
-    q_len: int,
-    arena: Arena,
-    table: int,
-    table_strides: tuple[int, int],
-    kv_start: int,
-    kv_len: int,
-    scale: float,
-    causal: bool,
-    out: int,
-    lse: int,
+    pool: WorkerPool, isa: str, runs: Sequence[Run], q: Rows, scale: float, causal: bool, out: Rows, lse: int
+) -> Status: ...
+def append_and_attend(
+    pool: WorkerPool, isa: str, runs: Sequence[Run], q: Rows, k: Rows, v: Rows, scale: float, out: Rows
 ) -> Status: ...
 def merge(
     pool: WorkerPool, outs: Sequence[int], lses: Sequence[int], num_rows: int, dim: int, out: int, lse: int
 ) -> None: ...
 def append(
-    pool: WorkerPool,
-    arena: Arena,
-    table: int,
-    table_strides: tuple[int, int],
-    num_seqs: int,
-    begin: int,
-    end: int,
-    k: int,
-    v: int,
-    k_strides: tuple[int, int, int],
-    v_strides: tuple[int, int, int],
+    pool: WorkerPool, isa: str, arena: Arena, table: int, table_strides: tuple[int, int], begin: int, k: Rows, v: Rows
 ) -> Status: ...
 def gather(
-    pool: WorkerPool,
-    isa: str,
-    arena: Arena,
-    table: int,
-    table_strides: tuple[int, int],
-    num_seqs: int,
-    begin: int,
-    end: int,
-    k: int,
-    v: int,
-    k_strides: tuple[int, int, int],
-    v_strides: tuple[int, int, int],
+    pool: WorkerPool, isa: str, arena: Arena, table: int, table_strides: tuple[int, int], begin: int, k: Rows, v: Rows
 ) -> Status: ...
 def move_pages(
     pool: WorkerPool,

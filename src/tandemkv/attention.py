@@ -1,5 +1,7 @@
 """One decode step and one prefill chunk: the only place where queries meet pages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -9,8 +11,8 @@ from torch import Tensor
 from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
-from tandemkv.kernels import attend, attend_dense, merge
-from tandemkv.lanes import LANES
+from tandemkv.kernels import append_and_attend, attend_dense, merge
+from tandemkv.lanes import LANES, PendingPartial
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial
 
 if TYPE_CHECKING:
@@ -24,16 +26,16 @@ MAX_DECODE_QUERIES = 8
 PREFILL_PIECE_TOKENS = 2048
 
 
-def decode_step(q: Tensor, layer: LayerKV, *, scale: float) -> Partial:
-    """Attention of the newest tokens' queries over everything the layer holds, themselves included.
+def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float) -> Tensor:
+    """Add the newest tokens to a layer, and attend from them over everything it holds, themselves included.
 
-    q: `[num_seqs, num_q_heads, q_len, head_dim]` on the near device; its tokens were appended last, and each sees what
-    is not newer than itself.
+    q: `[num_seqs, num_q_heads, q_len, head_dim]` on the near device, k and v accordingly; a token sees what is not
+    newer than itself. Returns `[num_seqs, q_len, num_q_heads, head_dim]` in q's dtype, contiguous.
     """
-    with layer.hold() as held:
-        far = LANES["attend"](q, held.far, scale=scale, workers=worker_pool())
-        near = _attend_near(q, held.near, scale)  # the device works while the lane does
-        return merge([far.result(), near], worker_pool())
+    if q.device.type != "cpu":
+        return _decode_on_device(q, k, v, layer, scale)
+    with layer.extended(q.shape[2]) as held:  # one processor reaches near and far: one call
+        return append_and_attend(q, k, v, *held.far, held.near, scale=scale, pool=worker_pool())
 
 
 def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float) -> Partial:
@@ -52,25 +54,24 @@ def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: flo
     return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
 
 
-def append_and_attend(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float, chunk_tokens: int) -> Tensor:
-    """Add new tokens to a layer and attend from them: chunk by chunk evict, append, attend.
+def extend_and_attend(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float, chunk_tokens: int) -> Tensor:
+    """Add new tokens to a layer and attend from them, evicting the oldest: a decode step, or a prompt chunk by chunk.
 
     Shapes as in `prefill_chunk`, for any q_len. Returns `[num_seqs, q_len, num_q_heads, head_dim]` in q's dtype,
     contiguous; rows of padding are 0. Memory grows with a chunk, not with q_len, except for the result.
     """
     num_seqs, num_q_heads, q_len, head_dim = q.shape
+    if q_len <= (MAX_DECODE_QUERIES if q.device.type == "cpu" else 1):
+        worker_pool().rouse()  # they wake while this thread makes room
+        layer.evict()
+        return decode_step(q, k, v, layer, scale=scale)
     out = torch.empty((num_seqs, q_len, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
-    is_decode = q_len <= (MAX_DECODE_QUERIES if q.device.type == "cpu" else 1)
     for begin in range(0, q_len, chunk_tokens):
         chunk = slice(begin, begin + chunk_tokens)
         q_chunk, k_chunk, v_chunk = q[:, :, chunk], k[:, :, chunk], v[:, :, chunk]
         layer.evict()
-        if is_decode:
-            layer.append(k_chunk, v_chunk)
-            part = decode_step(q_chunk, layer, scale=scale)
-        else:
-            part = prefill_chunk(q_chunk, k_chunk, v_chunk, layer, scale=scale)
-            layer.append(k_chunk, v_chunk)
+        part = prefill_chunk(q_chunk, k_chunk, v_chunk, layer, scale=scale)
+        layer.append(k_chunk, v_chunk)
         out[:, chunk] = part.out.transpose(1, 2)
     return out
 
@@ -83,13 +84,28 @@ def worker_pool() -> "WorkerPool":
     return WorkerPool(min(torch.get_num_threads(), machine.default_threads()))
 
 
+def _decode_on_device(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, scale: float) -> Tensor:
+    layer.append(k, v)
+    with layer.hold() as held, _lanes_started(q, held.far, scale) as far:
+        near = _attend_near(q, held.near, scale)  # the device works while the lanes do
+        part = merge([*(pending.result() for pending in far), near])
+    return part.out.transpose(1, 2).to(q.dtype).contiguous()
+
+
+@contextmanager
+def _lanes_started(q: Tensor, far: tuple[PagedKV, ...], scale: float) -> Iterator[list[PendingPartial]]:
+    """A lane for every far run; on leaving, whatever happened, none of them reads pages any more."""
+    pending: list[PendingPartial] = []
+    try:
+        for run in far:
+            pending.append(LANES["attend"](q, run, scale=scale, workers=worker_pool()))
+        yield pending
+    finally:
+        for part in pending:
+            part.wait()
+
+
 def _attend_near(q: Tensor, near: PagedKV, scale: float) -> Partial:
-    if q.device.type == "cpu":
-        return attend(q, near, scale=scale, causal=True, pool=worker_pool())
-    return _attend_near_on_device(q, near, scale)
-
-
-def _attend_near_on_device(q: Tensor, near: PagedKV, scale: float) -> Partial:
     """One query per sequence over near pages on a GPU: gathered, then torch's kernels. Correct, not tuned."""
     from tandemkv.kernels import gather
 

@@ -95,6 +95,17 @@ class Arena:
         v = torch.empty(shape, dtype=layout.dtype, device=device)
         return Arena(k, v, layout, head_dim)
 
+    def check_tokens(self, num_seqs: int, k: Tensor, v: Tensor) -> None:
+        """InputError unless k and v are `[num_seqs, num_kv_heads, num_tokens, head_dim]`, as these pages hold them."""
+        num_tokens = k.shape[2] if k.dim() == 4 else "num_tokens"
+        expected = (num_seqs, self.num_kv_heads, num_tokens, self.head_dim)
+        for name, x in (("k", k), ("v", v)):
+            if x.shape != expected or x.dtype != self.layout.dtype or x.device != self.k.device:
+                raise InputError(
+                    f"{name} must be {self.layout.dtype} [{', '.join(map(str, expected))}] on {self.k.device}, "
+                    f"got {x.dtype} {list(x.shape)} on {x.device}"
+                )
+
     @property
     def num_slots(self) -> int:
         """Pages that fit."""

@@ -231,18 +231,15 @@ def test_the_dtype_is_that_of_the_model_not_of_its_config() -> None:
 def test_a_withheld_far_page_is_noticed(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof that the comparisons above can fail: one page of 16 tokens is left out of the far table."""
     stock, ours = pair
-    hold = LayerKV.hold
+    extended = LayerKV.extended
 
     @contextmanager
-    def hold_less(layer: LayerKV) -> Iterator[Held]:
-        with hold(layer) as held:
-            far = held.far
-            if layer.far_tokens:
-                table = far.page_table[..., 1:]
-                far = PagedKV(far.arena, table, far.kv_start, far.kv_len - PAGE_SIZE)
-            yield Held(far, held.near)
+    def extended_less(layer: LayerKV, num_tokens: int) -> Iterator[Held]:
+        with extended(layer, num_tokens) as held:
+            far = [PagedKV(x.arena, x.page_table[..., 1:], x.kv_start, x.kv_len - PAGE_SIZE) for x in held.far]
+            yield Held(tuple(far), held.near)
 
-    monkeypatch.setattr(LayerKV, "hold", hold_less)
+    monkeypatch.setattr(LayerKV, "extended", extended_less)
     ids = models.random_ids(2, 110)
     expected, found = generate(stock, ids), generate(ours, ids, past_key_values=tiered(ours))
     with pytest.raises(AssertionError):

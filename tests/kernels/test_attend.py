@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tandemkv.errors import InputError, UnavailableError
-from tandemkv.kernels import attend, cpu, reference
+from tandemkv.kernels import append_and_attend, attend, cpu, reference
 from tandemkv.types import Packing, PagedKV, PageLayout, Partial
 from tests.paged import WILD_SLOTS, Case, Shape, build, paginate, poisoned_arena
 from tests.tolerances import Bound, U, assert_within, attend_bound, kernel_rounding
@@ -371,3 +371,33 @@ def wait_for(child: int, seconds: float) -> int | None:
 def assert_same_bits(got: Partial, want: Partial) -> None:
     assert torch.equal(got.out, want.out)
     assert torch.equal(got.lse, want.lse)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_append_and_attend_is_append_then_attend(q_len: int, dtype: torch.dtype, packing: Packing) -> None:
+    """To the bit, over an older run and one that the tokens are appended to; inputs as models stride them."""
+    older = build(Shape(16, 2, 3, 24, kv_len=(40, 9), kv_start=(7, 9)), dtype, "panels", dtype).kv
+    q, k, v = (torch.randn(2, q_len, heads, 24).to(dtype).transpose(1, 2) for heads in (6, 2, 2))
+    table = torch.tensor([[5, 0, 3], [1, 4, 2]], dtype=torch.int32)[:, None].expand(2, 2, 3)
+    starts, ends = torch.tensor([0, 22]), torch.full((2,), 20 + q_len)
+    results = []
+    for call in (append_and_attend, append_then_attend):
+        arena = poisoned_arena(PageLayout(dtype, 16, packing), 6, 2, 24)
+        cpu.append(arena, table, 0, torch.ones(2, 2, 20, 24, dtype=dtype), torch.ones(2, 2, 20, 24, dtype=dtype))
+        results.append(call(q, k, v, older, PagedKV(arena, table, starts, ends), scale=0.3, pool=cpu.WorkerPool(2)))
+        assert not results[-1].isnan().any()
+        back_k, back_v = torch.empty_like(k), torch.empty_like(v)
+        cpu.gather(arena, table, 20, back_k, back_v)
+        assert torch.equal(back_k, k)
+        assert torch.equal(back_v, v)
+    assert results[0].shape == (2, q_len, 6, 24)
+    assert results[0].is_contiguous()
+    assert torch.equal(results[0], results[1])
+
+
+def append_then_attend(q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, scale: float, pool: cpu.WorkerPool) -> Tensor:
+    cpu.append(runs[-1].arena, runs[-1].page_table, 20, k, v, pool)
+    part = attend(q, *runs, scale=scale, causal=True, pool=pool)
+    return part.out.transpose(1, 2).to(q.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tandemkv.errors import InputError, TandemError, UnsupportedError
 from tandemkv.kernels import attend, cpu
 from tandemkv.types import Arena, PagedKV, PageLayout
-from tests.paged import Shape, build
+from tests.paged import Shape, build, paginate
 
 Call = tuple[Tensor, PagedKV]
 CASE = build(Shape(16, 2, 2, 64, kv_len=(40, 33), kv_start=(0, 3)))  # tables of 4 pages: 64 tokens
@@ -54,7 +54,11 @@ REFUSED: dict[str, tuple[Callable[[], Call], type[TandemError], str]] = {
         InputError,
         r"page_table must be .* got torch.int32 \[2, 4\]",
     ),
-    "table of one sequence": (change_kv(page_table=table[:1]), InputError, r"page_table must be .*\[1, 2, 4\]"),
+    "table of one sequence": (
+        change_kv(page_table=table[:1]),
+        InputError,
+        r"page_table must be \[2, 2, num_pages\]",
+    ),
     "table of three heads": (
         change_kv(page_table=table[:, [0, 1, 1]]),
         InputError,
@@ -94,6 +98,14 @@ def test_is_refused(name: str) -> None:
     q, kv = make()
     with pytest.raises(error, match=message):
         attend(q, kv, scale=1.0)
+
+
+def test_runs_are_alike() -> None:
+    other = paginate(torch.zeros(2, 2, 20, 66), torch.zeros(2, 2, 20, 66), PageLayout(torch.float32, 16))
+    with pytest.raises(InputError, match=r"runs must have one head_dim and as many KV heads, got .* 64.* and .* 66"):
+        attend(CASE.q, CASE.kv, other, scale=1.0)
+    with pytest.raises(InputError, match="at least one run"):
+        attend(CASE.q, scale=1.0)
 
 
 def test_no_sequences_give_an_empty_result() -> None:

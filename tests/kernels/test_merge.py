@@ -163,11 +163,13 @@ def test_any_split_merges_into_the_whole(
     q = torch.randn(1, 6, 1, 16, generator=generator)
     layout = PageLayout(dtype, 16, packing)
     tokens = [[t for t, subset in enumerate(owner) if subset == i] for i in range(5)]
-    parts = [attend(q, paginate(k[:, :, own], v[:, :, own], layout), scale=scale) for own in tokens]
+    runs = [paginate(k[:, :, own], v[:, :, own], layout) for own in tokens]
+    parts = [attend(q, run, scale=scale) for run in runs]
     truth = reference.attend(q, paginate(k, v, layout), scale=scale, causal=False)
     visible = torch.ones(1, 1, len(owner), dtype=torch.bool)
     bound = attend_bound(q, k, v, visible, scale, kernel_rounding(dtype), num_merges=len(parts))
     assert_within(in_random_grouping(data.draw, parts), truth, bound)
+    assert_within(attend(q, *runs, scale=scale), truth, bound)
 
 
 # ---- The door ----

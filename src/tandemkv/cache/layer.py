@@ -11,8 +11,7 @@ One table holds the slot of every page, in the far pool left of the boundary and
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +25,10 @@ if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
 
 
-@dataclass(frozen=True)
-class Held:
-    """Both parts of a layer, held: far tokens are all older than near ones."""
+class Held(NamedTuple):
+    """All tokens of a layer, held. far: a run for every pair of arenas that holds some; all older than near tokens."""
 
-    far: PagedKV
+    far: tuple[PagedKV, ...]
     near: PagedKV
 
 
@@ -46,10 +44,12 @@ class LayerKV:
         self._page_size = near.arena.layout.page_size
         self.num_seqs = num_seqs
         self.seq_len = 0
+        self.num_pages = 0  # of each sequence, the open one included
         self._num_far_pages = 0
         self._num_holds = 0
         self._slots = torch.zeros((num_seqs, 16), dtype=torch.int32)
-        self._kv_start = torch.zeros(num_seqs, dtype=torch.int64)
+        self._no_padding = self._kv_start = torch.zeros(num_seqs, dtype=torch.int64)
+        self._runs: Held | None = None  # views of the tables, kept while pages and padding stay
 
     @property
     def far_tokens(self) -> int:
@@ -60,11 +60,6 @@ class LayerKV:
     def num_near_tokens(self) -> int:
         """Tokens of each sequence in the near tier."""
         return self.seq_len - self.far_tokens
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of each sequence, the open one included."""
-        return -(-self.seq_len // self._page_size)
 
     # -- growing -------------------------------------------------------------------------------------------------------
 
@@ -80,28 +75,29 @@ class LayerKV:
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens `[num_seqs, num_kv_heads, num_tokens, head_dim]` behind the last one; they become near."""
-        self._refuse_while_held("append")
-        self._check_tokens(k, v)
-        end = self.seq_len + k.shape[2]
-        first_new = self.num_pages
-        num_new = -(-end // self._page_size) - first_new
-        if num_new > 0:
-            self._put_slots(first_new, self._near.allocate(num_new * self.num_seqs))
-        begin_page = self.seq_len // self._page_size
-        table = self._table(self._near, begin_page, first_new + num_new)
-        kernels.append(self._near.arena, table, self.seq_len - begin_page * self._page_size, k, v, self._workers)
-        self.seq_len = end
+        self._near.arena.check_tokens(self.num_seqs, k, v)
+        with self.extended(k.shape[2]) as held:
+            begin = self.num_near_tokens - k.shape[2]
+            kernels.append(self._near.arena, held.near.page_table, begin, k, v, self._workers)
 
-    def _check_tokens(self, k: Tensor, v: Tensor) -> None:
-        """Before pages are taken: the kernel's own checks come after."""
-        arena = self._near.arena
-        for name, x in (("k", k), ("v", v)):
-            expected = (self.num_seqs, arena.num_kv_heads, k.shape[2] if k.dim() == 4 else 1, arena.head_dim)
-            if x.shape != expected or x.dtype != arena.layout.dtype or x.device != arena.k.device:
-                raise InputError(
-                    f"this cache takes {name} {arena.layout.dtype} {list(expected)} on {arena.k.device}, "
-                    f"got {x.dtype} {list(x.shape)} on {x.device}"
-                )
+    @contextmanager
+    def extended(self, num_tokens: int) -> Iterator[Held]:
+        """Hold every token and as many new ones, which the block writes; none is added where the block fails."""
+        self._refuse_while_held("append")
+        before = self.seq_len
+        num_new = -(-(before + num_tokens) // self._page_size) - self.num_pages
+        if num_new > 0:
+            self._put_slots(self.num_pages, self._near.allocate(num_new * self.num_seqs))
+            self.num_pages += num_new
+        self.seq_len = before + num_tokens
+        self._num_holds += 1
+        try:
+            yield self._held()
+            self._num_holds -= 1
+        except BaseException:
+            self._num_holds -= 1
+            self.crop(before)
+            raise
 
     def _demote(self, num_pages: int) -> None:
         self._refuse_while_held("demote")
@@ -111,8 +107,8 @@ class LayerKV:
         to_slots = self._far.allocate(len(from_slots))
         kernels.move_pages(self._near.arena, self._far.arena, from_slots, to_slots, self._workers)
         self._near.free(from_slots)
-        self._put_slots(pages.start, to_slots)
         self._num_far_pages = pages.stop
+        self._put_slots(pages.start, to_slots)
 
     # -- shrinking -----------------------------------------------------------------------------------------------------
 
@@ -124,11 +120,10 @@ class LayerKV:
         num_pages = -(-seq_len // self._page_size)
         if num_pages <= self._num_far_pages and seq_len % self._page_size:
             self._reopen(num_pages - 1, seq_len % self._page_size)
-        old_pages, self.seq_len = self.num_pages, seq_len
         far_kept = min(num_pages, self._num_far_pages)
         self._far.free(self._slots[:, far_kept : self._num_far_pages].flatten().tolist())
-        self._near.free(self._slots[:, max(num_pages, self._num_far_pages) : old_pages].flatten().tolist())
-        self._num_far_pages = far_kept
+        self._near.free(self._slots[:, max(num_pages, self._num_far_pages) : self.num_pages].flatten().tolist())
+        self._num_far_pages, self.num_pages, self.seq_len, self._runs = far_kept, num_pages, seq_len, None
 
     def _reopen(self, page: int, num_tokens: int) -> None:
         """Turn the far page `page` into an open near page of `num_tokens`, and drop every page behind it."""
@@ -139,9 +134,9 @@ class LayerKV:
         later = self._slots[:, self._num_far_pages : self.num_pages].flatten().tolist()
         self._far.free(dropped)
         self._near.free(later)
-        self._put_slots(page, slots)
         self._num_far_pages = page
-        self.seq_len = begin + num_tokens
+        self._put_slots(page, slots)
+        self.num_pages, self.seq_len = page + 1, begin + num_tokens
         kernels.append(self._near.arena, self._table(self._near, page, page + 1), 0, k, v, self._workers)
 
     def release(self) -> None:
@@ -152,7 +147,9 @@ class LayerKV:
 
     def set_kv_start(self, kv_start: Tensor | None) -> None:
         """Tokens of padding in front of each sequence: int64 `[num_seqs]` on the CPU, or None for none."""
-        self._kv_start = torch.zeros(self.num_seqs, dtype=torch.int64) if kv_start is None else kv_start
+        kv_start = self._no_padding if kv_start is None else kv_start
+        if kv_start is not self._kv_start and not torch.equal(kv_start, self._kv_start):
+            self._kv_start, self._runs = kv_start, None
 
     @property
     def kv_start(self) -> Tensor:
@@ -161,13 +158,10 @@ class LayerKV:
 
     @contextmanager
     def hold(self) -> Iterator[Held]:
-        """Both parts, which cannot move until the block ends."""
+        """Every token, on pages that cannot move until the block ends; what it gave is not valid afterwards."""
         self._num_holds += 1
         try:
-            yield Held(
-                self._run(self._far, 0, self._num_far_pages, self.far_tokens),
-                self._run(self._near, self._num_far_pages, self.num_pages, self.num_near_tokens),
-            )
+            yield self._held()
         finally:
             self._num_holds -= 1
 
@@ -198,10 +192,18 @@ class LayerKV:
             k.copy_(host_k)
             v.copy_(host_v)
 
-    def _run(self, pool: PagePool, first: int, last: int, num_tokens: int) -> PagedKV:
-        offset = first * self._page_size
-        kv_start = (self._kv_start - offset).clamp_(0, num_tokens)
-        return PagedKV(pool.arena, self._table(pool, first, last), kv_start, torch.full_like(kv_start, num_tokens))
+    def _held(self) -> Held:
+        if self._runs is None:
+            with torch.inference_mode(False):  # as in KVCache._allocate: kv_len is written again
+                far = (self._run(self._far, 0, self._num_far_pages),) if self._num_far_pages else ()
+                self._runs = Held(far, self._run(self._near, self._num_far_pages, self.num_pages))
+        self._runs.near.kv_len.fill_(self.num_near_tokens)
+        return self._runs
+
+    def _run(self, pool: PagePool, first: int, last: int) -> PagedKV:
+        kv_start = (self._kv_start - first * self._page_size).clamp_(min=0)
+        kv_len = torch.full_like(kv_start, (last - first) * self._page_size)
+        return PagedKV(pool.arena, self._table(pool, first, last), kv_start, kv_len)
 
     def _table(self, pool: PagePool, first: int, last: int) -> Tensor:
         heads = pool.arena.num_kv_heads
@@ -217,6 +219,7 @@ class LayerKV:
         self._slots[:, first : first + num_pages] = torch.tensor(slots, dtype=torch.int32).view(
             self.num_seqs, num_pages
         )
+        self._runs = None
 
     def _refuse_while_held(self, verb: str) -> None:
         if self._num_holds:

@@ -49,8 +49,8 @@ class CacheSpec:
 
     @property
     def near_layout(self) -> PageLayout:
-        """Rows, as the model writes them."""
-        return PageLayout(self.dtype, self.page_size, "rows")
+        """Rows, as the model writes them and a GPU's kernels read them; panels where the CPU kernel attends."""
+        return PageLayout(self.dtype, self.page_size, "panels" if self.device.type == "cpu" else "rows")
 
     @property
     def far_layout(self) -> PageLayout:

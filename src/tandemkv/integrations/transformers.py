@@ -29,7 +29,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from tandemkv.attention import append_and_attend, worker_pool
+from tandemkv.attention import extend_and_attend, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, TierUse
 from tandemkv.errors import CacheError, InputError, UnsupportedError
 from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, parse_bytes
@@ -265,7 +265,7 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
             cache.require_room(k)
         layer = kv.layer(self.index, k.shape[0])
         layer.set_kv_start(cache.padding(mask))
-        return append_and_attend(q, k, v, layer, scale=scale, chunk_tokens=kv.spec.chunk_tokens)
+        return extend_and_attend(q, k, v, layer, scale=scale, chunk_tokens=kv.spec.chunk_tokens)
 
     def get_seq_length(self) -> int:
         """Tokens held, near and far."""

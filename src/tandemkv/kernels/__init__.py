@@ -20,18 +20,20 @@ if TYPE_CHECKING:
 
 def attend(
     q: Tensor,
-    kv: PagedKV,
-    *,
+    *runs: PagedKV,
     scale: float,
     causal: bool = False,
     pool: "WorkerPool | None" = None,
     isa: str | None = None,
 ) -> Partial:
-    """Exact attention of q over the tokens `[kv_start, kv_len)` of each sequence's page table.
+    """Exact attention of q over the tokens `[kv_start, kv_len)` of each sequence's page table, in all runs together.
 
     q: float32 or bfloat16 `[num_seqs, num_q_heads, q_len, head_dim]` in host memory. Query heads are 1 to 16 times the
         KV heads, grouped: query head h reads KV head h // group_size. head_dim is even and at most 256.
-    causal: query i of q_len sees tokens below `kv_len - q_len + 1 + i`; without it all see all.
+    runs: disjoint tokens, such as older ones in one pair of arenas and newer ones in another: one call is cheaper than
+        one each and a `merge`.
+    causal: the queries are the last tokens of the last run: query i of q_len sees its tokens below
+        `kv_len - q_len + 1 + i`, and all tokens of the other runs; without it all see all.
     pool: threads to use; without one, the caller's.
     isa: force an instruction set by name (`tandemkv doctor` lists them); without one, the fastest.
 
@@ -40,7 +42,20 @@ def attend(
     """
     from tandemkv.kernels import cpu
 
-    return cpu.attend(q, kv, scale=scale, causal=causal, pool=pool, isa=isa)
+    return cpu.attend(q, runs, scale=scale, causal=causal, pool=pool, isa=isa)
+
+
+def append_and_attend(q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, scale: float, pool: "WorkerPool") -> Tensor:
+    """`append` k and v as the last q_len tokens of the last run, then `attend` from them, causally, over all runs.
+
+    One call, because after a short context calls cost more than reading: at 1K tokens 40 us of a layer's 205.
+    q as in `attend`; k, v: `[num_seqs, num_kv_heads, q_len, head_dim]` in the arena's dtype; kv_len of the last run,
+    equal for all sequences, counts them already. Returns `[num_seqs, q_len, num_q_heads, head_dim]` in q's dtype,
+    contiguous, rounded once. Raises as `attend` and `append` do; where attention fails, the tokens are written.
+    """
+    from tandemkv.kernels import cpu
+
+    return cpu.append_and_attend(q, k, v, runs, scale=scale, pool=pool)
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False) -> Partial:
@@ -87,7 +102,7 @@ def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None) -> Partial
 def append(
     arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: "WorkerPool | None" = None
 ) -> None:
-    """Write k and v as tokens `begin...` of the page table's run, into an arena of rows.
+    """Write k and v as tokens `begin...` of the page table's run; on a GPU into an arena of rows.
 
     k, v: `[num_seqs, num_kv_heads, num_tokens, head_dim]` in the arena's dtype, on its device.
     """
@@ -104,7 +119,7 @@ def gather(
 def move_pages(
     source: Arena, target: Arena, source_slots: list[int], target_slots: list[int], pool: "WorkerPool | None" = None
 ) -> None:
-    """Copy whole pages of rows into the slots of an arena in host memory, packing them where it holds panels."""
+    """Copy whole pages into the slots of an arena in host memory; pages of rows are packed where it holds panels."""
     from tandemkv.kernels import cpu
 
     if source.k.device.type != "cpu":

@@ -4,6 +4,7 @@ nanobind would copy a non-contiguous output and throw the result away, and a DLP
 dtypes and strides are checked here, before any pointer is used.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,9 @@ except ImportError as error:  # doctor prints this reason
 
 WorkerPool = _native.WorkerPool
 _DTYPES = {torch.float32: _native.DType.float32, torch.bfloat16: _native.DType.bfloat16}
+# What does not change between calls is checked and handed to C++ once. It holds addresses: the key owns the tensors.
 _arenas: WeakKeyDictionary[Arena, _native.Arena] = WeakKeyDictionary()
+_runs: WeakKeyDictionary[PagedKV, _native.Run] = WeakKeyDictionary()
 
 
 @cache
@@ -51,35 +54,54 @@ def single_thread() -> WorkerPool:
 
 
 def attend(
-    q: Tensor, kv: PagedKV, *, scale: float, causal: bool, pool: WorkerPool | None = None, isa: str | None = None
+    q: Tensor,
+    runs: Sequence[PagedKV],
+    *,
+    scale: float,
+    causal: bool,
+    pool: WorkerPool | None = None,
+    isa: str | None = None,
 ) -> Partial:
     """See `tandemkv.kernels.attend`."""
-    _check_query(q, kv)
-    q = q if q.stride(3) == 1 else q.contiguous()
-    num_seqs, num_q_heads, q_len, head_dim = q.shape
-    out = torch.empty((num_seqs, num_q_heads, q_len, head_dim), dtype=torch.float32)
-    lse = torch.empty((num_seqs, num_q_heads, q_len), dtype=torch.float32)
+    _check_query(q, runs)
+    q = _dense(q)
+    out = torch.empty(q.shape, dtype=torch.float32)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
     status = _native.attend(
         pool or single_thread(),
         resolve_isa(isa),
-        q.data_ptr(),
-        _DTYPES[q.dtype],
-        (q.stride(0), q.stride(1), q.stride(2)),
-        num_seqs,
-        num_q_heads,
-        q_len,
-        _native_arena(kv.arena),
-        kv.page_table.data_ptr(),
-        (kv.page_table.stride(0), kv.page_table.stride(1)),
-        kv.kv_start.data_ptr(),
-        kv.kv_len.data_ptr(),
+        [_runs.get(kv) or _native_run(kv) for kv in runs],
+        _rows(q),
         scale,
         causal,
-        out.data_ptr(),
+        _rows(out),
         lse.data_ptr(),
     )
-    _raise_for(status)
+    _raise_for(status, runs)
     return Partial(out, lse)
+
+
+def append_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], *, scale: float, pool: WorkerPool
+) -> Tensor:
+    """See `tandemkv.kernels.append_and_attend`."""
+    _check_query(q, runs)
+    runs[-1].arena.check_tokens(q.shape[0], k, v)
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    num_seqs, num_q_heads, q_len, head_dim = q.shape
+    out = torch.empty((num_seqs, q_len, num_q_heads, head_dim), dtype=q.dtype)
+    status = _native.append_and_attend(
+        pool,
+        resolve_isa(),
+        [_runs.get(kv) or _native_run(kv) for kv in runs],
+        _rows(q),
+        _rows(k),
+        _rows(v),
+        scale,
+        _rows(out.transpose(1, 2)),
+    )
+    _raise_for(status, runs)
+    return out
 
 
 def merge(parts: list[Partial], pool: WorkerPool | None = None) -> Partial:
@@ -100,54 +122,31 @@ def merge(parts: list[Partial], pool: WorkerPool | None = None) -> Partial:
 
 def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
     """See `tandemkv.kernels.append`."""
-    if arena.layout.packing != "rows":
-        raise InputError("tokens are appended to an arena of rows; panels are filled by move_pages")
-    num_tokens = _check_rows(arena, page_table, begin, k, v)
-    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    status = _native.append(
-        pool or single_thread(),
-        _native_arena(arena),
-        page_table.data_ptr(),
-        (page_table.stride(0), page_table.stride(1)),
-        k.shape[0],
-        begin,
-        begin + num_tokens,
-        k.data_ptr(),
-        v.data_ptr(),
-        _byte_strides(k),
-        _byte_strides(v),
-    )
-    _raise_for(status)
+    _check_rows(arena, page_table, begin, k, v)
+    k, v = _dense(k), _dense(v)
+    table, strides = page_table.data_ptr(), (page_table.stride(0), page_table.stride(1))
+    workers = pool or single_thread()
+    _raise_for(_native.append(workers, resolve_isa(), _native_arena(arena), table, strides, begin, _rows(k), _rows(v)))
 
 
 def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
-    """Read tokens `begin...` of the table, from rows or panels, into k and v (as in `append`, tokens contiguous)."""
-    num_tokens = _check_rows(arena, page_table, begin, k, v)
-    if any(x.stride(3) != 1 or (num_tokens > 1 and x.stride(2) != arena.head_dim) for x in (k, v)):
-        raise InputError("gather writes into tensors whose tokens and head_dim are contiguous")
-    status = _native.gather(
-        pool or single_thread(),
-        resolve_isa(),
-        _native_arena(arena),
-        page_table.data_ptr(),
-        (page_table.stride(0), page_table.stride(1)),
-        k.shape[0],
-        begin,
-        begin + num_tokens,
-        k.data_ptr(),
-        v.data_ptr(),
-        _byte_strides(k),
-        _byte_strides(v),
-    )
-    _raise_for(status)
+    """See `tandemkv.kernels.gather`; head_dim of k and v must be contiguous."""
+    _check_rows(arena, page_table, begin, k, v)
+    if k.stride(3) != 1 or v.stride(3) != 1:
+        raise InputError("gather writes into tensors whose head_dim is contiguous")
+    table, strides = page_table.data_ptr(), (page_table.stride(0), page_table.stride(1))
+    workers = pool or single_thread()
+    _raise_for(_native.gather(workers, resolve_isa(), _native_arena(arena), table, strides, begin, _rows(k), _rows(v)))
 
 
 def move_pages(
     source: Arena, target: Arena, source_slots: list[int], target_slots: list[int], pool: WorkerPool | None = None
 ) -> None:
     """See `tandemkv.kernels.move_pages`; both arenas in host memory."""
-    if source.layout.packing != "rows" or len(source_slots) != len(target_slots):
-        raise InputError("move_pages takes pages of rows and as many target slots as source slots")
+    if len(source_slots) != len(target_slots):
+        raise InputError(f"{len(source_slots)} source slots and {len(target_slots)} target slots: expected as many")
+    if source.layout.packing not in ("rows", target.layout.packing):
+        raise InputError(f"move_pages packs rows into panels, not {source.layout.packing} into {target.layout.packing}")
     same = (source.layout.dtype, source.layout.page_size, source.num_kv_heads, source.head_dim)
     if same != (target.layout.dtype, target.layout.page_size, target.num_kv_heads, target.head_dim):
         raise InputError(f"arenas differ in more than packing: {source.layout} and {target.layout}")
@@ -184,8 +183,26 @@ def _native_arena(arena: Arena) -> _native.Arena:
     return native
 
 
-def _check_query(q: Tensor, kv: PagedKV) -> None:
-    arena = kv.arena
+def _native_run(kv: PagedKV) -> _native.Run:
+    table = kv.page_table
+    num_seqs = table.shape[0] if table.dim() else 0
+    _check_table(kv.arena, table, num_seqs)
+    for name, tensor in (("kv_start", kv.kv_start), ("kv_len", kv.kv_len)):
+        good = tensor.dtype == torch.int64 and tensor.shape == (num_seqs,) and tensor.device.type == "cpu"
+        if not good or not tensor.is_contiguous():
+            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise InputError(f"{name} must be contiguous int64 [{num_seqs}] on the CPU, got {got}")
+    strides = table.stride(0), table.stride(1)
+    addresses = kv.kv_start.data_ptr(), kv.kv_len.data_ptr()
+    run = _native.Run(_native_arena(kv.arena), table.data_ptr(), strides, num_seqs, table.shape[2], *addresses)
+    _runs[kv] = run
+    return run
+
+
+def _check_query(q: Tensor, runs: Sequence[PagedKV]) -> None:
+    if not runs:
+        raise InputError("attend needs at least one run of tokens; an empty one gives the identity of merge")
+    arena = runs[0].arena
     if q.device.type != "cpu":
         raise InputError(f"the CPU kernel attends queries in host memory, got {q.device}")
     if q.dtype not in _DTYPES:
@@ -201,17 +218,14 @@ def _check_query(q: Tensor, kv: PagedKV) -> None:
         raise UnsupportedError(
             f"query heads must be 1 to {MAX_GROUP_SIZE} times the {arena.num_kv_heads} KV heads, got {q.shape[1]}"
         )
-    _check_table(arena, kv.page_table, q.shape[0])
-    for name, tensor in (("kv_start", kv.kv_start), ("kv_len", kv.kv_len)):
-        good = tensor.dtype == torch.int64 and tensor.shape == (q.shape[0],) and tensor.device.type == "cpu"
-        if not good or not tensor.is_contiguous():
-            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            raise InputError(f"{name} must be contiguous int64 [{q.shape[0]}] on the CPU, got {got}")
-    capacity = kv.page_table.shape[2] * arena.layout.page_size
-    if q.shape[0] and (int(kv.kv_len.max()) > capacity or int(kv.kv_start.min()) < 0):
-        raise InputError(
-            f"[kv_start, kv_len) must lie in [0, {capacity}) for a table of {kv.page_table.shape[2]} pages"
-        )
+    for kv in runs:
+        if kv.page_table.shape[:1] != q.shape[:1]:
+            got = list(kv.page_table.shape)
+            raise InputError(f"page_table must be [{q.shape[0]}, {arena.num_kv_heads}, num_pages] as q is, got {got}")
+        if (kv.arena.head_dim, kv.arena.num_kv_heads) != (arena.head_dim, arena.num_kv_heads):
+            raise InputError(
+                f"runs must have one head_dim and as many KV heads, got {arena.k.shape[1:]} and {kv.arena.k.shape[1:]}"
+            )
 
 
 def _check_table(arena: Arena, page_table: Tensor, num_seqs: int) -> None:
@@ -225,28 +239,37 @@ def _check_table(arena: Arena, page_table: Tensor, num_seqs: int) -> None:
         raise InputError("page_table must be contiguous along its pages")
 
 
-def _check_rows(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> int:
-    if k.dim() != 4:
-        raise InputError(f"expected k [num_seqs, num_kv_heads, num_tokens, head_dim], got {list(k.shape)}")
-    expected = (k.shape[0], arena.num_kv_heads, k.shape[2], arena.head_dim)
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != expected or x.dtype != arena.layout.dtype or x.device.type != "cpu":
-            got = f"{x.dtype} {list(x.shape)} on {x.device}"
-            raise InputError(f"{name} must be {arena.layout.dtype} {list(expected)} on the CPU, got {got}")
-    _check_table(arena, page_table, k.shape[0])
+def _check_rows(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> None:
+    num_seqs = page_table.shape[0] if page_table.dim() == 3 else k.shape[0]
+    arena.check_tokens(num_seqs, k, v)
+    _check_table(arena, page_table, num_seqs)
     end = begin + k.shape[2]
     if begin < 0 or end > page_table.shape[2] * arena.layout.page_size:
         raise InputError(f"tokens [{begin}, {end}) lie outside a table of {page_table.shape[2]} pages")
-    return k.shape[2]
 
 
-def _byte_strides(x: Tensor) -> tuple[int, int, int]:
-    size = x.element_size()
-    return x.stride(0) * size, x.stride(1) * size, x.stride(2) * size
+def _rows(x: Tensor) -> _native.Rows:
+    """The view that C++ takes, of a tensor that the caller holds until the call returns."""
+    return _native.Rows(x.data_ptr(), _DTYPES[x.dtype], x.shape, x.stride())
 
 
-def _raise_for(status: _native.Status) -> None:
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _raise_for(status: _native.Status, runs: Sequence[PagedKV] = ()) -> None:
+    if status == _native.Status.ok:
+        return
     if status == _native.Status.nan_in_query:
         raise InputError("q contains NaN: a layer before this attention produced it")
     if status == _native.Status.slot_out_of_range:
         raise AssertionError("a page table entry in use points outside its arena")
+    if status == _native.Status.outside_table:
+        for kv in runs:
+            num_pages = kv.page_table.shape[2]
+            capacity = num_pages * kv.arena.layout.page_size
+            if int(kv.kv_start.min()) < 0 or int(kv.kv_len.max()) > capacity:
+                got = f"got {kv.kv_start.tolist()} and {kv.kv_len.tolist()}"
+                raise InputError(
+                    f"[kv_start, kv_len) must lie in [0, {capacity}) for a table of {num_pages} pages, {got}"
+                )

@@ -1,30 +1,51 @@
 """The attend lane (HGCA, 2507.03153): the CPU attends where the pages lie; q goes down, out and lse come up."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tandemkv import kernels
+from tandemkv.lanes.base import PendingPartial
 from tandemkv.types import PagedKV, Partial
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
 
 
-def start(q: Tensor, far: PagedKV, *, scale: float, workers: "WorkerPool") -> Future[Partial]:
-    """See `Lane`. On a CPU device the work is done before this returns: another thread would fight for the cores."""
-    if q.device.type != "cpu":
-        return _dispatcher().submit(_attend_from_device, q, far, scale, workers)
-    done: Future[Partial] = Future()
-    done.set_result(kernels.attend(q, far, scale=scale, pool=workers))
-    return done
+class _Pending:
+    """The host attends on a thread of its own; the result goes up when it is asked for.
+
+    Both copies are enqueued by the caller's thread, on the stream it computes on, so that they are ordered with the
+    kernels that made q and with the merge; the other thread only waits until q is down.
+    """
+
+    def __init__(self, q: Tensor, far: PagedKV, scale: float, workers: "WorkerPool") -> None:
+        self._device = q.device
+        is_cuda = q.device.type == "cuda"
+        host_q = torch.empty(q.shape, dtype=q.dtype, pin_memory=is_cuda).copy_(q, non_blocking=is_cuda)
+        is_down = torch.cuda.current_stream(q.device).record_event() if is_cuda else None
+
+        def attend() -> Partial:
+            if is_down is not None:
+                is_down.synchronize()
+            return kernels.attend(host_q, far, scale=scale, pool=workers)
+
+        self._part: Future[Partial] = _dispatcher().submit(attend)
+
+    def result(self) -> Partial:
+        out, lse = self._part.result()
+        return Partial(out.to(self._device), lse.to(self._device))
+
+    def wait(self) -> None:
+        wait([self._part])
 
 
-def _attend_from_device(q: Tensor, far: PagedKV, scale: float, workers: "WorkerPool") -> Partial:
-    part = kernels.attend(q.cpu(), far, scale=scale, pool=workers)
-    return Partial(part.out.to(q.device), part.lse.to(q.device))
+def start(q: Tensor, far: PagedKV, *, scale: float, workers: "WorkerPool") -> PendingPartial:
+    """See `Lane`."""
+    return _Pending(q, far, scale, workers)
 
 
 @cache

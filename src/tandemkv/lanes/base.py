@@ -16,6 +16,9 @@ class PendingPartial(Protocol):
     def result(self) -> Partial:
         """Wait for it; out and lse are on q's device. Raises what the computation raised."""
 
+    def wait(self) -> None:
+        """Until the lane reads no page any more, however its work ended."""
+
 
 class Lane(Protocol):
     """Starts attention of q over far tokens; q may be on any device."""
