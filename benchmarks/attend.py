@@ -39,8 +39,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import plot
-from benchmarks.common import RESULTS, append_rows, argument_parser, print_json, this_run
-from benchmarks.contest import Row, Rules, Shape, WrongResultError, prepare
+from benchmarks.common import RESULTS, WrongResultError, append_rows, argument_parser, print_json, this_run
+from benchmarks.contest import Row, Rules, Shape, prepare
 from tandemkv import machine
 
 HEADLINE, HEADLINE_THREADS = Shape(32, 8, 128, 32768), 2

@@ -19,6 +19,10 @@ TURN_S = 0.02
 """A turn lasts at least this long: threads that slept through the other turns wake in its first call."""
 
 
+class WrongResultError(Exception):
+    """Our output is not what float64 says: there is no speed to talk about."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a number needs beside it to be repeated."""
@@ -61,6 +65,13 @@ def argument_parser(module: str, teaching: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="end with one line that is a JSON object of everything")
     parser.add_argument("--save", action="store_true", help="save a --quick run too (a full run always is)")
     return parser
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def in_ms(call: Callable[[], object]) -> Callable[[], float]:

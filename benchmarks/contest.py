@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common import in_ms, medians_in_turn
+from benchmarks.common import WrongResultError, in_ms, medians_in_turn
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
 from tandemkv import machine
 from tandemkv.kernels import cpu
@@ -17,10 +17,6 @@ from tandemkv.types import Arena, PagedKV, PageLayout
 
 PAGE_SIZE = 64
 PROBE_THREADS = (1, 2)
-
-
-class WrongResultError(Exception):
-    """Our output is not what float64 says: there is no speed to talk about."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,7 @@ from benchmarks import common, plot
 MODULE = "benchmarks.prefill"
 CONTEXTS = (8192, 32_768)
 SYSTEMS = ("stock", "ours")
+MAX_LOGIT_DIFFERENCE = 0.25  # either is some 0.05 from float32 (stock_logit_error of benchmarks.decode)
 HELP = """Seconds and peak memory of prefilling the demo's model (155 M parameters, bf16) with random tokens.
 
 Each prefill runs in a process of its own, stock (DynamicCache, sdpa) and ours in turn, so that peak memory means
@@ -58,23 +60,34 @@ def prefill_once(system: str, context: int) -> None:
         return demo.next_logits(model, cache, torch.randint(0, 32_768, (1, num_tokens), generator=generator))
 
     prefill(256)  # the first run chooses and loads torch's kernels
-    milliseconds, _ = demo.timed(lambda: prefill(context))
+    milliseconds, logits = demo.timed(lambda: prefill(context))
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": milliseconds / 1e3, "peak_bytes": peak_bytes}))
+    print(json.dumps({"seconds": milliseconds / 1e3, "peak_bytes": peak_bytes, "logits": logits.tolist()}))
 
 
 def measure(context: int, repeats: int) -> Row:
     """Both systems in turn, each time in a fresh process."""
-    found: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS}
+    found: dict[str, list[dict[str, Any]]] = {system: [] for system in SYSTEMS}
     for _ in range(repeats):
         for system in SYSTEMS:
             command = [sys.executable, "-m", MODULE, "--once", system, "--context", str(context)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[system].append(json.loads(done.stdout.splitlines()[-1]))
+    check([found[system][0]["logits"] for system in SYSTEMS], context)
     seconds = {system: statistics.median(run["seconds"] for run in runs) for system, runs in found.items()}
     peaks = {system: int(statistics.median(run["peak_bytes"] for run in runs)) for system, runs in found.items()}
     ratio = seconds["ours"] / seconds["stock"]
     return Row(context, seconds["stock"], seconds["ours"], ratio, peaks["stock"], peaks["ours"])
+
+
+def check(logits: list[list[float]], context: int) -> None:
+    """Both systems read the same prompt: WrongResultError where their logits are further apart than bf16 explains."""
+    wrong = [abs(a - b) for a, b in zip(*logits, strict=True) if not abs(a - b) <= MAX_LOGIT_DIFFERENCE]
+    if wrong:
+        raise common.WrongResultError(
+            f"{len(wrong)} logits of stock and tandemkv differ by {wrong[0]:.3g} and such after {context} tokens, "
+            f"expected at most {MAX_LOGIT_DIFFERENCE}"
+        )
 
 
 def print_rows(rows: list[Row], console: Console) -> None:
@@ -104,9 +117,9 @@ def main() -> None:
     """Run, print, save."""
     parser = common.argument_parser(MODULE, HELP)
     parser.add_argument(
-        "--context", type=int, action="append", help="prompt tokens; may be repeated (default: 8192, 32768)"
+        "--context", type=common.positive, action="append", help="prompt tokens; may be repeated (default: 8192, 32768)"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each system (default: 3)")
+    parser.add_argument("--repeats", type=common.positive, default=3, help="runs of each system (default: 3)")
     parser.add_argument("--once", choices=SYSTEMS, help="run one prefill in this process and print its numbers")
     arguments = parser.parse_args()
     contexts = arguments.context or ((2048,) if arguments.quick else CONTEXTS)

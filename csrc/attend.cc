@@ -76,7 +76,8 @@ Schedule cut(const std::vector<AttendArgs>& runs) {
 
 bool inside_table(const Run& kv) {
   for (int64_t seq = 0; seq < kv.num_seqs; ++seq) {
-    if (kv.kv_start[seq] < 0 || kv.kv_len[seq] > kv.num_pages * kv.arena.page_size) return false;
+    const int64_t start = kv.kv_start[seq], len = kv.kv_len[seq];
+    if (start < 0 || len < 0 || len > kv.num_pages * kv.arena.page_size) return false;
   }
   return true;
 }

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attend, common, contest, plot
+from benchmarks import attend, common, contest, decode, plot, prefill
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
+from tandemkv import demo
 from tandemkv.kernels import cpu
 from tandemkv.types import Partial
 
@@ -94,7 +97,7 @@ def test_every_copy_is_the_same_sequence(rules: contest.Rules) -> None:
 def test_one_wrong_page_of_ours_is_not_timed(rules: contest.Rules) -> None:
     made = contest.prepare(SHAPE, rules)
     made.copies.paged[0].page_table[0, 0, 3] = made.copies.paged[1].page_table[0, 0, 4]
-    with pytest.raises(contest.WrongResultError, match="tolerance"):
+    with pytest.raises(common.WrongResultError, match="tolerance"):
         made.row(1)
 
 
@@ -161,3 +164,59 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         attend.main(["--help"])
     assert stop.value.code == 0
     assert "python -m benchmarks.attend --quick --json" in capsys.readouterr().out
+
+
+# -- whole tokens and prompts ------------------------------------------------------------------------------------------
+
+MEDIANS = {name: 10.0 * (i + 3) for i, name in enumerate(decode.STOCK)} | {"ours": 6.0, "read_gbps": 20.0}
+
+
+def decode_row(ours_error: float) -> decode.Row:
+    truth = torch.zeros(5)
+    logits = {"ours": truth + ours_error, decode.AS_GENERATE: truth + 0.1}
+    return decode.summarise(1024, MEDIANS, 4.0, demo.demo_model(small=True), (logits, truth))
+
+
+def test_a_decode_row_follows_from_its_medians() -> None:
+    row = decode_row(0.2)
+    assert row.fastest_stock == min(decode.STOCK, key=MEDIANS.__getitem__)
+    assert (row.stock_ms, row.fastest_stock_ms) == (MEDIANS[decode.AS_GENERATE], 30.0)
+    assert row.ratio == row.stock_ms / 6.0
+    assert row.ratio_to_fastest_stock == 5.0
+    model = demo.demo_model(small=True)
+    kv_bytes = 2 * 2 * 1 * 64 * 2 * 1024  # K and V, layers, heads, dims, bytes, tokens
+    assert row.limit_ms == pytest.approx((demo.weight_bytes(model) + kv_bytes) / 20e6)
+    assert row.attention_share_of_limit == pytest.approx(kv_bytes / 20e6 / 4.0)
+    assert row.max_logit_error == pytest.approx(0.2)
+    assert row.stock_logit_error == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("error", [0.5, math.nan])
+def test_wrong_logits_are_no_decode_row(error: float) -> None:
+    with pytest.raises(common.WrongResultError, match="logits are off"):
+        decode_row(error)
+
+
+def test_wrong_logits_are_no_prefill_row() -> None:
+    prefill.check([[1.0, 2.0], [1.2, 2.0]], 10)
+    for wrong in (2.3, math.nan):
+        with pytest.raises(common.WrongResultError, match="differ by"):
+            prefill.check([[1.0, 2.0], [1.0, wrong]], 10)
+
+
+@pytest.mark.parametrize("module", ["decode", "prefill"])
+def test_the_last_line_of_a_short_run(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--context", "512", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["context"] == 512
+    assert found["rows"][0]["ratio"] == found["ratio"] > 0
+    assert {"machine", "commit", "command"} <= found.keys()
+
+
+@pytest.mark.parametrize("argument", ["--context=0", "--context=many", "--steps=-1"])
+def test_a_count_below_one_is_refused(argument: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.decode", argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert "expected a whole number of at least 1, got" in done.stderr

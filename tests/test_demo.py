@@ -6,8 +6,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tandemkv import demo
+from tandemkv import demo, machine
 from tandemkv.cli import app
+from tandemkv.errors import CapacityError
 
 
 def test_the_check_holds_and_fails_when_a_far_page_is_withheld() -> None:
@@ -25,6 +26,12 @@ def test_json_of_a_short_run() -> None:
     assert found["prefilled"]
     assert found["far_bytes"] > 0
     assert found["ratio"] == pytest.approx(found["stock_ms"] / found["ours_ms"])
+
+
+def test_a_context_that_stock_could_not_hold_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_bytes", lambda: machine.Available(3 << 30, "cgroup limit"))
+    with pytest.raises(CapacityError, match=r"needs about 6\.00 GiB for 131072 tokens.*3\.00 GiB.*lower --context"):
+        demo.run_demo(131_072, Console(quiet=True))
 
 
 @pytest.mark.parametrize(("prefilled", "words"), [(True, "prefilled from random tokens"), (False, "not prefilled")])

@@ -22,3 +22,12 @@ def test_long_prompt_continues_and_fills_the_far_tier(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     far = next(line for line in done.stderr.splitlines() if line.startswith("far:"))
     assert not far.startswith("far: 0 bytes")
+
+
+def test_long_prompt_without_arguments_says_what_it_takes() -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "long_prompt.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "python examples/long_prompt.py MODEL FILE" in done.stderr
+    assert "Traceback" not in done.stderr

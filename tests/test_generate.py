@@ -377,10 +377,10 @@ BAD_PROMPTS = {
     "no room for new tokens": (b"a" * 8000, "lower --max-new-tokens to 192 or shorten the prompt"),
 }
 BAD_OPTIONS = {
-    "far_bytes too small": (["--far-bytes", "64KiB"], "raise far_bytes or near_tokens, or shorten the prompt"),
-    "far_bytes beyond the machine": (["--far-bytes", "900TiB"], "lower far_bytes"),
+    "far_bytes too small": (["--far-bytes", "64KiB"], "raise --far-bytes or --near-tokens, or shorten the prompt"),
+    "far_bytes beyond the machine": (["--far-bytes", "900TiB"], "lower --far-bytes"),
     "far_bytes nonsense": (["--far-bytes", "much"], "expected a size such as '16GiB'"),
-    "near_tokens too small": (["--near-tokens", "64"], "near_tokens must be at least two pages, 128, got 64"),
+    "near_tokens too small": (["--near-tokens", "64"], "--near-tokens must be at least two pages, 128, got 64"),
     "near_tokens beyond memory": (["--near-tokens", str(1 << 44)], "lower --near-tokens"),
     "max_new_tokens": (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     "temperature": (["--temperature", "-1"], "--temperature must be 0"),
@@ -388,7 +388,8 @@ BAD_OPTIONS = {
     "top_p": (["--temperature", "1", "--top-p", "1.5"], "--top-p must be above 0 and at most 1"),
     "top_p of greedy": (["--top-p", "0.5"], "give a --temperature above 0"),
     "seed": (["--temperature", "1", "--seed", "-1"], "--seed must be at least 0"),
-    "threads": (["--threads", "0"], "--threads must be at least 1"),
+    "threads": (["--threads", "0"], "--threads must be 1 to"),
+    "more threads than processors": (["--threads", "100000"], ", the processors here, got 100000"),
 }
 
 

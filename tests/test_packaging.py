@@ -125,3 +125,42 @@ def test_constraints_pin_every_requirement_of_the_environment() -> None:
         assert name in pins, f"{name} is not pinned in constraints.txt"
         pinned = str(pins[name]).removeprefix("==")
         assert requirement.specifier.contains(pinned), f"the pin {pinned} of {name} is outside {requirement}"
+
+
+def test_the_wheel_runs_without_a_compiler(tmp_path: Path) -> None:
+    """Built from the sources, unpacked elsewhere, used with nothing on PATH: native module, attention, version."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    built = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("tandemkv-*.whl")
+    site, empty = tmp_path / "site", tmp_path / "bin"
+    empty.mkdir()
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", USE_OF_THE_WHEEL],
+        env={"PATH": str(empty), "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(site / "tandemkv" / "__init__.py"), tandemkv.__version__, "7.0"]
+
+
+USE_OF_THE_WHEEL = """
+import shutil, sys
+sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]  # our editable self
+import torch, tandemkv
+from tandemkv import kernels
+from tandemkv.types import Arena, PagedKV, PageLayout
+
+assert not any(map(shutil.which, ("c++", "g++", "cc", "gcc", "clang", "cmake", "ninja")))
+arena = Arena.allocate(PageLayout(torch.bfloat16, 16, "panels"), 1, 1, 8)
+table = torch.zeros((1, 1, 1), dtype=torch.int32)
+kernels.append(arena, table, 0, torch.ones(1, 1, 3, 8).bfloat16(), torch.full((1, 1, 3, 8), 7.0).bfloat16())
+kv = PagedKV(arena, table, torch.tensor([0]), torch.tensor([3]))
+out, _ = kernels.attend(torch.ones(1, 1, 1, 8), kv, scale=1.0)
+print(tandemkv.__file__, tandemkv.__version__, out.mean().item())
+"""

@@ -528,7 +528,8 @@ void out_in_other_strides() {
 void outside_the_table() {
   WorkerPool pool(2);
   const Problem p({DType::kFloat32, DType::kFloat32, Packing::kRows, 1, 1, 1, 8, 16, false, {0}, {40}}, fill_normal);
-  for (const auto& [start, len] : std::vector<std::pair<int64_t, int64_t>>{{-1, 40}, {0, p.num_pages * 16 + 1}}) {
+  for (const auto& [start, len] :
+       std::vector<std::pair<int64_t, int64_t>>{{-1, 40}, {0, -1}, {0, p.num_pages * 16 + 1}}) {
     AttendArgs args = args_of(p);
     args.kv.kv_start = &start;
     args.kv.kv_len = &len;

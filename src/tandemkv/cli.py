@@ -4,6 +4,7 @@ how torch's threads wait.
 
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,8 +28,14 @@ def main() -> None:
     try:
         app()
     except TandemError as error:
-        Console(stderr=True).print(f"[red]error: {escape(str(error))}[/red]", soft_wrap=True, highlight=False)
+        told = escape(_as_options(str(error)))
+        Console(stderr=True).print(f"[red]error: {told}[/red]", soft_wrap=True, highlight=False)
         raise SystemExit(2) from None
+
+
+def _as_options(text: str) -> str:
+    """Errors name Python's knobs; here they are options."""
+    return re.sub(r"\b(near_tokens|far_bytes|max_new_tokens)\b", lambda knob: "--" + knob[0].replace("_", "-"), text)
 
 
 def _print_version(wanted: bool) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import tandemkv.integrations.transformers as tandem
+from tandemkv import machine
 from tandemkv.attention import worker_pool
-from tandemkv.errors import InputError
+from tandemkv.errors import CapacityError, InputError
 from tandemkv.kernels import cpu
 from tandemkv.types import format_bytes
 
@@ -31,10 +32,10 @@ NUM_STEPS = 5
 PROBE_BYTES = 1 << 30
 
 
-def demo_model(dtype: torch.dtype = torch.bfloat16, small: bool = False) -> LlamaForCausalLM:
-    """A Llama with fixed random weights: 155 M parameters, 8 layers, 16:4 heads x 64; or a small copy of it."""
+def demo_config(dtype: torch.dtype = torch.bfloat16, small: bool = False) -> LlamaConfig:
+    """A Llama of 155 M parameters, 8 layers, 16:4 heads x 64; or a small copy of it."""
     width, num_layers, heads, kv_heads = (256, 2, 4, 1) if small else (1024, 8, 16, 4)
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=num_layers,
@@ -46,8 +47,12 @@ def demo_model(dtype: torch.dtype = torch.bfloat16, small: bool = False) -> Llam
         tie_word_embeddings=True,
         dtype=dtype,
     )
+
+
+def demo_model(dtype: torch.dtype = torch.bfloat16, small: bool = False) -> LlamaForCausalLM:
+    """The model of `demo_config`, its random weights the same at every call."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return LlamaForCausalLM(demo_config(dtype, small)).to(dtype).eval()
 
 
 def twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -193,6 +198,7 @@ def run_demo(context: int, console: Console) -> Demo:
     """Decode a few tokens with stock and with tandemkv, in turn, after `context` tokens."""
     if context < 2 * NEAR_TOKENS:
         raise InputError(f"--context must be at least {2 * NEAR_TOKENS}, so that pages lie far; got {context}")
+    _require_memory(context)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("building the model", total=5)
 
@@ -232,6 +238,18 @@ def run_demo(context: int, console: Console) -> Demo:
         far_bytes=far.used_bytes,
         agreement=agreement,
     )
+
+
+def _require_memory(context: int) -> None:
+    """Three caches, one of which is copied when a token is added, beside the weights and the probe's buffer."""
+    config = demo_config()
+    needed = 4 * kv_bytes(config, context) + PROBE_BYTES + (1 << 30)
+    available = machine.available_bytes()
+    if needed > available.num_bytes:
+        raise CapacityError(
+            f"the demo needs about {format_bytes(needed)} for {context} tokens, stock's caches included; "
+            f"{format_bytes(available.num_bytes)} available ({available.limit}): lower --context"
+        )
 
 
 def start(model: LlamaForCausalLM, cache: Cache, context: int) -> None:

@@ -72,8 +72,8 @@ class Settings:
             raise InputError("--top-p and --seed are for sampling: give a --temperature above 0 too")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise InputError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
-        if self.threads is not None and self.threads < 1:
-            raise InputError(f"--threads must be at least 1, got {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= machine.usable_cpus():
+            raise InputError(f"--threads must be 1 to {machine.usable_cpus()}, the processors here, got {self.threads}")
 
     def for_transformers(self) -> dict[str, Any]:
         """Keywords of `generate`. They override what the folder's generation_config.json says of sampling."""

@@ -97,6 +97,8 @@ class Arena:
 
     def check_tokens(self, num_seqs: int, k: Tensor, v: Tensor) -> None:
         """InputError unless k and v are `[num_seqs, num_kv_heads, num_tokens, head_dim]`, as these pages hold them."""
+        if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
+            raise InputError(f"k and v must be tensors, got {type(k).__name__} and {type(v).__name__}")
         num_tokens = k.shape[2] if k.dim() == 4 else "num_tokens"
         expected = (num_seqs, self.num_kv_heads, num_tokens, self.head_dim)
         for name, x in (("k", k), ("v", v)):

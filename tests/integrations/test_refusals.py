@@ -1,6 +1,7 @@
 """What cannot be served is refused by name, once, and the cache goes on: its books are right and a good call works."""
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -345,3 +346,63 @@ def test_near_tokens_must_be_whole(ours: Any) -> None:
 def test_crop_takes_whole_numbers(stock: Any, ours: Any, cache: tandem.TieredCache, tokens: Any) -> None:
     with unharmed(stock, ours, cache), pytest.raises(InputError, match="crop takes a whole number"):
         cache.crop(tokens)
+
+
+# -- what is not what it should be -------------------------------------------------------------------------------------
+
+
+def test_wrong_objects_are_named() -> None:
+    with pytest.raises(InputError, match="attach takes a transformers model, got NoneType"):
+        tandem.attach(None)
+    with pytest.raises(InputError, match=r"LlamaModel has no generate: .* with its head"):
+        tandem.attach(models.llama().model)
+    with pytest.raises(InputError, match=r"takes the config of an attached model, model\.config, got LlamaForCausalLM"):
+        tandem.TieredCache(attached(models.llama()))
+
+
+def test_a_cache_cannot_be_saved(ours: Any) -> None:
+    with pytest.raises(UnsupportedError, match="cannot be saved yet"):
+        pickle.dumps(tiered(ours))
+
+
+def test_a_mask_of_one_dimension(ours: Any) -> None:
+    with pytest.raises(InputError, match=r"attention_mask must be \[num_seqs, kv_len\], got \[20\]"):
+        ours(IDS[:, :20], attention_mask=torch.ones(20), past_key_values=tiered(ours))
+
+
+def test_no_cache_and_a_cache(ours: Any) -> None:
+    with pytest.raises(InputError, match="contradict each other"):
+        ours.generate(IDS, past_key_values=tiered(ours), use_cache=False, max_new_tokens=2)
+
+
+def test_autocast(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    refused = pytest.raises(UnsupportedError, match=r"of one dtype, got .* instead of torch\.autocast")
+    with unharmed(stock, ours, cache), refused, torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        ours(IDS[:, HELD:], past_key_values=cache)
+
+
+def test_attach_again_after_another_implementation_was_set() -> None:
+    before = models.llama().config._attn_implementation
+    model = attached(models.llama())
+    model.set_attn_implementation("eager")
+    with pytest.raises(CacheError, match=r"call .*attach\(model\) first"):
+        tiered(model)
+    assert tandem.attach(model) is model
+    tiered(model)
+    assert tandem.detach(model).config._attn_implementation == before
+
+
+def test_an_unknown_keyword_of_update(ours: Any) -> None:
+    kv = torch.zeros(1, 2, 1, 16)
+    with pytest.raises(UnsupportedError, match=r"passes window to Cache\.update"):
+        tiered(ours).update(kv, kv, 0, window=5)
+
+
+def test_a_prompt_on_a_cache_in_use_asks_for_memory(
+    stock: Any, ours: Any, cache: tandem.TieredCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The far pool has room, the machine has not."""
+    with unharmed(stock, ours, cache), torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(machine, "available_bytes", lambda: machine.Available(10, "physical memory"))
+        with pytest.raises(CapacityError, match="of host memory needed, 10 B available"):
+            ours(models.random_ids(1, 100), past_key_values=cache)

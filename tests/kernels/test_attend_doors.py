@@ -1,5 +1,6 @@
 """What `attend` refuses at the door, each with its message."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -69,6 +70,7 @@ REFUSED: dict[str, tuple[Callable[[], Call], type[TandemError], str]] = {
     "table too short": (change_kv(page_table=table[..., :2]), InputError, r"lie in \[0, 32\) for a table of 2 pages"),
     "table of no pages": (change_kv(page_table=table[..., :0]), InputError, r"lie in \[0, 0\) for a table of 0 pages"),
     "kv_len behind the table": (change_kv(kv_len=torch.tensor([40, 65])), InputError, r"lie in \[0, 64\)"),
+    "kv_len below 0": (change_kv(kv_len=torch.tensor([40, -5])), InputError, r"lie in \[0, 64\)"),
     "kv_start below 0": (change_kv(kv_start=torch.tensor([0, -1])), InputError, r"lie in \[0, 64\)"),
     "kv_len of int32": (
         change_kv(kv_len=kv_len.int()),
@@ -98,6 +100,26 @@ def test_is_refused(name: str) -> None:
     q, kv = make()
     with pytest.raises(error, match=message):
         attend(q, kv, scale=1.0)
+
+
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
+def test_a_scale_that_is_no_number(scale: float) -> None:
+    with pytest.raises(InputError, match="scale must be finite, got"):
+        attend(CASE.q, CASE.kv, scale=scale)
+
+
+def test_what_is_no_tensor_or_run() -> None:
+    for q, kv in ((None, CASE.kv), (CASE.q, None), (CASE.q.tolist(), CASE.kv), (CASE.q, CASE.kv.arena)):
+        with pytest.raises(InputError, match="expected a tensor q and runs of PagedKV, got"):
+            attend(q, kv, scale=1.0)  # type: ignore[arg-type]
+
+
+def test_no_gradient_is_dropped() -> None:
+    q = CASE.q.clone().requires_grad_()
+    with pytest.raises(UnsupportedError, match="no gradient flows through paged attention"):
+        attend(q, CASE.kv, scale=1.0)
+    with torch.no_grad():
+        attend(q, CASE.kv, scale=1.0)
 
 
 def test_runs_are_alike() -> None:

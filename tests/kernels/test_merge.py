@@ -199,6 +199,12 @@ REFUSED = {
 }
 
 
+def test_what_is_no_partial_is_refused() -> None:
+    for wrong in (None, 1.0, (GOOD.out, GOOD.lse)):
+        with pytest.raises(InputError, match="merge takes a list of Partials, got"):
+            merge([GOOD, wrong])  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_is_refused(name: str) -> None:
     parts, message = REFUSED[name]

@@ -38,6 +38,10 @@ class CacheSpec:
         self.near_layout  # noqa: B018  refuses a dtype or page_size that no page can have
         if not 2 <= self.head_dim <= MAX_HEAD_DIM or self.head_dim % 2:
             raise UnsupportedError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {self.head_dim}")
+        if self.num_layers < 1 or self.num_kv_heads < 1:
+            raise InputError(
+                f"a cache is for at least one layer and KV head, got {self.num_layers} layers of {self.num_kv_heads}"
+            )
         if not isinstance(self.near_tokens, int) or not isinstance(self.chunk_tokens, int):
             raise InputError(
                 f"near_tokens and chunk_tokens are whole numbers, got {self.near_tokens}, {self.chunk_tokens}"
@@ -190,6 +194,8 @@ class KVCache:
         before_last_chunk = self.seq_len + (num_tokens - 1) // self.spec.chunk_tokens * self.spec.chunk_tokens
         needed = self.spec.num_far_pages(self.num_seqs, before_last_chunk)
         self._far.require(max(0, needed - self._far.num_used))
+        if num_tokens >= self.spec.page_size:  # a prompt; asking Linux takes 100 us, too long for every token
+            self._require_memory(num_seqs, needed)
 
     def crop(self, seq_len: int) -> None:
         """Forget every token from `seq_len` on, in every layer."""

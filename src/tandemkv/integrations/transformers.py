@@ -53,6 +53,9 @@ _HARMLESS = frozenset(
 )
 """Keywords that models pass to every attention function and that do not change what a causal layer computes."""
 
+_UPDATE_KEYWORDS = {"cache_kwargs", "cache_position", "cos", "sin"}
+"""What models tell `Cache.update` beside keys and values: positions, which a cache of all tokens does not need."""
+
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Let a model use a `TieredCache`; returns the same model. Undone by `detach`.
@@ -60,6 +63,8 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     Changes this instance only: its attention implementation becomes "tandem", and its `generate` reserves the cache
     before it starts. Raises UnsupportedError, with the name, for a family, layer type or option not supported.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"attach takes a transformers model, got {type(model).__name__}")
     config = model.config
     if config.model_type not in FAMILIES:
         name = f"{type(model).__name__} (model_type {config.model_type!r})"
@@ -77,7 +82,12 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
             f"{config.num_attention_heads / num_kv_heads:g} query heads per KV head; supported are even numbers up to "
             f"{MAX_HEAD_DIM} and whole ones up to {MAX_GROUP_SIZE}"
         )
+    if not hasattr(model, "_prepare_cache_for_generation"):
+        raise InputError(
+            f"{type(model).__name__} has no generate: attach the model with its head (AutoModelForCausalLM)"
+        )
     if "_tandem_before" in vars(model):
+        model.set_attn_implementation(IMPLEMENTATION)  # it may have been set to another since
         return model
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
@@ -135,6 +145,10 @@ class TieredCache(Cache):  # type: ignore[misc]
         is worked through in runs of this many tokens.
         Raises InputError for values that cannot be, CapacityError where far_bytes exceeds the machine.
         """
+        if not isinstance(config, PreTrainedConfig):
+            raise InputError(
+                f"TieredCache takes the config of an attached model, model.config, got {type(config).__name__}"
+            )
         config = config.get_text_config(decoder=True)
         _refuse_detached(config)
         num_kv_heads, head_dim = _kv_shape(config)
@@ -175,6 +189,9 @@ class TieredCache(Cache):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         raise UnsupportedError("copying a TieredCache is not supported yet: prefill a new one")
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError("a TieredCache cannot be saved yet: its pages live in this process; prefill a new one")
 
     def close(self) -> None:
         """Give every byte back; the cache cannot be used again."""
@@ -253,6 +270,9 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, its mark and the native writes would be lost
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Mark the new keys with this layer and hand them on; the attention function appends them."""
+        unknown = kwargs.keys() - _UPDATE_KEYWORDS
+        if unknown:
+            raise UnsupportedError(f"the model passes {', '.join(sorted(unknown))} to Cache.update: not supported yet")
         self.cache.begin_layer(self)
         marked = key_states.view_as(key_states)
         marked._tandem_layer = self  # type: ignore[attr-defined]
@@ -321,6 +341,11 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     try:
         _refuse_unsupported(module, layer.cache, query, {**kwargs, "dropout": dropout or None})
+        if not query.dtype == key.dtype == value.dtype:
+            raise UnsupportedError(
+                f"q, k and v must be of one dtype, got {query.dtype}, {key.dtype} and {value.dtype}: instead of "
+                "torch.autocast load the model with dtype=torch.bfloat16"
+            )
         return layer.attend(query, key, value, _padding_of(attention_mask), scale), None
     except BaseException:
         layer.cache.undo_step()
@@ -377,6 +402,8 @@ def _mask(
     The cache is not handed over, so both are prepared: a stand-in tensor carries the 2D padding and the recipe of the
     4D mask, which is followed only if the attention turns out to be a stock one.
     """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise InputError(f"attention_mask must be [num_seqs, kv_len], got {list(attention_mask.shape)}")
     # On the meta device: whoever takes it for a mask, its attributes lost, fails instead of attending to everything.
     stand_in = torch.empty((batch_size, kv_length), dtype=torch.bool, device="meta")
     stock = partial(
@@ -427,6 +454,8 @@ def _prepare_cache(
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, TieredCache):
         return
+    if model_kwargs.get("use_cache") is False or generation_config.use_cache is False:
+        raise InputError("use_cache=False and a TieredCache contradict each other: leave one out")
     if generation_mode not in ("greedy_search", "sample"):
         raise UnsupportedError(
             f"{generation_mode.value} is not supported yet with a TieredCache: only greedy and sampling are"

@@ -38,7 +38,8 @@ def attend(
     isa: force an instruction set by name (`tandemkv doctor` lists them); without one, the fastest.
 
     A query that sees nothing (an empty run, padding) gets out 0 and lse -inf. Accumulates in float32.
-    Raises InputError for shapes, dtypes or devices that do not fit and for NaN in q.
+    Raises InputError for shapes, dtypes or devices that do not fit and for NaN in q, UnsupportedError for a q that
+    requires a gradient.
     """
     from tandemkv.kernels import cpu
 
@@ -80,6 +81,8 @@ def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None) -> Partial
         raise InputError("merge needs at least one part; the empty subset is out = 0, lse = -inf")
     first = parts[0]
     for part in parts:
+        if not isinstance(part, Partial):
+            raise InputError(f"merge takes a list of Partials, got {type(part).__name__} in it")
         if part.out.shape != first.out.shape or part.lse.shape != first.out.shape[:-1]:
             got = f"{list(part.out.shape)} and {list(part.lse.shape)}"
             raise InputError(f"parts must be alike: expected out {list(first.out.shape)} and its lse, got {got}")

@@ -4,6 +4,7 @@ nanobind would copy a non-contiguous output and throw the result away, and a DLP
 dtypes and strides are checked here, before any pointer is used.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -63,7 +64,7 @@ def attend(
     isa: str | None = None,
 ) -> Partial:
     """See `tandemkv.kernels.attend`."""
-    _check_query(q, runs)
+    _check_query(q, runs, scale)
     q = _dense(q)
     out = torch.empty(q.shape, dtype=torch.float32)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
@@ -85,7 +86,7 @@ def append_and_attend(
     q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], *, scale: float, pool: WorkerPool
 ) -> Tensor:
     """See `tandemkv.kernels.append_and_attend`."""
-    _check_query(q, runs)
+    _check_query(q, runs, scale)
     runs[-1].arena.check_tokens(q.shape[0], k, v)
     q, k, v = _dense(q), _dense(k), _dense(v)
     num_seqs, num_q_heads, q_len, head_dim = q.shape
@@ -199,9 +200,15 @@ def _native_run(kv: PagedKV) -> _native.Run:
     return run
 
 
-def _check_query(q: Tensor, runs: Sequence[PagedKV]) -> None:
+def _check_query(q: Tensor, runs: Sequence[PagedKV], scale: float) -> None:
     if not runs:
         raise InputError("attend needs at least one run of tokens; an empty one gives the identity of merge")
+    if not isinstance(q, Tensor) or not all(isinstance(kv, PagedKV) for kv in runs):
+        raise InputError(f"expected a tensor q and runs of PagedKV, got {_types_of(q, *runs)}")
+    if not math.isfinite(scale):
+        raise InputError(f"scale must be finite, got {scale}")
+    if q.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError("no gradient flows through paged attention: use torch.no_grad()")
     arena = runs[0].arena
     if q.device.type != "cpu":
         raise InputError(f"the CPU kernel attends queries in host memory, got {q.device}")
@@ -226,6 +233,10 @@ def _check_query(q: Tensor, runs: Sequence[PagedKV]) -> None:
             raise InputError(
                 f"runs must have one head_dim and as many KV heads, got {arena.k.shape[1:]} and {kv.arena.k.shape[1:]}"
             )
+
+
+def _types_of(*values: object) -> str:
+    return ", ".join(type(value).__name__ for value in values)
 
 
 def _check_table(arena: Arena, page_table: Tensor, num_seqs: int) -> None:
@@ -268,7 +279,7 @@ def _raise_for(status: _native.Status, runs: Sequence[PagedKV] = ()) -> None:
         for kv in runs:
             num_pages = kv.page_table.shape[2]
             capacity = num_pages * kv.arena.layout.page_size
-            if int(kv.kv_start.min()) < 0 or int(kv.kv_len.max()) > capacity:
+            if min(int(kv.kv_start.min()), int(kv.kv_len.min())) < 0 or int(kv.kv_len.max()) > capacity:
                 got = f"got {kv.kv_start.tolist()} and {kv.kv_len.tolist()}"
                 raise InputError(
                     f"[kv_start, kv_len) must lie in [0, {capacity}) for a table of {num_pages} pages, {got}"
