@@ -21,6 +21,10 @@ COLORS = {
     "onnxruntime": "#b58900",
     "llama.cpp": "#5a9e3d",
     "limit": "black",
+    "stock: sdpa, DynamicCache": "#1f77b4",
+    "stock: eager, DynamicCache": "#8fbbdb",
+    "stock: sdpa, StaticCache": "#5a9e3d",
+    "stock: eager, StaticCache": "#aed09f",
 }
 MISSING = "no picture: matplotlib is missing, pip install 'tandemkv[plot]'"
 
@@ -41,6 +45,7 @@ def draw(rows: Sequence[Row], run: Run, path: Path) -> str:
             panel = [row for row in rows if _key(row) == (num_q_heads, num_kv_heads, head_dim)]
             _panel(panels[i, j], sorted(panel, key=lambda row: row.shape.kv_len))
             panels[i, j].set_title(f"{num_q_heads}:{num_kv_heads} heads x {head_dim}", fontsize=10)
+    panels[0, 0].set_ylim(bottom=0)  # shared; only now, or the first panel alone would fix the top
     for axes in panels[:, 0]:
         axes.set_ylabel("GB/s of K and V")
     for axes in panels[-1]:
@@ -97,6 +102,5 @@ def _panel(axes: "Axes", rows: Sequence[Row]) -> None:
         axes.plot(lengths, gbps, marker="o", markersize=4, color=COLORS.get(name), label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

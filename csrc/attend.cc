@@ -74,6 +74,7 @@ Schedule cut(const std::vector<AttendArgs>& runs) {
   return schedule;
 }
 
+// Whether [kv_start, kv_len) of every sequence lies inside its table.
 bool inside_table(const Run& kv) {
   for (int64_t seq = 0; seq < kv.num_seqs; ++seq) {
     const int64_t start = kv.kv_start[seq], len = kv.kv_len[seq];
@@ -134,6 +135,14 @@ void merge(WorkerPool& pool, const Partials& parts, float* out, float* lse) {
       merge_row(outs.data(), lses.data(), num_parts, parts.dim, out + row * parts.dim, lse + row);
     }
   });
+}
+
+bool ends_with_queries(const AttendArgs& run) {
+  const Run& kv = run.kv;
+  for (int64_t seq = 0; seq < kv.num_seqs; ++seq) {
+    if (kv.kv_len[seq] != kv.kv_len[0] || kv.kv_len[seq] < run.q.q_len) return false;
+  }
+  return inside_table(kv);
 }
 
 Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to) {

@@ -137,6 +137,7 @@ NB_MODULE(_native, m) {
         const Output to = output_of(out, 0);
         const TokenRows rows = rows_of(k, v);
         nb::gil_scoped_release release;
+        if (!ends_with_queries(args.back())) return Status::kOutsideTable;
         const Run& last = *runs.back();
         const int64_t end = last.num_seqs == 0 ? 0 : last.kv_len[0];
         const Status status =

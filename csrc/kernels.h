@@ -24,6 +24,10 @@ struct Output {
   float* lse;
 };
 
+// Whether the queries' tokens can be the last ones of a run: it lies inside its table and every sequence has the same
+// length, which counts them.
+bool ends_with_queries(const AttendArgs& run);
+
 // Attention over all runs together. Runs differ in `kv` and `causal` alone; their tokens are disjoint.
 Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to);
 void merge(WorkerPool& pool, const Partials& parts, float* out, float* lse);

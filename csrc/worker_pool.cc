@@ -12,8 +12,8 @@
 namespace tandem {
 namespace {
 
-// A decode step calls the pool several times within a layer, and waking a sleeping thread costs tens of microseconds.
-// Spinning this long keeps the crew awake between those calls and no longer: spinning for milliseconds is what makes
+// Waking a sleeping thread costs tens of microseconds. Spinning this long keeps the crew awake between `rouse` and the
+// job it announces, and between jobs that follow each other, and no longer: spinning for milliseconds is what makes
 // libgomp lose its bandwidth when another job runs.
 constexpr auto kSpin = std::chrono::microseconds(50);
 

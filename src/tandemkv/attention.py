@@ -85,10 +85,13 @@ def worker_pool() -> "WorkerPool":
 
 
 def _decode_on_device(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, scale: float) -> Tensor:
-    layer.append(k, v)
-    with layer.hold() as held, _lanes_started(q, held.far, scale) as far:
-        near = _attend_near(q, held.near, scale)  # the device works while the lanes do
-        part = merge([*(pending.result() for pending in far), near])
+    if bool(q.isnan().any()):  # torch's kernels may hide it
+        raise InputError("q contains NaN: a layer before this attention produced it")
+    with layer.extended(q.shape[2]) as held:
+        layer.write(k, v)
+        with _lanes_started(q, held.far, scale) as far:
+            near = _attend_near(q, held.near, scale)  # the device works while the lanes do
+            part = merge([*(pending.result() for pending in far), near])
     return part.out.transpose(1, 2).to(q.dtype).contiguous()
 
 

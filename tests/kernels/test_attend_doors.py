@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError, TandemError, UnsupportedError
-from tandemkv.kernels import attend, cpu
+from tandemkv.kernels import append_and_attend, attend, cpu
 from tandemkv.types import Arena, PagedKV, PageLayout
 from tests.paged import Shape, build, paginate
 
@@ -100,6 +100,45 @@ def test_is_refused(name: str) -> None:
     q, kv = make()
     with pytest.raises(error, match=message):
         attend(q, kv, scale=1.0)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_refused_by_append_and_attend(name: str) -> None:
+    """With its own message or one about k and v; nothing is written."""
+    make, _, _ = REFUSED[name]
+    q, kv = make()
+    v = torch.full((2, 2, 1, 64), 7.0)
+    before = kv.arena.k.clone()
+    with pytest.raises(TandemError):
+        append_and_attend(q, v, v, kv, scale=1.0, pool=cpu.single_thread())
+    if before.device.type == "cpu":
+        assert torch.equal(kv.arena.k.nan_to_num(3.0), before.nan_to_num(3.0))
+
+
+@pytest.mark.parametrize("lengths", [[40, 39], [65, 65], [0, 0], [-3, -3], [2, 2]])
+def test_append_and_attend_writes_only_where_its_tokens_are(lengths: list[int]) -> None:
+    """Ragged, behind the table, in front of it: refused before a byte is written."""
+    kv = replace(CASE.kv, kv_start=torch.zeros(2, dtype=torch.int64), kv_len=torch.tensor(lengths))
+    before = kv.arena.k.clone()
+    q, k = torch.zeros(2, 4, 3, 64), torch.full((2, 2, 3, 64), 7.0)
+    with pytest.raises(InputError, match=r"lie in \[0, 64\) for a table of 4 pages|same for all sequences and count"):
+        append_and_attend(q, k, k, kv, scale=1.0, pool=cpu.single_thread())
+    assert torch.equal(kv.arena.k.nan_to_num(3.0), before.nan_to_num(3.0))
+
+
+def test_tensors_that_moved_are_seen() -> None:
+    """C++ keeps addresses between calls; a tensor may get other memory."""
+    arena = Arena.allocate(PageLayout(torch.float32, 16), 1, 1, 2)
+    arena.k.fill_(1)
+    arena.v.fill_(1)
+    kv = PagedKV(arena, torch.zeros((1, 1, 1), dtype=torch.int32), torch.tensor([0]), torch.tensor([5]))
+    q = torch.ones(1, 1, 1, 2)
+    assert attend(q, kv, scale=1.0).out.tolist() == [[[[1.0, 1.0]]]]
+    arena.v.share_memory_()  # type: ignore[no-untyped-call]
+    arena.v.fill_(5)
+    assert attend(q, kv, scale=1.0).out.tolist() == [[[[5.0, 5.0]]]]
+    kv.kv_len.data = torch.tensor([0])
+    assert attend(q, kv, scale=1.0).out.tolist() == [[[[0.0, 0.0]]]]
 
 
 @pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])

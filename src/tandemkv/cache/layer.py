@@ -76,9 +76,13 @@ class LayerKV:
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens `[num_seqs, num_kv_heads, num_tokens, head_dim]` behind the last one; they become near."""
         self._near.arena.check_tokens(self.num_seqs, k, v)
-        with self.extended(k.shape[2]) as held:
-            begin = self.num_near_tokens - k.shape[2]
-            kernels.append(self._near.arena, held.near.page_table, begin, k, v, self._workers)
+        with self.extended(k.shape[2]):
+            self.write(k, v)
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Fill the newest tokens, inside `extended`."""
+        near = self._held().near
+        kernels.append(near.arena, near.page_table, self.num_near_tokens - k.shape[2], k, v, self._workers)
 
     @contextmanager
     def extended(self, num_tokens: int) -> Iterator[Held]:

@@ -49,7 +49,7 @@ def attend(
 def append_and_attend(q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, scale: float, pool: "WorkerPool") -> Tensor:
     """`append` k and v as the last q_len tokens of the last run, then `attend` from them, causally, over all runs.
 
-    One call, because after a short context calls cost more than reading: at 1K tokens 40 us of a layer's 205.
+    One call, because after a short context calls cost more than reading.
     q as in `attend`; k, v: `[num_seqs, num_kv_heads, q_len, head_dim]` in the arena's dtype; kv_len of the last run,
     equal for all sequences, counts them already. Returns `[num_seqs, q_len, num_q_heads, head_dim]` in q's dtype,
     contiguous, rounded once. Raises as `attend` and `append` do; where attention fails, the tokens are written.

@@ -24,9 +24,11 @@ except ImportError as error:  # doctor prints this reason
 
 WorkerPool = _native.WorkerPool
 _DTYPES = {torch.float32: _native.DType.float32, torch.bfloat16: _native.DType.bfloat16}
-# What does not change between calls is checked and handed to C++ once. It holds addresses: the key owns the tensors.
-_arenas: WeakKeyDictionary[Arena, _native.Arena] = WeakKeyDictionary()
-_runs: WeakKeyDictionary[PagedKV, _native.Run] = WeakKeyDictionary()
+# What does not change between calls is checked and handed to C++ once, with the addresses that it was made of: the key
+# owns the tensors, but `resize_`, `set_` or `share_memory_` would move what they hold.
+Addresses = tuple[int, ...]
+_arenas: WeakKeyDictionary[Arena, tuple[Addresses, _native.Arena]] = WeakKeyDictionary()
+_runs: WeakKeyDictionary[PagedKV, tuple[Addresses, _native.Run]] = WeakKeyDictionary()
 
 
 @cache
@@ -71,7 +73,7 @@ def attend(
     status = _native.attend(
         pool or single_thread(),
         resolve_isa(isa),
-        [_runs.get(kv) or _native_run(kv) for kv in runs],
+        [_native_run(kv) for kv in runs],
         _rows(q),
         scale,
         causal,
@@ -88,13 +90,15 @@ def append_and_attend(
     """See `tandemkv.kernels.append_and_attend`."""
     _check_query(q, runs, scale)
     runs[-1].arena.check_tokens(q.shape[0], k, v)
+    if k.shape[2] != q.shape[2]:
+        raise InputError(f"q, k and v must be of the same tokens, got {q.shape[2]} of q and {k.shape[2]} of k")
     q, k, v = _dense(q), _dense(k), _dense(v)
     num_seqs, num_q_heads, q_len, head_dim = q.shape
     out = torch.empty((num_seqs, q_len, num_q_heads, head_dim), dtype=q.dtype)
     status = _native.append_and_attend(
         pool,
         resolve_isa(),
-        [_runs.get(kv) or _native_run(kv) for kv in runs],
+        [_native_run(kv) for kv in runs],
         _rows(q),
         _rows(k),
         _rows(v),
@@ -164,39 +168,44 @@ def read_gbps(pool: WorkerPool, buffer: Tensor) -> float:
 
 
 def _native_arena(arena: Arena) -> _native.Arena:
-    native = _arenas.get(arena)
-    if native is None:
-        if arena.k.device.type != "cpu":
-            raise InputError(f"the CPU kernel reads arenas in host memory, got {arena.k.device}")
-        if not 2 <= arena.head_dim <= MAX_HEAD_DIM or arena.head_dim % 2:
-            raise UnsupportedError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {arena.head_dim}")
-        native = _native.Arena(
-            arena.k.data_ptr(),
-            arena.v.data_ptr(),
-            _DTYPES[arena.layout.dtype],
-            _native.Packing[arena.layout.packing],
-            arena.num_slots,
-            arena.num_kv_heads,
-            arena.layout.page_size,
-            arena.head_dim,
-        )
-        _arenas[arena] = native
+    addresses = arena.k.data_ptr(), arena.v.data_ptr()
+    known = _arenas.get(arena)
+    if known is not None and known[0] == addresses:
+        return known[1]
+    if arena.k.device.type != "cpu":
+        raise InputError(f"the CPU kernel reads arenas in host memory, got {arena.k.device}")
+    if not 2 <= arena.head_dim <= MAX_HEAD_DIM or arena.head_dim % 2:
+        raise UnsupportedError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {arena.head_dim}")
+    native = _native.Arena(
+        *addresses,
+        _DTYPES[arena.layout.dtype],
+        _native.Packing[arena.layout.packing],
+        arena.num_slots,
+        arena.num_kv_heads,
+        arena.layout.page_size,
+        arena.head_dim,
+    )
+    _arenas[arena] = addresses, native
     return native
 
 
 def _native_run(kv: PagedKV) -> _native.Run:
-    table = kv.page_table
+    arena, table = kv.arena, kv.page_table
+    tensors = arena.k, arena.v, table, kv.kv_start, kv.kv_len
+    addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    known = _runs.get(kv)
+    if known is not None and known[0] == addresses:
+        return known[1]
     num_seqs = table.shape[0] if table.dim() else 0
-    _check_table(kv.arena, table, num_seqs)
+    _check_table(arena, table, num_seqs)
     for name, tensor in (("kv_start", kv.kv_start), ("kv_len", kv.kv_len)):
         good = tensor.dtype == torch.int64 and tensor.shape == (num_seqs,) and tensor.device.type == "cpu"
         if not good or not tensor.is_contiguous():
             got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             raise InputError(f"{name} must be contiguous int64 [{num_seqs}] on the CPU, got {got}")
     strides = table.stride(0), table.stride(1)
-    addresses = kv.kv_start.data_ptr(), kv.kv_len.data_ptr()
-    run = _native.Run(_native_arena(kv.arena), table.data_ptr(), strides, num_seqs, table.shape[2], *addresses)
-    _runs[kv] = run
+    run = _native.Run(_native_arena(arena), addresses[2], strides, num_seqs, table.shape[2], *addresses[3:])
+    _runs[kv] = addresses, run
     return run
 
 
@@ -284,3 +293,7 @@ def _raise_for(status: _native.Status, runs: Sequence[PagedKV] = ()) -> None:
                 raise InputError(
                     f"[kv_start, kv_len) must lie in [0, {capacity}) for a table of {num_pages} pages, {got}"
                 )
+        raise InputError(
+            "kv_len of the last run must be the same for all sequences and count the tokens that are appended, "
+            f"got {runs[-1].kv_len.tolist()}"
+        )

@@ -52,6 +52,7 @@ def merge(parts: Sequence[Partial]) -> Partial:
 
 def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: object = None) -> None:
     """See `tandemkv.kernels.append`; an arena of rows on any device. `pool` has no use here."""
+    arena.check_tokens(page_table.shape[0], k, v)
     slots, offsets = _places(arena, page_table, begin, k.shape[2])
     arena.k[slots, :, offsets] = k.transpose(1, 2)
     arena.v[slots, :, offsets] = v.transpose(1, 2)

@@ -1,5 +1,6 @@
 """The attend lane (HGCA, 2507.03153): the CPU attends where the pages lie; q goes down, out and lse come up."""
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ class _Pending:
                 is_down.synchronize()
             return kernels.attend(host_q, far, scale=scale, pool=workers)
 
-        self._part: Future[Partial] = _dispatcher().submit(attend)
+        self._part: Future[Partial] = _dispatcher(os.getpid()).submit(attend)
 
     def result(self) -> Partial:
         out, lse = self._part.result()
@@ -49,6 +50,6 @@ def start(q: Tensor, far: PagedKV, *, scale: float, workers: "WorkerPool") -> Pe
 
 
 @cache
-def _dispatcher() -> ThreadPoolExecutor:
-    """One thread that waits for q and drives the workers while the caller feeds the device."""
+def _dispatcher(pid: int) -> ThreadPoolExecutor:
+    """One thread that waits for q and drives the workers while the caller feeds the device; another after a fork."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="tandemkv-attend")
