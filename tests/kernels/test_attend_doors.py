@@ -67,11 +67,11 @@ REFUSED: dict[str, tuple[Callable[[], Call], type[TandemError], str]] = {
     ),
     "table on another device": (change_kv(page_table=table.to("meta")), InputError, "page_table must be .* on meta"),
     "table with strided pages": (change_kv(page_table=table[..., ::2]), InputError, "contiguous along its pages"),
-    "table too short": (change_kv(page_table=table[..., :2]), InputError, r"lie in \[0, 32\) for a table of 2 pages"),
-    "table of no pages": (change_kv(page_table=table[..., :0]), InputError, r"lie in \[0, 0\) for a table of 0 pages"),
-    "kv_len behind the table": (change_kv(kv_len=torch.tensor([40, 65])), InputError, r"lie in \[0, 64\)"),
-    "kv_len below 0": (change_kv(kv_len=torch.tensor([40, -5])), InputError, r"lie in \[0, 64\)"),
-    "kv_start below 0": (change_kv(kv_start=torch.tensor([0, -1])), InputError, r"lie in \[0, 64\)"),
+    "table too short": (change_kv(page_table=table[..., :2]), InputError, r"lie in \[0, 32\] for a table of 2 pages"),
+    "table of no pages": (change_kv(page_table=table[..., :0]), InputError, r"lie in \[0, 0\] for a table of 0 pages"),
+    "kv_len behind the table": (change_kv(kv_len=torch.tensor([40, 65])), InputError, r"lie in \[0, 64\]"),
+    "kv_len below 0": (change_kv(kv_len=torch.tensor([40, -5])), InputError, r"lie in \[0, 64\]"),
+    "kv_start below 0": (change_kv(kv_start=torch.tensor([0, -1])), InputError, r"lie in \[0, 64\]"),
     "kv_len of int32": (
         change_kv(kv_len=kv_len.int()),
         InputError,
@@ -121,7 +121,7 @@ def test_append_and_attend_writes_only_where_its_tokens_are(lengths: list[int]) 
     kv = replace(CASE.kv, kv_start=torch.zeros(2, dtype=torch.int64), kv_len=torch.tensor(lengths))
     before = kv.arena.k.clone()
     q, k = torch.zeros(2, 4, 3, 64), torch.full((2, 2, 3, 64), 7.0)
-    with pytest.raises(InputError, match=r"lie in \[0, 64\) for a table of 4 pages|same for all sequences and count"):
+    with pytest.raises(InputError, match=r"lie in \[0, 64\] for a table of 4 pages|same for all sequences, count"):
         append_and_attend(q, k, k, kv, scale=1.0, pool=cpu.single_thread())
     assert torch.equal(kv.arena.k.nan_to_num(3.0), before.nan_to_num(3.0))
 
@@ -141,7 +141,29 @@ def test_tensors_that_moved_are_seen() -> None:
     assert attend(q, kv, scale=1.0).out.tolist() == [[[[0.0, 0.0]]]]
 
 
-@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
+def test_a_resized_table_is_seen() -> None:
+    """The memory stays where it is, the sizes do not."""
+    kv = paginate(torch.ones(1, 1, 40, 2), torch.ones(1, 1, 40, 2), PageLayout(torch.float32, 16))
+    q = torch.ones(1, 1, 1, 2)
+    attend(q, kv, scale=1.0)
+    kv.page_table.resize_(1, 1, 2)
+    with pytest.raises(InputError, match=r"lie in \[0, 32\] for a table of 2 pages, got \[0\] and \[40\]"):
+        attend(q, kv, scale=1.0)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    expected = attend(CASE.q, CASE.kv, scale=1.0)
+    with torch.device("meta"):
+        found = attend(CASE.q, CASE.kv, scale=1.0)
+    assert torch.equal(found.out, expected.out)
+
+
+def test_a_negative_view_is_read_as_what_it_says() -> None:
+    expected = attend(-CASE.q, CASE.kv, scale=1.0)
+    assert torch.equal(attend(torch._neg_view(CASE.q), CASE.kv, scale=1.0).out, expected.out)
+
+
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan, 1e39])
 def test_a_scale_that_is_no_number(scale: float) -> None:
     with pytest.raises(InputError, match="scale must be finite, got"):
         attend(CASE.q, CASE.kv, scale=scale)

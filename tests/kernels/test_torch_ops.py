@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tandemkv import kernels
+from tandemkv.errors import InputError
 from tandemkv.kernels import attend, merge, reference, torch_ops
 from tandemkv.types import PageLayout, Partial
 from tests.paged import paginate, visible_tokens
@@ -102,3 +104,23 @@ def test_near_and_far_merge_into_the_whole(dtype: torch.dtype) -> None:
     assert_within(merge([far, near]), truth, bound)
     assert excess(near, truth, bound) > 10
     assert excess(far, truth, bound) > 10
+
+
+DENSE = torch.zeros(2, 4, 5, 8)
+REFUSED = {
+    "fewer query heads": (DENSE[:, :1], DENSE[:, :2], DENSE[:, :2], False, "must be a multiple of the KV heads"),
+    "3 query heads of 2": (DENSE[:, :3], DENSE[:, :2], DENSE[:, :2], False, "must be a multiple of the KV heads"),
+    "v shorter than k": (DENSE, DENSE, DENSE[:, :, :4], False, "k and v alike, got q"),
+    "another batch": (DENSE[:1], DENSE, DENSE, False, "of as many sequences"),
+    "another head_dim": (DENSE[..., :4], DENSE, DENSE, False, "one head_dim"),
+    "three dims": (DENSE[0], DENSE, DENSE, False, r"got q \[4, 5, 8\]"),
+    "causal over older tokens": (DENSE[:, :, :2], DENSE, DENSE, True, "causal attention is of the same tokens"),
+    "two dtypes": (DENSE, DENSE.bfloat16(), DENSE.bfloat16(), False, "one dtype and device"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_dense_attention_refuses(name: str) -> None:
+    q, k, v, causal, message = REFUSED[name]
+    with pytest.raises(InputError, match=message):
+        kernels.attend_dense(q, k, v, scale=1.0, causal=causal)

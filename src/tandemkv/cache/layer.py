@@ -47,8 +47,8 @@ class LayerKV:
         self.num_pages = 0  # of each sequence, the open one included
         self._num_far_pages = 0
         self._num_holds = 0
-        self._slots = torch.zeros((num_seqs, 16), dtype=torch.int32)
-        self._no_padding = self._kv_start = torch.zeros(num_seqs, dtype=torch.int64)
+        self._slots = torch.zeros((num_seqs, 16), dtype=torch.int32, device="cpu")
+        self._no_padding = self._kv_start = torch.zeros(num_seqs, dtype=torch.int64, device="cpu")
         self._runs: Held | None = None  # views of the tables, kept while pages and padding stay
 
     @property
@@ -217,10 +217,10 @@ class LayerKV:
         num_pages = len(slots) // self.num_seqs
         if first + num_pages > self._slots.shape[1]:
             with torch.inference_mode(False):  # as in KVCache._allocate
-                grown = torch.zeros((self.num_seqs, 2 * (first + num_pages)), dtype=torch.int32)
+                grown = torch.zeros((self.num_seqs, 2 * (first + num_pages)), dtype=torch.int32, device="cpu")
             grown[:, : self._slots.shape[1]] = self._slots
             self._slots = grown
-        self._slots[:, first : first + num_pages] = torch.tensor(slots, dtype=torch.int32).view(
+        self._slots[:, first : first + num_pages] = torch.tensor(slots, dtype=torch.int32, device="cpu").view(
             self.num_seqs, num_pages
         )
         self._runs = None

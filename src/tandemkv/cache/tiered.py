@@ -131,7 +131,9 @@ class KVCache:
     @property
     def seq_len(self) -> int:
         """Tokens that every layer holds."""
-        return min((layer.seq_len for layer in self._layers), default=0)
+        if not self._layers:
+            return 0
+        return min(layer.seq_len for layer in self._layers)
 
     def adapt(self, dtype: torch.dtype, device: torch.device) -> None:
         """Take the dtype and device that the model turned out to have; InputError once tokens are held in others."""

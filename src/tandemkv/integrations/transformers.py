@@ -207,6 +207,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         """Remove `-tokens_to_remove` tokens from the end; a positive number is the length to keep (as in 5.17)."""
         if not isinstance(tokens_to_remove, int):
             raise InputError(f"crop takes a whole number of tokens, got {tokens_to_remove!r}")
+        self.pending = None
         keep = tokens_to_remove if tokens_to_remove > 0 else max(0, self.kv.seq_len + tokens_to_remove)
         self.kv.crop(keep)
 

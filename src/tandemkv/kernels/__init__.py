@@ -67,6 +67,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool 
     """
     from tandemkv.kernels import torch_ops
 
+    _check_dense(q, k, v, causal)
     return torch_ops.attend_dense(q, k, v, scale=scale, causal=causal)
 
 
@@ -130,6 +131,22 @@ def move_pages(
         source = Arena(source.k[index].cpu(), source.v[index].cpu(), source.layout, source.head_dim)
         source_slots = list(range(len(source_slots)))
     cpu.move_pages(source, target, source_slots, target_slots, pool)
+
+
+def _check_dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+    """torch's kernels would divide by zero, read beyond v, or mask from the wrong corner."""
+    shapes = f"got q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
+        raise InputError(f"expected q, k and v of as many sequences and one head_dim, k and v alike, {shapes}")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1] or q.shape[1] < k.shape[1]:
+        raise InputError(f"query heads must be a multiple of the KV heads, {shapes}")
+    if causal and q.shape[2] != k.shape[2]:
+        raise InputError(f"causal attention is of the same tokens, {shapes}")
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise InputError(
+            f"q, k and v must have one dtype and device, got {q.dtype} on {q.device}, {k.dtype} on {k.device} and "
+            f"{v.dtype} on {v.device}"
+        )
 
 
 def _backend_of(arena: Arena) -> ModuleType:

@@ -4,7 +4,6 @@ nanobind would copy a non-contiguous output and throw the result away, and a DLP
 dtypes and strides are checked here, before any pointer is used.
 """
 
-import math
 from collections.abc import Sequence
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -24,8 +23,8 @@ except ImportError as error:  # doctor prints this reason
 
 WorkerPool = _native.WorkerPool
 _DTYPES = {torch.float32: _native.DType.float32, torch.bfloat16: _native.DType.bfloat16}
-# What does not change between calls is checked and handed to C++ once, with the addresses that it was made of: the key
-# owns the tensors, but `resize_`, `set_` or `share_memory_` would move what they hold.
+# What does not change between calls is checked and handed to C++ once, and kept with the addresses and sizes it was made
+# of: the key owns the tensors, but `resize_`, `set_` or `share_memory_` would move what they hold.
 Addresses = tuple[int, ...]
 _arenas: WeakKeyDictionary[Arena, tuple[Addresses, _native.Arena]] = WeakKeyDictionary()
 _runs: WeakKeyDictionary[PagedKV, tuple[Addresses, _native.Run]] = WeakKeyDictionary()
@@ -68,8 +67,8 @@ def attend(
     """See `tandemkv.kernels.attend`."""
     _check_query(q, runs, scale)
     q = _dense(q)
-    out = torch.empty(q.shape, dtype=torch.float32)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    out = torch.empty(q.shape, dtype=torch.float32, device="cpu")  # whatever the default device is
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
     status = _native.attend(
         pool or single_thread(),
         resolve_isa(isa),
@@ -94,7 +93,7 @@ def append_and_attend(
         raise InputError(f"q, k and v must be of the same tokens, got {q.shape[2]} of q and {k.shape[2]} of k")
     q, k, v = _dense(q), _dense(k), _dense(v)
     num_seqs, num_q_heads, q_len, head_dim = q.shape
-    out = torch.empty((num_seqs, q_len, num_q_heads, head_dim), dtype=q.dtype)
+    out = torch.empty((num_seqs, q_len, num_q_heads, head_dim), dtype=q.dtype, device="cpu")
     status = _native.append_and_attend(
         pool,
         resolve_isa(),
@@ -137,7 +136,7 @@ def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, p
 def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
     """See `tandemkv.kernels.gather`; head_dim of k and v must be contiguous."""
     _check_rows(arena, page_table, begin, k, v)
-    if k.stride(3) != 1 or v.stride(3) != 1:
+    if k.stride(3) != 1 or v.stride(3) != 1 or k.is_neg() or v.is_neg():
         raise InputError("gather writes into tensors whose head_dim is contiguous")
     table, strides = page_table.data_ptr(), (page_table.stride(0), page_table.stride(1))
     workers = pool or single_thread()
@@ -192,7 +191,7 @@ def _native_arena(arena: Arena) -> _native.Arena:
 def _native_run(kv: PagedKV) -> _native.Run:
     arena, table = kv.arena, kv.page_table
     tensors = arena.k, arena.v, table, kv.kv_start, kv.kv_len
-    addresses = tuple(tensor.data_ptr() for tensor in tensors)
+    addresses = *(tensor.data_ptr() for tensor in tensors), *table.shape, *kv.kv_start.shape, *kv.kv_len.shape
     known = _runs.get(kv)
     if known is not None and known[0] == addresses:
         return known[1]
@@ -204,7 +203,7 @@ def _native_run(kv: PagedKV) -> _native.Run:
             got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             raise InputError(f"{name} must be contiguous int64 [{num_seqs}] on the CPU, got {got}")
     strides = table.stride(0), table.stride(1)
-    run = _native.Run(_native_arena(arena), addresses[2], strides, num_seqs, table.shape[2], *addresses[3:])
+    run = _native.Run(_native_arena(arena), addresses[2], strides, num_seqs, table.shape[2], *addresses[3:5])
     _runs[kv] = addresses, run
     return run
 
@@ -214,7 +213,7 @@ def _check_query(q: Tensor, runs: Sequence[PagedKV], scale: float) -> None:
         raise InputError("attend needs at least one run of tokens; an empty one gives the identity of merge")
     if not isinstance(q, Tensor) or not all(isinstance(kv, PagedKV) for kv in runs):
         raise InputError(f"expected a tensor q and runs of PagedKV, got {_types_of(q, *runs)}")
-    if not math.isfinite(scale):
+    if not abs(scale) <= torch.finfo(torch.float32).max:
         raise InputError(f"scale must be finite, got {scale}")
     if q.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError("no gradient flows through paged attention: use torch.no_grad()")
@@ -274,6 +273,8 @@ def _rows(x: Tensor) -> _native.Rows:
 
 
 def _dense(x: Tensor) -> Tensor:
+    """head_dim contiguous, and the numbers as they lie in memory (a negative view holds the others)."""
+    x = x.resolve_neg() if x.is_neg() else x
     return x if x.stride(3) == 1 else x.contiguous()
 
 
@@ -291,9 +292,10 @@ def _raise_for(status: _native.Status, runs: Sequence[PagedKV] = ()) -> None:
             if min(int(kv.kv_start.min()), int(kv.kv_len.min())) < 0 or int(kv.kv_len.max()) > capacity:
                 got = f"got {kv.kv_start.tolist()} and {kv.kv_len.tolist()}"
                 raise InputError(
-                    f"[kv_start, kv_len) must lie in [0, {capacity}) for a table of {num_pages} pages, {got}"
+                    f"[kv_start, kv_len) must lie in [0, {capacity}] for a table of {num_pages} pages, {got}"
                 )
         raise InputError(
-            "kv_len of the last run must be the same for all sequences and count the tokens that are appended, "
-            f"got {runs[-1].kv_len.tolist()}"
+            "kv_len of the last run must be the same for all sequences, count the tokens that are appended and stay as "
+            f"it is during the call, got {runs[-1].kv_len.tolist()}"
         )
+    raise AssertionError(f"the kernel answered {status}")

@@ -26,7 +26,7 @@ class _Pending:
     def __init__(self, q: Tensor, far: PagedKV, scale: float, workers: "WorkerPool") -> None:
         self._device = q.device
         is_cuda = q.device.type == "cuda"
-        host_q = torch.empty(q.shape, dtype=q.dtype, pin_memory=is_cuda).copy_(q, non_blocking=is_cuda)
+        host_q = torch.empty(q.shape, dtype=q.dtype, device="cpu", pin_memory=is_cuda).copy_(q, non_blocking=is_cuda)
         is_down = torch.cuda.current_stream(q.device).record_event() if is_cuda else None
 
         def attend() -> Partial:
