@@ -23,8 +23,8 @@ except ImportError as error:  # doctor prints this reason
 
 WorkerPool = _native.WorkerPool
 _DTYPES = {torch.float32: _native.DType.float32, torch.bfloat16: _native.DType.bfloat16}
-# What does not change between calls is checked and handed to C++ once, and kept with the addresses and sizes it was made
-# of: the key owns the tensors, but `resize_`, `set_` or `share_memory_` would move what they hold.
+# What does not change between calls is checked and handed to C++ once, and kept beside its addresses and sizes: the key
+# owns the tensors, but `resize_`, `set_` or `share_memory_` would move what they hold.
 Addresses = tuple[int, ...]
 _arenas: WeakKeyDictionary[Arena, tuple[Addresses, _native.Arena]] = WeakKeyDictionary()
 _runs: WeakKeyDictionary[PagedKV, tuple[Addresses, _native.Run]] = WeakKeyDictionary()
