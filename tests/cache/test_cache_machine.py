@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from tandemkv import kernels
-from tandemkv.attention import worker_pool
+from tandemkv.attention import decode_step, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, LayerKV
 from tandemkv.errors import CacheError, CapacityError, InputError
 from tests.dense import causal_visible, dense_attention, random_kv
@@ -101,6 +101,31 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(num_tokens=st.integers(1, 20))
     def decode_some(self, num_tokens: int) -> None:
         self.grow(num_tokens)
+
+    @rule(q_len=st.integers(1, 8))
+    def decode_step_that_fails_and_one_that_works(self, q_len: int) -> None:
+        """Append and attend in one call; the failed one, with NaN in q, leaves neither tokens nor pages behind."""
+        far = self.far_pages_after(q_len)
+        if far * self.num_seqs * self.spec.num_layers > self.num_far_slots:
+            return
+        no_padding = torch.zeros(self.num_seqs, dtype=torch.int64)
+        q, _ = random_kv(self.num_seqs, NUM_KV_HEADS * GROUP_SIZE, q_len, HEAD_DIM, self.spec.dtype, self.seed)
+        for index, layer in enumerate(self.layers()):
+            new_k, new_v = self.new_tokens(q_len)
+            layer.evict()
+            before = layer.seq_len, layer.num_pages, layer.used_slots()
+            with pytest.raises(InputError, match="q contains NaN"):
+                decode_step(q * torch.nan, new_k, new_v, layer, scale=SCALE)
+            assert (layer.seq_len, layer.num_pages, layer.used_slots()) == before
+            out = decode_step(q, new_k, new_v, layer, scale=SCALE).transpose(1, 2)
+            k, v = (torch.cat(pair, 2) for pair in zip(self.dense[index], (new_k, new_v), strict=True))
+            self.dense[index] = k, v
+            visible = causal_visible(k.shape[2], q_len, no_padding)
+            bound = attend_bound(q, k, v, visible, SCALE, kernel_rounding(self.spec.dtype), num_merges=2).out
+            bound = bound + out.abs().double() * torch.finfo(out.dtype).eps  # the cast to the model's dtype
+            assert bool(((out.double() - dense_attention(q, k, v, visible, SCALE).out).abs() <= bound).all())
+        self.num_moved_pages += far - self.num_far_pages
+        self.num_far_pages = far
 
     @rule(pages=st.floats(0.1, 3.0))
     def prefill(self, pages: float) -> None:
