@@ -13,7 +13,7 @@ from benchmarks.common import WrongResultError, in_ms, medians_in_turn
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
 from tandemkv import machine
 from tandemkv.kernels import cpu
-from tandemkv.types import Arena, PagedKV, PageLayout
+from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
 
 PAGE_SIZE = 64
 PROBE_THREADS = (1, 2)
@@ -242,7 +242,7 @@ def _ours(problem: Problem, paged: list[PagedKV], pool: cpu.WorkerPool) -> Call:
     turns = cycle(paged)
 
     def call() -> Tensor:
-        return cpu.attend(problem.q, [next(turns)], scale=problem.scale, causal=False, pool=pool).out
+        return cpu.attend(problem.q, [next(turns)], rule=ScoreRule(problem.scale), causal=False, pool=pool).out
 
     return call
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from tandemkv import Arena, PagedKV, PageLayout, attend, merge
+from tandemkv import Arena, PagedKV, PageLayout, ScoreRule, attend, merge
 from tandemkv.kernels import append
 
 
@@ -19,7 +19,8 @@ def main() -> float:
     q = torch.randn(1, 8, 1, 32)
     k, v = torch.randn(1, 2, 128, 32), torch.randn(1, 2, 128, 32)
     older, newer = half(k[:, :, :64], v[:, :, :64]), half(k[:, :, 64:], v[:, :, 64:])
-    merged = merge([attend(q, older, scale=0.2), attend(q, newer, scale=0.2)])
+    rule = ScoreRule(scale=0.2)
+    merged = merge([attend(q, older, rule=rule), attend(q, newer, rule=rule)])
     whole = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.2, enable_gqa=True)
     return (merged.out - whole).abs().max().item()
 

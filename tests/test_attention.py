@@ -17,7 +17,7 @@ from tandemkv.attention import decode_step, extend_and_attend, prefill_chunk, wo
 from tandemkv.cache import CacheSpec, KVCache, LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import cpu, torch_ops
-from tandemkv.types import Arena, PageLayout, Partial
+from tandemkv.types import Arena, PageLayout, Partial, ScoreRule
 from tests.dense import causal_visible, dense_attention, random_kv
 from tests.paged import paginate
 from tests.tolerances import (
@@ -30,6 +30,7 @@ from tests.tolerances import (
 
 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM = 2, 2, 16
 SCALE = 0.3
+RULE = ScoreRule(SCALE)
 SPEC = CacheSpec(
     num_layers=1,
     num_kv_heads=NUM_KV_HEADS,
@@ -66,7 +67,7 @@ def feed(spec: CacheSpec, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], k
         layer.set_kv_start(kv_start)
         run = slice(end - length, end)
         run_q, run_k, run_v = q[:, :, run], k[:, :, run], v[:, :, run]
-        outs.append(extend_and_attend(run_q, run_k, run_v, layer, scale=SCALE, chunk_tokens=spec.chunk_tokens))
+        outs.append(extend_and_attend(run_q, run_k, run_v, layer, rule=RULE, chunk_tokens=spec.chunk_tokens))
         assert outs[-1].is_contiguous()
         assert outs[-1].dtype == q.dtype
     return torch.cat(outs, 1), layer.far_tokens
@@ -152,8 +153,8 @@ def test_a_decode_step_and_the_lse_of_a_chunk() -> None:
         truth = dense_attention(queries, k, v, visible, SCALE)
         bound = attend_bound(queries, k, v, visible, SCALE, TORCH_FLOAT32, num_merges=2)
         layer.crop(100 - q_len)
-        assert_within(prefill_chunk(queries, chunk_k, chunk_v, layer, scale=SCALE), truth, bound)
-        out = decode_step(queries, chunk_k, chunk_v, layer, scale=SCALE)
+        assert_within(prefill_chunk(queries, chunk_k, chunk_v, layer, rule=RULE), truth, bound)
+        out = decode_step(queries, chunk_k, chunk_v, layer, rule=RULE)
         assert layer.seq_len == 100
         assert bool(((out.transpose(1, 2) - truth.out).abs() <= bound.out).all())
 
@@ -162,9 +163,9 @@ def test_a_failed_decode_step_leaves_the_layer_as_it_was() -> None:
     layer, q, k, v = filled(95, [0])
     expected = [x.clone() for x in layer.read(0, 95)]
     with pytest.raises(InputError, match=r"k must be torch\.float32"):
-        decode_step(q[:, :, :1], k[:, :, :1].double(), v[:, :, :1], layer, scale=SCALE)
+        decode_step(q[:, :, :1], k[:, :, :1].double(), v[:, :, :1], layer, rule=RULE)
     with pytest.raises(InputError, match="q contains NaN"):
-        decode_step(q[:, :, :2] * math.nan, k[:, :, :2], v[:, :, :2], layer, scale=SCALE)  # would open a page
+        decode_step(q[:, :, :2] * math.nan, k[:, :, :2], v[:, :, :2], layer, rule=RULE)  # would open a page
     assert layer.seq_len == 95
     assert layer.num_pages == 6
     assert layer.num_pages == sum(map(len, layer.used_slots()))
@@ -177,7 +178,7 @@ def test_a_failed_step_on_a_device_leaves_the_layer_as_it_was(num_tokens: int, m
     """Also where no page is far, so that no lane looks at q; and where the near part fails after the tokens came."""
     layer, q, k, v = filled(num_tokens, [0])
     expected, pages = layer.read(0, num_tokens), layer.num_pages
-    tail = k[:, :, :1], v[:, :, :1], layer, SCALE
+    tail = k[:, :, :1], v[:, :, :1], layer, RULE
     with pytest.raises(InputError, match="q contains NaN"):
         attention._decode_on_device(q[:, :, :1] * math.nan, *tail)
 
@@ -195,13 +196,13 @@ def test_q_and_k_of_different_lengths_are_refused() -> None:
     layer, q, k, v = filled(41, [0])
     for num_tokens in (1, 3):
         with pytest.raises(InputError, match=f"of the same tokens, got 2 of q and {num_tokens} of k"):
-            decode_step(q[:, :, :2], k[:, :, :num_tokens], v[:, :, :num_tokens], layer, scale=SCALE)
+            decode_step(q[:, :, :2], k[:, :, :num_tokens], v[:, :, :num_tokens], layer, rule=RULE)
     assert layer.seq_len == 41
 
 
 def test_a_chunk_of_padding_alone_is_empty() -> None:
     layer, q, k, v = filled(20, [0, 50])
-    part = prefill_chunk(q[:, :, :10], k[:, :, :10], v[:, :, :10], layer, scale=SCALE)
+    part = prefill_chunk(q[:, :, :10], k[:, :, :10], v[:, :, :10], layer, rule=RULE)
     assert (part.out[1] == 0).all()
     assert (part.lse[1] == -math.inf).all()
     assert part.lse[0].isfinite().all()
@@ -222,7 +223,7 @@ def test_nan_in_a_single_query_is_refused(q_len: int, dtype: torch.dtype) -> Non
     q, k, v = random_qkv(1, q_len, dtype)
     q[0, 1, q_len // 2, 3] = math.nan
     with pytest.raises(InputError, match="q contains NaN"):
-        extend_and_attend(q, k, v, layer, scale=SCALE, chunk_tokens=32)
+        extend_and_attend(q, k, v, layer, rule=RULE, chunk_tokens=32)
 
 
 def test_strided_inputs_as_models_give_them() -> None:
@@ -237,9 +238,9 @@ def test_memory_of_a_prefill_is_bounded_by_a_chunk(monkeypatch: pytest.MonkeyPat
     """torch's kernel never sees more queries than a chunk, nor more history than a piece."""
     seen: list[tuple[int, int]] = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False) -> Partial:
+    def spy(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, causal: bool = False) -> Partial:
         seen.append((q.shape[2], k.shape[2]))
-        return torch_ops.attend_dense(q, k, v, scale=scale, causal=causal)
+        return torch_ops.attend_dense(q, k, v, rule=rule, causal=causal)
 
     monkeypatch.setattr(attention, "attend_dense", spy)
     monkeypatch.setattr(attention, "PREFILL_PIECE_TOKENS", 64)
@@ -256,8 +257,8 @@ def test_near_attention_as_on_a_device(kv_start: list[int]) -> None:
     layer, q, k, v = filled(100, kv_start)
     queries = q[:, :, -1:]
     with layer.hold() as held:
-        far = cpu.attend(queries, held.far, scale=SCALE, causal=False)
-        near = attention._attend_near(queries, held.near, SCALE)
+        far = cpu.attend(queries, held.far, rule=RULE, causal=False)
+        near = attention._attend_near(queries, held.near, RULE)
     visible = causal_visible(100, 1, layer.kv_start)
     bound = attend_bound(queries, k, v, visible, SCALE, TORCH_FLOAT32, num_merges=2)
     assert_within(torch_ops.merge([far, near]), dense_attention(queries, k, v, visible, SCALE), bound)
@@ -266,9 +267,9 @@ def test_near_attention_as_on_a_device(kv_start: list[int]) -> None:
 def test_decode_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lane answers from its own thread, the near part is gathered, parts are merged."""
 
-    def on_device(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float) -> Tensor:
+    def on_device(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, rule: ScoreRule) -> Tensor:
         assert q.shape[2] == 1
-        return attention._decode_on_device(q, k, v, layer, scale)
+        return attention._decode_on_device(q, k, v, layer, rule)
 
     monkeypatch.setattr(attention, "decode_step", on_device)
     q, k, v = random_qkv(2, 130)
@@ -282,9 +283,9 @@ def test_an_error_in_the_lane_reaches_the_caller_and_releases_the_pages() -> Non
     layer, q, k, v = filled(100, [0])
     tail = q[:, :, -1:] * math.nan, k[:, :, -1:], v[:, :, -1:], layer
     with pytest.raises(InputError, match="q contains NaN"):
-        attention._decode_on_device(*tail, SCALE)
+        attention._decode_on_device(*tail, RULE)
     with pytest.raises(InputError, match="q contains NaN"):
-        decode_step(*tail, scale=SCALE)
+        decode_step(*tail, rule=RULE)
     layer.crop(0)
 
 
@@ -305,7 +306,7 @@ def test_pages_are_held_until_the_lane_has_ended(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tandemkv.lanes.attend.kernels.attend", slow_attend)
     monkeypatch.setattr(attention, "_attend_near", failing_near)
     with pytest.raises(RuntimeError, match="the device failed"):
-        attention._decode_on_device(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], layer, SCALE)
+        attention._decode_on_device(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], layer, RULE)
     assert seen == [1]
     layer.crop(0)
 
@@ -339,7 +340,7 @@ def test_dense_attention_agrees_with_the_reference() -> None:
 
     q, k, v = random_qkv(2, 40)
     kv = paginate(k, v, PageLayout(torch.float32, 16), kv_start=torch.tensor([0, 11]))
-    truth = reference.attend(q, kv, scale=SCALE, causal=True)
+    truth = reference.attend(q, kv, rule=RULE, causal=True)
     out, lse = dense_attention(q, k, v, causal_visible(40, 40, kv.kv_start), SCALE)
     torch.testing.assert_close(out, truth.out)
     torch.testing.assert_close(lse, truth.lse)

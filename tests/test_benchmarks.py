@@ -15,7 +15,7 @@ from benchmarks import attend, common, contest, decode, plot, prefill
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
 from tandemkv import demo
 from tandemkv.kernels import cpu
-from tandemkv.types import Partial
+from tandemkv.types import Partial, ScoreRule
 
 CONTRACT = (
     *("shape", "read_gbps", "ours_ms", "ours_gbps", "share_of_read", "peers_ms", "ratio_to_fastest_peer"),
@@ -90,7 +90,7 @@ def test_every_copy_is_the_same_sequence(rules: contest.Rules) -> None:
     slots = torch.cat([paged.page_table[0, 0] for paged in made.copies.paged]).tolist()
     assert len(set(slots)) == len(slots), "copies that share memory would be read from a cache"
     for paged in made.copies.paged:
-        out = cpu.attend(made.problem.q, [paged], scale=made.problem.scale, causal=False).out
+        out = cpu.attend(made.problem.q, [paged], rule=ScoreRule(made.problem.scale), causal=False).out
         assert made.judge.error(out) <= made.judge.tolerance
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tandemkv import doctor, machine
 from tandemkv.kernels import cpu, torch_ops
-from tandemkv.types import Partial
+from tandemkv.types import Partial, ScoreRule
 
 GIB = 1 << 30
 
@@ -107,8 +107,8 @@ def test_backends_that_work_here_are_used(report: doctor.Report) -> None:
 def test_torch_cpu_is_not_used_where_its_lse_is_of_another_base(monkeypatch: pytest.MonkeyPatch) -> None:
     right = torch_ops.attend_dense
 
-    def base_2(*args: torch.Tensor, **kwargs: float) -> Partial:
-        out, lse = right(*args, scale=kwargs["scale"])
+    def base_2(*args: torch.Tensor, **kwargs: ScoreRule) -> Partial:
+        out, lse = right(*args, rule=kwargs["rule"])
         return Partial(out, lse / math.log(2))
 
     monkeypatch.setattr(torch_ops, "attend_dense", base_2)

@@ -154,13 +154,13 @@ import shutil, sys
 sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]  # our editable self
 import torch, tandemkv
 from tandemkv import kernels
-from tandemkv.types import Arena, PagedKV, PageLayout
+from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
 
 assert not any(map(shutil.which, ("c++", "g++", "cc", "gcc", "clang", "cmake", "ninja")))
 arena = Arena.allocate(PageLayout(torch.bfloat16, 16, "panels"), 1, 1, 8)
 table = torch.zeros((1, 1, 1), dtype=torch.int32)
 kernels.append(arena, table, 0, torch.ones(1, 1, 3, 8).bfloat16(), torch.full((1, 1, 3, 8), 7.0).bfloat16())
 kv = PagedKV(arena, table, torch.tensor([0]), torch.tensor([3]))
-out, _ = kernels.attend(torch.ones(1, 1, 1, 8), kv, scale=1.0)
+out, _ = kernels.attend(torch.ones(1, 1, 1, 8), kv, rule=ScoreRule(1.0))
 print(tandemkv.__file__, tandemkv.__version__, out.mean().item())
 """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from tandemkv.kernels import attend, merge
-    from tandemkv.types import Arena, PagedKV, PageLayout, Partial
+    from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule
 
 __all__ = [
     "Arena",
@@ -27,6 +27,7 @@ __all__ = [
     "PageLayout",
     "PagedKV",
     "Partial",
+    "ScoreRule",
     "TandemError",
     "UnavailableError",
     "UnsupportedError",
@@ -36,7 +37,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "tandemkv.types": ("Arena", "PageLayout", "PagedKV", "Partial"),
+    "tandemkv.types": ("Arena", "PageLayout", "PagedKV", "Partial", "ScoreRule"),
     "tandemkv.kernels": ("attend", "merge"),
 }
 

@@ -13,7 +13,7 @@ from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend_dense, merge
 from tandemkv.lanes import LANES, PendingPartial
-from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial
+from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -26,19 +26,19 @@ MAX_DECODE_QUERIES = 8
 PREFILL_PIECE_TOKENS = 2048
 
 
-def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float) -> Tensor:
+def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, rule: ScoreRule) -> Tensor:
     """Add the newest tokens to a layer, and attend from them over everything it holds, themselves included.
 
     q: `[num_seqs, num_q_heads, q_len, head_dim]` on the near device, k and v accordingly; a token sees what is not
     newer than itself. Returns `[num_seqs, q_len, num_q_heads, head_dim]` in q's dtype, contiguous.
     """
     if q.device.type != "cpu":
-        return _decode_on_device(q, k, v, layer, scale)
+        return _decode_on_device(q, k, v, layer, rule)
     with layer.extended(q.shape[2]) as held:  # one processor reaches near and far: one call
-        return append_and_attend(q, k, v, *held.far, held.near, scale=scale, pool=worker_pool())
+        return append_and_attend(q, k, v, *held.far, held.near, rule=rule, pool=worker_pool())
 
 
-def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float) -> Partial:
+def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, rule: ScoreRule) -> Partial:
     """Attention of a chunk over the layer's history and over itself; the chunk is not appended yet.
 
     k, v: `[num_seqs, num_kv_heads, q_len, head_dim]`, q accordingly. Everything in the layer is older than every query,
@@ -46,15 +46,15 @@ def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: flo
     Raises InputError for NaN in q.
     """
     if int(layer.kv_start.max()) == 0:
-        return _prefill_rows(q, k, v, layer, slice(None), 0, scale)
+        return _prefill_rows(q, k, v, layer, slice(None), 0, rule)
     parts = [  # padding differs between sequences: each attends alone, to what exists
-        _prefill_rows(q[i : i + 1], k[i : i + 1], v[i : i + 1], layer, slice(i, i + 1), int(layer.kv_start[i]), scale)
+        _prefill_rows(q[i : i + 1], k[i : i + 1], v[i : i + 1], layer, slice(i, i + 1), int(layer.kv_start[i]), rule)
         for i in range(q.shape[0])
     ]
     return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
 
 
-def extend_and_attend(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale: float, chunk_tokens: int) -> Tensor:
+def extend_and_attend(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, rule: ScoreRule, chunk_tokens: int) -> Tensor:
     """Add new tokens to a layer and attend from them, evicting the oldest: a decode step, or a prompt chunk by chunk.
 
     Shapes as in `prefill_chunk`, for any q_len. Returns `[num_seqs, q_len, num_q_heads, head_dim]` in q's dtype,
@@ -64,13 +64,13 @@ def extend_and_attend(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, scale:
     if q_len <= (MAX_DECODE_QUERIES if q.device.type == "cpu" else 1):
         worker_pool().rouse()  # they wake while this thread makes room
         layer.evict()
-        return decode_step(q, k, v, layer, scale=scale)
+        return decode_step(q, k, v, layer, rule=rule)
     out = torch.empty((num_seqs, q_len, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
     for begin in range(0, q_len, chunk_tokens):
         chunk = slice(begin, begin + chunk_tokens)
         q_chunk, k_chunk, v_chunk = q[:, :, chunk], k[:, :, chunk], v[:, :, chunk]
         layer.evict()
-        part = prefill_chunk(q_chunk, k_chunk, v_chunk, layer, scale=scale)
+        part = prefill_chunk(q_chunk, k_chunk, v_chunk, layer, rule=rule)
         layer.append(k_chunk, v_chunk)
         out[:, chunk] = part.out.transpose(1, 2)
     return out
@@ -84,31 +84,31 @@ def worker_pool() -> "WorkerPool":
     return WorkerPool(min(torch.get_num_threads(), machine.default_threads()))
 
 
-def _decode_on_device(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, scale: float) -> Tensor:
+def _decode_on_device(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule) -> Tensor:
     if bool(q.isnan().any()):  # torch's kernels may hide it
         raise InputError("q contains NaN: a layer before this attention produced it")
     with layer.extended(q.shape[2]) as held:
         layer.write(k, v)
-        with _lanes_started(q, held.far, scale) as far:
-            near = _attend_near(q, held.near, scale)  # the device works while the lanes do
+        with _lanes_started(q, held.far, rule) as far:
+            near = _attend_near(q, held.near, rule)  # the device works while the lanes do
             part = merge([*(pending.result() for pending in far), near])
     return part.out.transpose(1, 2).to(q.dtype).contiguous()
 
 
 @contextmanager
-def _lanes_started(q: Tensor, far: tuple[PagedKV, ...], scale: float) -> Iterator[list[PendingPartial]]:
+def _lanes_started(q: Tensor, far: tuple[PagedKV, ...], rule: ScoreRule) -> Iterator[list[PendingPartial]]:
     """A lane for every far run; on leaving, whatever happened, none of them reads pages any more."""
     pending: list[PendingPartial] = []
     try:
         for run in far:
-            pending.append(LANES["attend"](q, run, scale=scale, workers=worker_pool()))
+            pending.append(LANES["attend"](q, run, rule=rule, workers=worker_pool()))
         yield pending
     finally:
         for part in pending:
             part.wait()
 
 
-def _attend_near(q: Tensor, near: PagedKV, scale: float) -> Partial:
+def _attend_near(q: Tensor, near: PagedKV, rule: ScoreRule) -> Partial:
     """One query per sequence over near pages on a GPU: gathered, then torch's kernels. Correct, not tuned."""
     from tandemkv.kernels import gather
 
@@ -119,26 +119,28 @@ def _attend_near(q: Tensor, near: PagedKV, scale: float) -> Partial:
     gather(arena, near.page_table, 0, k, v)
     starts = near.kv_start.tolist()
     if not any(starts):
-        return attend_dense(q, k, v, scale=scale)
+        return attend_dense(q, k, v, rule=rule)
     parts = [
-        attend_dense(q[i : i + 1], k[i : i + 1, :, start:], v[i : i + 1, :, start:], scale=scale)
+        attend_dense(q[i : i + 1], k[i : i + 1, :, start:], v[i : i + 1, :, start:], rule=rule)
         for i, start in enumerate(starts)
     ]
     return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
 
 
-def _prefill_rows(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rows: slice, kv_start: int, scale: float) -> Partial:
+def _prefill_rows(
+    q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rows: slice, kv_start: int, rule: ScoreRule
+) -> Partial:
     """`prefill_chunk` for some sequences with the same padding."""
     history = layer.seq_len
     num_padded = min(max(kv_start - history, 0), q.shape[2])  # of the chunk's own tokens
     queries = q[:, :, num_padded:].contiguous()  # once, or each piece would copy it to group its heads
-    part = attend_dense(queries, k[:, :, num_padded:], v[:, :, num_padded:], scale=scale, causal=True)
+    part = attend_dense(queries, k[:, :, num_padded:], v[:, :, num_padded:], rule=rule, causal=True)
     # torch's kernel hides NaN in runs shorter than a block; in others it shows in lse, which is cheaper to read than q.
     if bool((queries if queries.shape[2] < BLOCK_TOKENS else part.lse).isnan().any()):
         raise InputError("q contains NaN: a layer before this attention produced it")
     for begin in range(min(kv_start, history), history, PREFILL_PIECE_TOKENS):
         piece_k, piece_v = layer.read(begin, min(begin + PREFILL_PIECE_TOKENS, history), rows)
-        part = merge([attend_dense(queries, piece_k, piece_v, scale=scale), part], worker_pool())
+        part = merge([attend_dense(queries, piece_k, piece_v, rule=rule), part], worker_pool())
     if num_padded == 0:
         return part
     out = torch.nn.functional.pad(part.out, (0, 0, num_padded, 0))

@@ -24,7 +24,7 @@ except ImportError as error:
     raise UnavailableError(f"torch cannot be imported ({error}): install it again") from error
 
 from tandemkv.kernels import torch_ops
-from tandemkv.types import format_bytes
+from tandemkv.types import ScoreRule, format_bytes
 
 PROBE_BYTES = 1 << 30
 _LEAST_PROBE_BYTES = 256 << 20
@@ -216,7 +216,7 @@ def _torch_cpu_choice() -> Choice:
     """Try torch's flash op, which is not a public interface, on two equal tokens, whose lse is known."""
     x = torch.ones(1, 1, 2, 16)
     try:
-        lse = torch_ops.attend_dense(x, x, x, scale=1.0).lse
+        lse = torch_ops.attend_dense(x, x, x, rule=ScoreRule(1.0)).lse
     except (AttributeError, RuntimeError) as error:
         return Choice("torch cpu", False, f"torch {torch.__version__} has no flash attention that returns lse: {error}")
     if not torch.allclose(lse, torch.tensor(16 + math.log(2))):

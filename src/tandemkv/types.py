@@ -31,6 +31,29 @@ class Partial(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ScoreRule:
+    """How a score follows from q and k, and whom a query sees; the same for every head and token of a call.
+
+    scale: the score is scale * q.k.
+    softcap: it becomes softcap * tanh(score / softcap) (Gemma 2, 2408.00118).
+    window: a query sees the newest `window` tokens, itself included (Mistral, 2310.06825); None for all.
+    Raises InputError for values that cannot be.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if not abs(self.scale) <= torch.finfo(torch.float32).max:
+            raise InputError(f"scale must be finite, got {self.scale}")
+        if self.softcap is not None and not 0 < self.softcap <= torch.finfo(torch.float32).max:
+            raise InputError(f"softcap must be positive and finite, or None, got {self.softcap}")
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise InputError(f"window must be a whole number of tokens, at least 1, or None, got {self.window}")
+
+
+@dataclass(frozen=True)
 class PageLayout:
     """How a head's slice of a page lies in memory; a property of a pool and of saved files, not of a processor.
 

@@ -14,6 +14,7 @@ from tandemkv import kernels
 from tandemkv.attention import decode_step, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, LayerKV
 from tandemkv.errors import CacheError, CapacityError, InputError
+from tandemkv.types import ScoreRule
 from tests.dense import causal_visible, dense_attention, random_kv
 from tests.tolerances import assert_within, attend_bound, kernel_rounding
 
@@ -115,9 +116,9 @@ class CacheMachine(RuleBasedStateMachine):
             layer.evict()
             before = layer.seq_len, layer.num_pages, layer.used_slots()
             with pytest.raises(InputError, match="q contains NaN"):
-                decode_step(q * torch.nan, new_k, new_v, layer, scale=SCALE)
+                decode_step(q * torch.nan, new_k, new_v, layer, rule=ScoreRule(SCALE))
             assert (layer.seq_len, layer.num_pages, layer.used_slots()) == before
-            out = decode_step(q, new_k, new_v, layer, scale=SCALE).transpose(1, 2)
+            out = decode_step(q, new_k, new_v, layer, rule=ScoreRule(SCALE)).transpose(1, 2)
             k, v = (torch.cat(pair, 2) for pair in zip(self.dense[index], (new_k, new_v), strict=True))
             self.dense[index] = k, v
             visible = causal_visible(k.shape[2], q_len, no_padding)
@@ -222,7 +223,7 @@ class CacheMachine(RuleBasedStateMachine):
         for layer, (k, v) in zip(self.layers(), self.dense, strict=True):
             layer.set_kv_start(kv_start)
             with layer.hold() as held:
-                part = kernels.attend(q, *held.far, held.near, scale=SCALE, causal=True)
+                part = kernels.attend(q, *held.far, held.near, rule=ScoreRule(SCALE), causal=True)
             layer.set_kv_start(None)
             bound = attend_bound(q, k, v, visible, SCALE, kernel_rounding(self.spec.dtype), num_merges=2)
             assert_within(part, dense_attention(q, k, v, visible, SCALE), bound)

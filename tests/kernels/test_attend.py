@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tandemkv.errors import InputError, UnavailableError
 from tandemkv.kernels import append_and_attend, attend, cpu, reference
-from tandemkv.types import Packing, PagedKV, PageLayout, Partial
+from tandemkv.types import Packing, PagedKV, PageLayout, Partial, ScoreRule
 from tests.paged import WILD_SLOTS, Case, Shape, build, paginate, poisoned_arena
 from tests.tolerances import Bound, U, assert_within, attend_bound, kernel_rounding
 
@@ -53,7 +53,7 @@ COVER = {
 def expected(shape: Shape, dtype: torch.dtype, packing: Packing, q_dtype: torch.dtype) -> tuple[Case, Partial, Bound]:
     case = build(shape, dtype, packing, q_dtype)
     bound = attend_bound(case.q, case.k, case.v, case.visible, shape.scale, kernel_rounding(dtype))
-    return case, reference.attend(case.q, case.kv, scale=shape.scale, causal=shape.causal), bound
+    return case, reference.attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=shape.causal), bound
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -64,7 +64,7 @@ def expected(shape: Shape, dtype: torch.dtype, packing: Packing, q_dtype: torch.
 def test_equals_the_reference(name: str, dtype: torch.dtype, packing: Packing, q_dtype: torch.dtype, isa: str) -> None:
     shape = COVER[name]
     case, truth, bound = expected(shape, dtype, packing, q_dtype)
-    assert_within(attend(case.q, case.kv, scale=shape.scale, causal=shape.causal, isa=isa), truth, bound)
+    assert_within(attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=shape.causal, isa=isa), truth, bound)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -73,7 +73,7 @@ def test_equals_the_reference(name: str, dtype: torch.dtype, packing: Packing, q
 def test_every_group_size(group_size: int, dtype: torch.dtype, isa: str) -> None:
     shape = Shape(16, 2, group_size, 32, kv_len=(67,), kv_start=(0,), q_len=1 + group_size % 2, causal=True)
     case, truth, bound = expected(shape, dtype, "panels", torch.float32)
-    assert_within(attend(case.q, case.kv, scale=shape.scale, causal=True, isa=isa), truth, bound)
+    assert_within(attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=True, isa=isa), truth, bound)
 
 
 @st.composite
@@ -97,10 +97,10 @@ def shapes(draw: st.DrawFn) -> Shape:
 @given(shapes(), st.sampled_from(DTYPES), st.sampled_from(PACKINGS), st.sampled_from(DTYPES), st.integers(0, 2**31))
 def test_any_shape(shape: Shape, dtype: torch.dtype, packing: Packing, q_dtype: torch.dtype, seed: int) -> None:
     case = build(shape, dtype, packing, q_dtype, seed)
-    truth = reference.attend(case.q, case.kv, scale=shape.scale, causal=shape.causal)
+    truth = reference.attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=shape.causal)
     bound = attend_bound(case.q, case.k, case.v, case.visible, shape.scale, kernel_rounding(dtype))
     for isa in RUNNABLE:
-        assert_within(attend(case.q, case.kv, scale=shape.scale, causal=shape.causal, isa=isa), truth, bound)
+        assert_within(attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=shape.causal, isa=isa), truth, bound)
 
 
 # ---- Edges ----
@@ -112,7 +112,7 @@ def test_queries_that_see_nothing_get_the_identity(dtype: torch.dtype, isa: str)
     """Empty runs, kv_start behind kv_len, and the padded rows of a left-padded causal chunk."""
     shape = Shape(16, 2, 2, 64, kv_len=(0, 20, 20, 20), kv_start=(0, 20, 30, 17), q_len=5, causal=True)
     case = build(shape, dtype, "panels")
-    out, lse = attend(case.q, case.kv, scale=shape.scale, causal=True, isa=isa)
+    out, lse = attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=True, isa=isa)
     blind = ~case.visible.any(-1)
     assert blind.sum(-1).tolist() == [5, 5, 5, 2]
     assert (out.transpose(1, 2)[blind] == 0).all()
@@ -130,7 +130,7 @@ def test_equal_huge_logits_are_a_mean(logit: float, dtype: torch.dtype, isa: str
     v = torch.arange(num_tokens * 8).reshape(1, 1, num_tokens, 8).remainder(16).to(dtype)
     q = torch.zeros(1, 1, 1, 8)
     q[..., 3] = logit / 64.0
-    out, lse = attend(q, paginate(k, v, PageLayout(dtype, 16)), scale=1.0, isa=isa)
+    out, lse = attend(q, paginate(k, v, PageLayout(dtype, 16)), rule=ScoreRule(1.0), isa=isa)
     # Probabilities are exactly 1 and the sums are small integers, so only the last division and rounding remain.
     torch.testing.assert_close(out, v.float().mean(2, keepdim=True), rtol=4 * U, atol=0)
     torch.testing.assert_close(lse.double().item(), logit + math.log(num_tokens), rtol=4 * U, atol=0)
@@ -143,8 +143,8 @@ def test_random_huge_logits(dtype: torch.dtype, isa: str) -> None:
     shape = Shape(16, 1, 4, 8, kv_len=(100,), kv_start=(0,))
     case = build(shape, dtype)
     q = case.q * 1e4
-    out, lse = attend(q, case.kv, scale=0.25, isa=isa)
-    truth = reference.attend(q, case.kv, scale=0.25, causal=False)
+    out, lse = attend(q, case.kv, rule=ScoreRule(0.25), isa=isa)
+    truth = reference.attend(q, case.kv, rule=ScoreRule(0.25), causal=False)
     assert truth.lse.abs().max() > 1e4
     bound = attend_bound(q, case.k, case.v, case.visible, 0.25, kernel_rounding(dtype))
     assert_within(Partial(out, lse), truth, bound)
@@ -167,14 +167,14 @@ def test_a_million_random_tokens(million: tuple[PagedKV, Tensor, Tensor], isa: s
     truth = Partial(torch.softmax(scores, -1) @ v.double(), torch.logsumexp(scores, -1))
     bound = attend_bound(q, k, v, torch.ones(1, 1, 2**20, dtype=torch.bool), 0.5)
     assert bound.lse.max() < 1e-3  # one chunk of 64 that is lost or read twice would be 1.6e-2
-    assert_within(attend(q, kv, scale=0.5, isa=isa, pool=cpu.WorkerPool(2)), truth, bound)
+    assert_within(attend(q, kv, rule=ScoreRule(0.5), isa=isa, pool=cpu.WorkerPool(2)), truth, bound)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_million_equal_tokens_are_counted_exactly(million: tuple[PagedKV, Tensor, Tensor], isa: str) -> None:
     """A query of zeros weighs all tokens alike: lse is ln(2^20), to the last bits, and of the sums only V's remain."""
     kv, _, v = million
-    out, lse = attend(torch.zeros(1, 1, 1, 8), kv, scale=1.0, isa=isa, pool=cpu.WorkerPool(2))
+    out, lse = attend(torch.zeros(1, 1, 1, 8), kv, rule=ScoreRule(1.0), isa=isa, pool=cpu.WorkerPool(2))
     assert abs(lse.item() - 20 * math.log(2)) <= 20 * math.log(2) * 2 * U
     torch.testing.assert_close(out.double(), v.double().mean(2, keepdim=True), rtol=1e-4, atol=0)
 
@@ -191,7 +191,7 @@ def test_a_wild_slot_in_use_is_a_broken_invariant(token: int, wild: int | str, i
     slot = case.kv.arena.num_slots if isinstance(wild, str) else wild
     case.kv.page_table[0, 1, token // 16] = slot
     with pytest.raises(AssertionError, match="a page table entry in use points outside its arena"):
-        attend(case.q, case.kv, scale=shape.scale, isa=isa)
+        attend(case.q, case.kv, rule=ScoreRule(shape.scale), isa=isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -202,7 +202,7 @@ def test_nan_in_q_is_refused_even_where_nothing_is_read(dtype: torch.dtype, isa:
         q = case.q.clone()
         q[seq, 17, 1, 63] = math.nan
         with pytest.raises(InputError, match="q contains NaN"):
-            attend(q, case.kv, scale=1.0, isa=isa)
+            attend(q, case.kv, rule=ScoreRule(1.0), isa=isa)
 
 
 def test_unavailable_instruction_sets_are_named() -> None:
@@ -220,7 +220,9 @@ def test_unavailable_instruction_sets_are_named() -> None:
 def test_nan_in_k_comes_out_as_nan_not_as_nothing(isa: str) -> None:
     """A model that overflowed must not look like an empty cache."""
     k = torch.full((1, 1, 5, 8), math.nan)
-    out, lse = attend(torch.ones(1, 1, 1, 8), paginate(k, k, PageLayout(torch.float32, 16)), scale=1.0, isa=isa)
+    out, lse = attend(
+        torch.ones(1, 1, 1, 8), paginate(k, k, PageLayout(torch.float32, 16)), rule=ScoreRule(1.0), isa=isa
+    )
     assert out.isnan().all()
     assert lse.isnan().all()
 
@@ -235,16 +237,16 @@ def test_strided_queries_give_the_same_bits(q_dtype: torch.dtype) -> None:
     as_models_project = case.q.transpose(1, 2).contiguous().transpose(1, 2)
     every_other_dim = case.q.repeat_interleave(2, -1)[..., ::2]
     sliced = torch.cat([case.q, case.q], -1)[..., 64:]
-    want = attend(case.q, case.kv, scale=shape.scale, causal=True)
+    want = attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=True)
     for q in (as_models_project, every_other_dim, sliced):
         assert not q.is_contiguous()
-        assert_same_bits(attend(q, case.kv, scale=shape.scale, causal=True), want)
+        assert_same_bits(attend(q, case.kv, rule=ScoreRule(shape.scale), causal=True), want)
 
 
 def test_one_query_expanded_over_sequences() -> None:
     case = build(Shape(16, 2, 3, 64, kv_len=(40, 17), kv_start=(0, 5)))
     q = case.q[:1].expand(2, -1, -1, -1)
-    assert_same_bits(attend(q, case.kv, scale=1.0), attend(q.contiguous(), case.kv, scale=1.0))
+    assert_same_bits(attend(q, case.kv, rule=ScoreRule(1.0)), attend(q.contiguous(), case.kv, rule=ScoreRule(1.0)))
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -262,11 +264,11 @@ def test_heads_and_sequences_may_share_a_table_row(packing: Packing) -> None:
     assert shared.stride()[:2] == (0, 0)
     q = torch.randn(2, 6, 1, 64)
     run = (torch.tensor([0, 7]), torch.tensor([40, 33]))
-    got = attend(q, PagedKV(arena, shared, *run), scale=0.125)
-    assert_same_bits(got, attend(q, PagedKV(arena, shared.contiguous(), *run), scale=0.125))
+    got = attend(q, PagedKV(arena, shared, *run), rule=ScoreRule(0.125))
+    assert_same_bits(got, attend(q, PagedKV(arena, shared.contiguous(), *run), rule=ScoreRule(0.125)))
     k, v = k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)
     same = paginate(k, v, layout, *run)
-    truth = reference.attend(q, same, scale=0.125, causal=False)
+    truth = reference.attend(q, same, rule=ScoreRule(0.125), causal=False)
     visible = (torch.arange(40) >= run[0][:, None, None]) & (torch.arange(40) < run[1][:, None, None])
     assert_within(got, truth, attend_bound(q, k, v, visible, 0.125, kernel_rounding(torch.bfloat16)))
 
@@ -285,12 +287,12 @@ def long_case(packing: Packing = "rows") -> tuple[Tensor, PagedKV]:
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_any_number_of_threads_gives_the_same_bits(packing: Packing, isa: str) -> None:
     q, kv = long_case(packing)
-    want = attend(q, kv, scale=0.125, isa=isa)
+    want = attend(q, kv, rule=ScoreRule(0.125), isa=isa)
     for num_threads in (1, 2, 3):
         pool = cpu.WorkerPool(num_threads)
         assert pool.num_threads == num_threads
         for _ in range(5):
-            assert_same_bits(attend(q, kv, scale=0.125, isa=isa, pool=pool), want)
+            assert_same_bits(attend(q, kv, rule=ScoreRule(0.125), isa=isa, pool=pool), want)
 
 
 def test_two_python_threads_may_share_a_pool() -> None:
@@ -298,13 +300,13 @@ def test_two_python_threads_may_share_a_pool() -> None:
     q, kv = long_case()
     other = build(Shape(16, 2, 3, 64, kv_len=(400, 17), kv_start=(0, 5)))
     jobs = [(q, kv), (other.q, other.kv)]
-    wants = [attend(*job, scale=0.125) for job in jobs]
+    wants = [attend(*job, rule=ScoreRule(0.125)) for job in jobs]
     failures: list[BaseException] = []
 
     def work(i: int) -> None:
         try:
             for _ in range(50):
-                assert_same_bits(attend(*jobs[i], scale=0.125, pool=pool), wants[i])
+                assert_same_bits(attend(*jobs[i], rule=ScoreRule(0.125), pool=pool), wants[i])
         except BaseException as error:  # noqa: BLE001  a thread's failure must reach the test
             failures.append(error)
 
@@ -321,7 +323,7 @@ def test_a_pool_works_in_a_child_forked_while_it_is_busy() -> None:
     """The threads stay in the parent and the locks are held for ever: the child must take neither."""
     pool = cpu.WorkerPool(3)
     q, kv = long_case()
-    want = attend(q, kv, scale=0.125, pool=pool)
+    want = attend(q, kv, rule=ScoreRule(0.125), pool=pool)
     long_q = q.repeat(
         1, 1, 64, 1
     )  # tens of milliseconds in the slowest kernel: a fork falls into the job, not between two
@@ -329,7 +331,7 @@ def test_a_pool_works_in_a_child_forked_while_it_is_busy() -> None:
 
     def keep_busy() -> None:
         while not stop.is_set():
-            attend(long_q, kv, scale=0.125, pool=pool, isa="portable")
+            attend(long_q, kv, rule=ScoreRule(0.125), pool=pool, isa="portable")
 
     busy = threading.Thread(target=keep_busy)
     busy.start()
@@ -340,7 +342,7 @@ def test_a_pool_works_in_a_child_forked_while_it_is_busy() -> None:
         busy.join()
     assert None not in statuses, "a child hung"
     assert statuses == [0] * 5
-    assert_same_bits(attend(q, kv, scale=0.125, pool=pool), want)
+    assert_same_bits(attend(q, kv, rule=ScoreRule(0.125), pool=pool), want)
 
 
 def fork_and_attend(q: Tensor, kv: PagedKV, pool: cpu.WorkerPool, want: Partial) -> int:
@@ -351,7 +353,7 @@ def fork_and_attend(q: Tensor, kv: PagedKV, pool: cpu.WorkerPool, want: Partial)
         child = os.fork()
     if child:
         return child
-    got = attend(q, kv, scale=0.125, pool=pool)
+    got = attend(q, kv, rule=ScoreRule(0.125), pool=pool)
     os._exit(0 if got.out.equal(want.out) and got.lse.equal(want.lse) else 3)
 
 
@@ -386,7 +388,9 @@ def test_append_and_attend_is_append_then_attend(q_len: int, dtype: torch.dtype,
     for call in (append_and_attend, append_then_attend):
         arena = poisoned_arena(PageLayout(dtype, 16, packing), 6, 2, 24)
         cpu.append(arena, table, 0, torch.ones(2, 2, 20, 24, dtype=dtype), torch.ones(2, 2, 20, 24, dtype=dtype))
-        results.append(call(q, k, v, older, PagedKV(arena, table, starts, ends), scale=0.3, pool=cpu.WorkerPool(2)))
+        results.append(
+            call(q, k, v, older, PagedKV(arena, table, starts, ends), rule=ScoreRule(0.3), pool=cpu.WorkerPool(2))
+        )
         assert not results[-1].isnan().any()
         back_k, back_v = torch.empty_like(k), torch.empty_like(v)
         cpu.gather(arena, table, 20, back_k, back_v)
@@ -397,7 +401,9 @@ def test_append_and_attend_is_append_then_attend(q_len: int, dtype: torch.dtype,
     assert torch.equal(results[0], results[1])
 
 
-def append_then_attend(q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, scale: float, pool: cpu.WorkerPool) -> Tensor:
+def append_then_attend(
+    q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, rule: ScoreRule, pool: cpu.WorkerPool
+) -> Tensor:
     cpu.append(runs[-1].arena, runs[-1].page_table, 20, k, v, pool)
-    part = attend(q, *runs, scale=scale, causal=True, pool=pool)
+    part = attend(q, *runs, rule=rule, causal=True, pool=pool)
     return part.out.transpose(1, 2).to(q.dtype)

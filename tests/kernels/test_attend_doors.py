@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tandemkv.errors import InputError, TandemError, UnsupportedError
 from tandemkv.kernels import append_and_attend, attend, cpu
-from tandemkv.types import Arena, PagedKV, PageLayout
+from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
 from tests.paged import Shape, build, paginate
 
 Call = tuple[Tensor, PagedKV]
@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[Callable[[], Call], type[TandemError], str]] = {
 
 
 def test_the_case_itself_is_accepted() -> None:
-    attend(CASE.q, CASE.kv, scale=1.0)
+    attend(CASE.q, CASE.kv, rule=ScoreRule(1.0))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -99,7 +99,7 @@ def test_is_refused(name: str) -> None:
     make, error, message = REFUSED[name]
     q, kv = make()
     with pytest.raises(error, match=message):
-        attend(q, kv, scale=1.0)
+        attend(q, kv, rule=ScoreRule(1.0))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -110,7 +110,7 @@ def test_is_refused_by_append_and_attend(name: str) -> None:
     v = torch.full((2, 2, 1, 64), 7.0)
     before = kv.arena.k.clone()
     with pytest.raises(TandemError):
-        append_and_attend(q, v, v, kv, scale=1.0, pool=cpu.single_thread())
+        append_and_attend(q, v, v, kv, rule=ScoreRule(1.0), pool=cpu.single_thread())
     if before.device.type == "cpu":
         assert torch.equal(kv.arena.k.nan_to_num(3.0), before.nan_to_num(3.0))
 
@@ -122,7 +122,7 @@ def test_append_and_attend_writes_only_where_its_tokens_are(lengths: list[int]) 
     before = kv.arena.k.clone()
     q, k = torch.zeros(2, 4, 3, 64), torch.full((2, 2, 3, 64), 7.0)
     with pytest.raises(InputError, match=r"lie in \[0, 64\] for a table of 4 pages|same for all sequences, count"):
-        append_and_attend(q, k, k, kv, scale=1.0, pool=cpu.single_thread())
+        append_and_attend(q, k, k, kv, rule=ScoreRule(1.0), pool=cpu.single_thread())
     assert torch.equal(kv.arena.k.nan_to_num(3.0), before.nan_to_num(3.0))
 
 
@@ -133,67 +133,67 @@ def test_tensors_that_moved_are_seen() -> None:
     arena.v.fill_(1)
     kv = PagedKV(arena, torch.zeros((1, 1, 1), dtype=torch.int32), torch.tensor([0]), torch.tensor([5]))
     q = torch.ones(1, 1, 1, 2)
-    assert attend(q, kv, scale=1.0).out.tolist() == [[[[1.0, 1.0]]]]
+    assert attend(q, kv, rule=ScoreRule(1.0)).out.tolist() == [[[[1.0, 1.0]]]]
     arena.v.share_memory_()  # type: ignore[no-untyped-call]
     arena.v.fill_(5)
-    assert attend(q, kv, scale=1.0).out.tolist() == [[[[5.0, 5.0]]]]
+    assert attend(q, kv, rule=ScoreRule(1.0)).out.tolist() == [[[[5.0, 5.0]]]]
     kv.kv_len.data = torch.tensor([0])
-    assert attend(q, kv, scale=1.0).out.tolist() == [[[[0.0, 0.0]]]]
+    assert attend(q, kv, rule=ScoreRule(1.0)).out.tolist() == [[[[0.0, 0.0]]]]
 
 
 def test_a_resized_table_is_seen() -> None:
     """The memory stays where it is, the sizes do not."""
     kv = paginate(torch.ones(1, 1, 40, 2), torch.ones(1, 1, 40, 2), PageLayout(torch.float32, 16))
     q = torch.ones(1, 1, 1, 2)
-    attend(q, kv, scale=1.0)
+    attend(q, kv, rule=ScoreRule(1.0))
     kv.page_table.resize_(1, 1, 2)
     with pytest.raises(InputError, match=r"lie in \[0, 32\] for a table of 2 pages, got \[0\] and \[40\]"):
-        attend(q, kv, scale=1.0)
+        attend(q, kv, rule=ScoreRule(1.0))
 
 
 def test_the_default_device_does_not_matter() -> None:
-    expected = attend(CASE.q, CASE.kv, scale=1.0)
+    expected = attend(CASE.q, CASE.kv, rule=ScoreRule(1.0))
     with torch.device("meta"):
-        found = attend(CASE.q, CASE.kv, scale=1.0)
+        found = attend(CASE.q, CASE.kv, rule=ScoreRule(1.0))
     assert torch.equal(found.out, expected.out)
 
 
 def test_a_negative_view_is_read_as_what_it_says() -> None:
-    expected = attend(-CASE.q, CASE.kv, scale=1.0)
-    assert torch.equal(attend(torch._neg_view(CASE.q), CASE.kv, scale=1.0).out, expected.out)
+    expected = attend(-CASE.q, CASE.kv, rule=ScoreRule(1.0))
+    assert torch.equal(attend(torch._neg_view(CASE.q), CASE.kv, rule=ScoreRule(1.0)).out, expected.out)
 
 
 @pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan, 1e39])
 def test_a_scale_that_is_no_number(scale: float) -> None:
     with pytest.raises(InputError, match="scale must be finite, got"):
-        attend(CASE.q, CASE.kv, scale=scale)
+        attend(CASE.q, CASE.kv, rule=ScoreRule(scale))
 
 
 def test_what_is_no_tensor_or_run() -> None:
     for q, kv in ((None, CASE.kv), (CASE.q, None), (CASE.q.tolist(), CASE.kv), (CASE.q, CASE.kv.arena)):
         with pytest.raises(InputError, match="expected a tensor q and runs of PagedKV, got"):
-            attend(q, kv, scale=1.0)  # type: ignore[arg-type]
+            attend(q, kv, rule=ScoreRule(1.0))  # type: ignore[arg-type]
 
 
 def test_no_gradient_is_dropped() -> None:
     q = CASE.q.clone().requires_grad_()
     with pytest.raises(UnsupportedError, match="no gradient flows through paged attention"):
-        attend(q, CASE.kv, scale=1.0)
+        attend(q, CASE.kv, rule=ScoreRule(1.0))
     with torch.no_grad():
-        attend(q, CASE.kv, scale=1.0)
+        attend(q, CASE.kv, rule=ScoreRule(1.0))
 
 
 def test_runs_are_alike() -> None:
     other = paginate(torch.zeros(2, 2, 20, 66), torch.zeros(2, 2, 20, 66), PageLayout(torch.float32, 16))
     with pytest.raises(InputError, match=r"runs must have one head_dim and as many KV heads, got .* 64.* and .* 66"):
-        attend(CASE.q, CASE.kv, other, scale=1.0)
+        attend(CASE.q, CASE.kv, other, rule=ScoreRule(1.0))
     with pytest.raises(InputError, match="at least one run"):
-        attend(CASE.q, scale=1.0)
+        attend(CASE.q, rule=ScoreRule(1.0))
 
 
 def test_no_sequences_give_an_empty_result() -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    out, lse = attend(CASE.q[:0], PagedKV(CASE.kv.arena, table[:0], none, none), scale=1.0)
+    out, lse = attend(CASE.q[:0], PagedKV(CASE.kv.arena, table[:0], none, none), rule=ScoreRule(1.0))
     assert out.shape == (0, 4, 1, 64)
     assert lse.shape == (0, 4, 1)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tandemkv.errors import InputError
 from tandemkv.kernels import attend, cpu, merge, reference, torch_ops
-from tandemkv.types import Packing, PageLayout, Partial
+from tandemkv.types import Packing, PageLayout, Partial, ScoreRule
 from tests.paged import paginate
 from tests.tolerances import U, assert_within, attend_bound, kernel_rounding, merge_bound
 
@@ -164,12 +164,12 @@ def test_any_split_merges_into_the_whole(
     layout = PageLayout(dtype, 16, packing)
     tokens = [[t for t, subset in enumerate(owner) if subset == i] for i in range(5)]
     runs = [paginate(k[:, :, own], v[:, :, own], layout) for own in tokens]
-    parts = [attend(q, run, scale=scale) for run in runs]
-    truth = reference.attend(q, paginate(k, v, layout), scale=scale, causal=False)
+    parts = [attend(q, run, rule=ScoreRule(scale)) for run in runs]
+    truth = reference.attend(q, paginate(k, v, layout), rule=ScoreRule(scale), causal=False)
     visible = torch.ones(1, 1, len(owner), dtype=torch.bool)
     bound = attend_bound(q, k, v, visible, scale, kernel_rounding(dtype), num_merges=len(parts))
     assert_within(in_random_grouping(data.draw, parts), truth, bound)
-    assert_within(attend(q, *runs, scale=scale), truth, bound)
+    assert_within(attend(q, *runs, rule=ScoreRule(scale)), truth, bound)
 
 
 # ---- The door ----

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tandemkv.kernels import reference
-from tandemkv.types import Arena, Packing, PagedKV, PageLayout, Partial
+from tandemkv.types import Arena, Packing, PagedKV, PageLayout, Partial, ScoreRule
 from tests.paged import Shape, build, poisoned_arena
 
 SHAPES = {
@@ -25,7 +25,7 @@ def test_equals_torch_in_float64(name: str, dtype: torch.dtype, packing: Packing
     q, kv, k, v, visible = build(shape, dtype, packing)
     q, k, v = q.double(), k.double(), v.double()
     mask = visible.unsqueeze(1)
-    got = reference.attend(q, kv, scale=shape.scale, causal=shape.causal)
+    got = reference.attend(q, kv, rule=ScoreRule(shape.scale), causal=shape.causal)
     out = scaled_dot_product_attention(q, k, v, mask, scale=shape.scale, enable_gqa=True)
     scores = shape.scale * q @ k.repeat_interleave(shape.group_size, 1).mT
     lse = torch.logsumexp(scores.masked_fill(~mask, -math.inf), -1)
@@ -37,7 +37,7 @@ def test_causal_tail_is_torchs_causal_mask() -> None:
     """Where q_len == kv_len the two conventions are one."""
     shape = SHAPES["prefill"]
     q, kv, k, v, _ = build(shape)
-    got = reference.attend(q, kv, scale=shape.scale, causal=True)
+    got = reference.attend(q, kv, rule=ScoreRule(shape.scale), causal=True)
     want = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, scale=shape.scale)
     torch.testing.assert_close(got.out, want, rtol=1e-12, atol=1e-12)
 
@@ -45,7 +45,7 @@ def test_causal_tail_is_torchs_causal_mask() -> None:
 def test_queries_that_see_nothing_get_the_identity() -> None:
     shape = Shape(16, 1, 2, 8, kv_len=(0, 5, 9, 6), kv_start=(0, 5, 12, 5), q_len=3, causal=True)
     case = build(shape)
-    out, lse = reference.attend(case.q, case.kv, scale=1.0, causal=True)
+    out, lse = reference.attend(case.q, case.kv, rule=ScoreRule(1.0), causal=True)
     assert (lse == -math.inf).tolist() == [[[True] * 3] * 2] * 3 + [[[True, True, False]] * 2]
     assert (out[lse == -math.inf] == 0).all()
 
@@ -68,13 +68,13 @@ def test_panels_are_read_as_their_definition_says() -> None:
 def test_merge_of_halves_is_the_whole() -> None:
     shape = Shape(16, 2, 2, 16, kv_len=(50,), kv_start=(0,))
     case = build(shape)
-    whole = reference.attend(case.q, case.kv, scale=0.3, causal=False)
+    whole = reference.attend(case.q, case.kv, rule=ScoreRule(0.3), causal=False)
     ends = [(0, 20), (20, 20), (20, 50)]
     parts = [
         reference.attend(
             case.q,
             PagedKV(case.kv.arena, case.kv.page_table, torch.tensor([begin]), torch.tensor([end])),
-            scale=0.3,
+            rule=ScoreRule(0.3),
             causal=False,
         )
         for begin, end in ends

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tandemkv.kernels import attend, merge, reference
-from tandemkv.types import PagedKV, PageLayout, Partial
+from tandemkv.types import PagedKV, PageLayout, Partial, ScoreRule
 from tests.paged import Case, Shape, build, paginate
 from tests.tolerances import Bound, attend_bound, excess, kernel_rounding, merge_bound, sum_error
 
@@ -18,7 +18,7 @@ HEAD_DIMS = [2, 8, 64, 80, 96, 128, 256]
 def measured(shape: Shape, dtype: torch.dtype) -> tuple[Case, Partial, Bound]:
     case = build(shape, dtype)
     bound = attend_bound(case.q, case.k, case.v, case.visible, shape.scale, kernel_rounding(dtype))
-    return case, reference.attend(case.q, case.kv, scale=shape.scale, causal=shape.causal), bound
+    return case, reference.attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=shape.causal), bound
 
 
 def hundred(head_dim: int, num_kv_heads: int = 1, group_size: int = 1) -> Shape:
@@ -33,7 +33,7 @@ def test_a_missing_token_of_a_hundred_is_seen(head_dim: int, dtype: torch.dtype)
     for token in range(0, 100, 3):
         kept = [t for t in range(100) if t != token]
         kv = paginate(case.k[:, :, kept], case.v[:, :, kept], case.kv.arena.layout)
-        assert excess(attend(case.q, kv, scale=shape.scale), truth, bound) > 1, token
+        assert excess(attend(case.q, kv, rule=ScoreRule(shape.scale)), truth, bound) > 1, token
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -43,7 +43,7 @@ def test_a_token_read_twice_or_as_its_neighbour_is_seen(head_dim: int, dtype: to
     case, truth, bound = measured(shape, dtype)
     for tokens in ([*range(100), 50], [*range(50), 51, *range(51, 100)]):
         kv = paginate(case.k[:, :, tokens], case.v[:, :, tokens], case.kv.arena.layout)
-        assert excess(attend(case.q, kv, scale=shape.scale), truth, bound) > 1
+        assert excess(attend(case.q, kv, rule=ScoreRule(shape.scale)), truth, bound) > 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -52,7 +52,7 @@ def test_a_token_read_twice_or_as_its_neighbour_is_seen(head_dim: int, dtype: to
 def test_one_percent_of_the_scale_is_seen(factor: float, head_dim: int, dtype: torch.dtype) -> None:
     shape = hundred(head_dim)
     case, truth, bound = measured(shape, dtype)
-    assert excess(attend(case.q, case.kv, scale=shape.scale * factor), truth, bound) > 10
+    assert excess(attend(case.q, case.kv, rule=ScoreRule(shape.scale * factor)), truth, bound) > 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,12 +60,12 @@ def test_one_percent_of_the_scale_is_seen(factor: float, head_dim: int, dtype: t
 def test_the_causal_mask_and_the_padding_are_seen(head_dim: int, dtype: torch.dtype) -> None:
     shape = replace(hundred(head_dim), kv_start=(7,), q_len=3, causal=True)
     case, truth, bound = measured(shape, dtype)
-    assert excess(attend(case.q, case.kv, scale=shape.scale, causal=True), truth, bound) <= 1
-    assert excess(attend(case.q, case.kv, scale=shape.scale, causal=False), truth, bound) > 10
+    assert excess(attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=True), truth, bound) <= 1
+    assert excess(attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=False), truth, bound) > 10
     for kv_start in (6, 8):
         whole = paginate(case.k, case.v, case.kv.arena.layout)
         kv = replace(whole, kv_start=torch.tensor([kv_start]))
-        assert excess(attend(case.q, kv, scale=shape.scale, causal=True), truth, bound) > 1
+        assert excess(attend(case.q, kv, rule=ScoreRule(shape.scale), causal=True), truth, bound) > 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,7 +73,7 @@ def test_a_wrong_kv_head_is_seen(dtype: torch.dtype) -> None:
     shape = hundred(64, num_kv_heads=2, group_size=2)
     case, truth, bound = measured(shape, dtype)
     interleaved = case.q[:, [0, 2, 1, 3]]  # query head h reading KV head h % num_kv_heads
-    out, lse = attend(interleaved, case.kv, scale=shape.scale)
+    out, lse = attend(interleaved, case.kv, rule=ScoreRule(shape.scale))
     assert excess(Partial(out[:, [0, 2, 1, 3]], lse[:, [0, 2, 1, 3]]), truth, bound) > 10
 
 
@@ -83,14 +83,14 @@ def test_a_poisoned_token_or_head_is_seen() -> None:
     beyond = replace(case.kv, kv_len=torch.tensor([101]))
     crossed = replace(case.kv, page_table=case.kv.page_table.flip(1))
     for kv in (beyond, crossed):
-        assert excess(attend(case.q, kv, scale=shape.scale), truth, bound) == math.inf
+        assert excess(attend(case.q, kv, rule=ScoreRule(shape.scale)), truth, bound) == math.inf
 
 
 def test_query_rounded_once_to_bf16_is_seen() -> None:
     """Why the kernel multiplies q and probabilities as two bf16 parts: one part is off by 2^-8."""
     shape = hundred(128)
     case, truth, bound = measured(shape, torch.bfloat16)
-    assert excess(attend(case.q.bfloat16(), case.kv, scale=shape.scale), truth, bound) > 1
+    assert excess(attend(case.q.bfloat16(), case.kv, rule=ScoreRule(shape.scale)), truth, bound) > 1
 
 
 def split_in_two(shape: Shape, dtype: torch.dtype) -> tuple[Partial, Partial, Partial, Bound]:
@@ -98,7 +98,7 @@ def split_in_two(shape: Shape, dtype: torch.dtype) -> tuple[Partial, Partial, Pa
     bound = attend_bound(case.q, case.k, case.v, case.visible, shape.scale, kernel_rounding(dtype), num_merges=1)
     layout = PageLayout(dtype, 16)
     first, second = (
-        attend(case.q, paginate(case.k[:, :, part], case.v[:, :, part], layout), scale=shape.scale)
+        attend(case.q, paginate(case.k[:, :, part], case.v[:, :, part], layout), rule=ScoreRule(shape.scale))
         for part in (slice(0, 40), slice(40, 100))
     )
     return first, second, truth, bound

@@ -9,7 +9,7 @@ from torch import Tensor
 from tandemkv import kernels
 from tandemkv.errors import InputError
 from tandemkv.kernels import attend, merge, reference, torch_ops
-from tandemkv.types import PageLayout, Partial
+from tandemkv.types import PageLayout, Partial, ScoreRule
 from tests.paged import paginate, visible_tokens
 from tests.tolerances import (
     TORCH_BF16,
@@ -36,7 +36,7 @@ def truth_of(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Partial, Bo
     kv = paginate(k, v, PageLayout(k.dtype, 64))
     visible = visible_tokens(kv.kv_start, kv.kv_len, q.shape[2], k.shape[2], causal)
     bound = attend_bound(q, k, v, visible, 0.2, ROUNDING[k.dtype])
-    return reference.attend(q, kv, scale=0.2, causal=causal), bound
+    return reference.attend(q, kv, rule=ScoreRule(0.2), causal=causal), bound
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,7 +45,7 @@ def truth_of(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Partial, Bo
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 100), (5, 70), (33, 17)])
 def test_equals_the_reference(q_len: int, kv_len: int, group_size: int, head_dim: int, dtype: torch.dtype) -> None:
     q, k, v = dense(dtype, group_size, q_len, kv_len, head_dim)
-    assert_within(torch_ops.attend_dense(q, k, v, scale=0.2), *truth_of(q, k, v, causal=False))
+    assert_within(torch_ops.attend_dense(q, k, v, rule=ScoreRule(0.2)), *truth_of(q, k, v, causal=False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -54,14 +54,14 @@ def test_equals_the_reference(q_len: int, kv_len: int, group_size: int, head_dim
 def test_a_causal_chunk_equals_the_reference(num_tokens: int, group_size: int, dtype: torch.dtype) -> None:
     q, k, v = dense(dtype, group_size, num_tokens, num_tokens, 64)
     truth, bound = truth_of(q, k, v, causal=True)
-    assert_within(torch_ops.attend_dense(q, k, v, scale=0.2, causal=True), truth, bound)
+    assert_within(torch_ops.attend_dense(q, k, v, rule=ScoreRule(0.2), causal=True), truth, bound)
     if num_tokens > 1:
-        assert excess(torch_ops.attend_dense(q, k, v, scale=0.2), truth, bound) > 10
+        assert excess(torch_ops.attend_dense(q, k, v, rule=ScoreRule(0.2)), truth, bound) > 10
 
 
 def test_out_in_bf16_is_rounded_once_to_bf16_and_lse_is_not() -> None:
     q, k, v = dense(torch.bfloat16, 2, 3, 100, 64)
-    out, lse = torch_ops.attend_dense(q, k, v, scale=0.2)
+    out, lse = torch_ops.attend_dense(q, k, v, rule=ScoreRule(0.2))
     assert torch.equal(out, out.bfloat16().float())
     assert not torch.equal(lse, lse.bfloat16().float())
 
@@ -69,13 +69,13 @@ def test_out_in_bf16_is_rounded_once_to_bf16_and_lse_is_not() -> None:
 def test_strided_inputs_as_models_give_them() -> None:
     q, k, v = dense(torch.float32, 3, 5, 40, 64)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    assert_within(torch_ops.attend_dense(*strided, scale=0.2), *truth_of(q, k, v, causal=False))
+    assert_within(torch_ops.attend_dense(*strided, rule=ScoreRule(0.2)), *truth_of(q, k, v, causal=False))
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(3, 0), (0, 3)])
 def test_nothing_to_attend_is_the_empty_partial(q_len: int, kv_len: int) -> None:
     q, k, v = dense(torch.bfloat16, 2, q_len, kv_len, 64)
-    out, lse = torch_ops.attend_dense(q, k, v, scale=0.2)
+    out, lse = torch_ops.attend_dense(q, k, v, rule=ScoreRule(0.2))
     assert out.shape == q.shape
     assert out.dtype == lse.dtype == torch.float32
     assert (out == 0).all()
@@ -95,8 +95,8 @@ def test_the_plain_way_equals_the_reference(group_size: int, causal: bool) -> No
 def test_near_and_far_merge_into_the_whole(dtype: torch.dtype) -> None:
     """A chunk's attention as the model runs it: far pages by the CPU kernel, the chunk itself causal by torch."""
     q, k, v = dense(dtype, 2, 10, 90, 64)
-    far = attend(q, paginate(k[:, :, :80], v[:, :, :80], PageLayout(dtype, 16)), scale=0.2)
-    near = torch_ops.attend_dense(q, k[:, :, 80:], v[:, :, 80:], scale=0.2, causal=True)
+    far = attend(q, paginate(k[:, :, :80], v[:, :, :80], PageLayout(dtype, 16)), rule=ScoreRule(0.2))
+    near = torch_ops.attend_dense(q, k[:, :, 80:], v[:, :, 80:], rule=ScoreRule(0.2), causal=True)
     truth, _ = truth_of(q, k, v, causal=True)
     visible = visible_tokens(torch.zeros(2, dtype=torch.int64), torch.full((2,), 90), 10, 90, causal=True)
     both = ROUNDING[dtype]._replace(query=kernel_rounding(dtype).query)
@@ -123,4 +123,4 @@ REFUSED = {
 def test_dense_attention_refuses(name: str) -> None:
     q, k, v, causal, message = REFUSED[name]
     with pytest.raises(InputError, match=message):
-        kernels.attend_dense(q, k, v, scale=1.0, causal=causal)
+        kernels.attend_dense(q, k, v, rule=ScoreRule(1.0), causal=causal)

@@ -32,7 +32,7 @@ from transformers.masking_utils import (
 from tandemkv.attention import extend_and_attend, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, TierUse
 from tandemkv.errors import CacheError, InputError, UnsupportedError
-from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, parse_bytes
+from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, ScoreRule, parse_bytes
 
 IMPLEMENTATION = "tandem"
 """The name under which transformers knows our attention function and mask."""
@@ -286,7 +286,7 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
             cache.require_room(k)
         layer = kv.layer(self.index, k.shape[0])
         layer.set_kv_start(cache.padding(mask))
-        return extend_and_attend(q, k, v, layer, scale=scale, chunk_tokens=kv.spec.chunk_tokens)
+        return extend_and_attend(q, k, v, layer, rule=ScoreRule(scale), chunk_tokens=kv.spec.chunk_tokens)
 
     def get_seq_length(self) -> int:
         """Tokens held, near and far."""

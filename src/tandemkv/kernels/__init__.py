@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError
-from tandemkv.types import Arena, PagedKV, Partial
+from tandemkv.types import Arena, PagedKV, Partial, ScoreRule
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def attend(
     q: Tensor,
     *runs: PagedKV,
-    scale: float,
+    rule: ScoreRule,
     causal: bool = False,
     pool: "WorkerPool | None" = None,
     isa: str | None = None,
@@ -43,10 +43,10 @@ def attend(
     """
     from tandemkv.kernels import cpu
 
-    return cpu.attend(q, runs, scale=scale, causal=causal, pool=pool, isa=isa)
+    return cpu.attend(q, runs, rule=rule, causal=causal, pool=pool, isa=isa)
 
 
-def append_and_attend(q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, scale: float, pool: "WorkerPool") -> Tensor:
+def append_and_attend(q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, rule: ScoreRule, pool: "WorkerPool") -> Tensor:
     """`append` k and v as the last q_len tokens of the last run, then `attend` from them, causally, over all runs.
 
     One call, because after a short context calls cost more than reading.
@@ -56,10 +56,10 @@ def append_and_attend(q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, scale: fl
     """
     from tandemkv.kernels import cpu
 
-    return cpu.append_and_attend(q, k, v, runs, scale=scale, pool=pool)
+    return cpu.append_and_attend(q, k, v, runs, rule=rule, pool=pool)
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False) -> Partial:
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, causal: bool = False) -> Partial:
     """Exact attention of prefill-sized queries over dense k and v, by torch's kernels, on any device.
 
     q: `[num_seqs, num_q_heads, q_len, head_dim]`; k, v: `[num_seqs, num_kv_heads, kv_len, head_dim]`, every token real.
@@ -68,7 +68,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool 
     from tandemkv.kernels import torch_ops
 
     _check_dense(q, k, v, causal)
-    return torch_ops.attend_dense(q, k, v, scale=scale, causal=causal)
+    return torch_ops.attend_dense(q, k, v, rule=rule, causal=causal)
 
 
 def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None) -> Partial:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError, UnavailableError, UnsupportedError
-from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, Arena, PagedKV, Partial
+from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, Arena, PagedKV, Partial, ScoreRule
 
 try:
     from tandemkv import _native
@@ -59,13 +59,13 @@ def attend(
     q: Tensor,
     runs: Sequence[PagedKV],
     *,
-    scale: float,
+    rule: ScoreRule,
     causal: bool,
     pool: WorkerPool | None = None,
     isa: str | None = None,
 ) -> Partial:
     """See `tandemkv.kernels.attend`."""
-    _check_query(q, runs, scale)
+    _check_query(q, runs, rule)
     q = _dense(q)
     out = torch.empty(q.shape, dtype=torch.float32, device="cpu")  # whatever the default device is
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
@@ -74,7 +74,7 @@ def attend(
         resolve_isa(isa),
         [_native_run(kv) for kv in runs],
         _rows(q),
-        scale,
+        rule.scale,
         causal,
         _rows(out),
         lse.data_ptr(),
@@ -84,10 +84,10 @@ def attend(
 
 
 def append_and_attend(
-    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], *, scale: float, pool: WorkerPool
+    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], *, rule: ScoreRule, pool: WorkerPool
 ) -> Tensor:
     """See `tandemkv.kernels.append_and_attend`."""
-    _check_query(q, runs, scale)
+    _check_query(q, runs, rule)
     runs[-1].arena.check_tokens(q.shape[0], k, v)
     if k.shape[2] != q.shape[2]:
         raise InputError(f"q, k and v must be of the same tokens, got {q.shape[2]} of q and {k.shape[2]} of k")
@@ -101,7 +101,7 @@ def append_and_attend(
         _rows(q),
         _rows(k),
         _rows(v),
-        scale,
+        rule.scale,
         _rows(out.transpose(1, 2)),
     )
     _raise_for(status, runs)
@@ -208,13 +208,13 @@ def _native_run(kv: PagedKV) -> _native.Run:
     return run
 
 
-def _check_query(q: Tensor, runs: Sequence[PagedKV], scale: float) -> None:
+def _check_query(q: Tensor, runs: Sequence[PagedKV], rule: ScoreRule) -> None:
     if not runs:
         raise InputError("attend needs at least one run of tokens; an empty one gives the identity of merge")
     if not isinstance(q, Tensor) or not all(isinstance(kv, PagedKV) for kv in runs):
         raise InputError(f"expected a tensor q and runs of PagedKV, got {_types_of(q, *runs)}")
-    if not abs(scale) <= torch.finfo(torch.float32).max:
-        raise InputError(f"scale must be finite, got {scale}")
+    if rule.softcap is not None or rule.window is not None:
+        raise UnsupportedError("the CPU kernel has neither soft caps nor windows yet")
     if q.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError("no gradient flows through paged attention: use torch.no_grad()")
     arena = runs[0].arena

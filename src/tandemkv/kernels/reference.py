@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from tandemkv.types import Arena, PagedKV, Partial
+from tandemkv.types import Arena, PagedKV, Partial, ScoreRule
 
 
-def attend(q: Tensor, kv: PagedKV, *, scale: float, causal: bool) -> Partial:
+def attend(q: Tensor, kv: PagedKV, *, rule: ScoreRule, causal: bool) -> Partial:
     """See `tandemkv.kernels.attend`; out and lse are float64."""
     num_seqs, num_q_heads, q_len, _ = q.shape
     group_size = num_q_heads // kv.arena.num_kv_heads
@@ -25,7 +25,7 @@ def attend(q: Tensor, kv: PagedKV, *, scale: float, causal: bool) -> Partial:
                 num_visible = max(last - start, 0)
                 if num_visible == 0:
                     continue
-                scores = scale * (k[:num_visible].double() @ q[seq, head, i].double())
+                scores = rule.scale * (k[:num_visible].double() @ q[seq, head, i].double())
                 lse[seq, head, i] = torch.logsumexp(scores, 0)
                 out[seq, head, i] = torch.softmax(scores, 0) @ v[:num_visible].double()
     return Partial(out, lse)

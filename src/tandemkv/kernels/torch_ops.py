@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tandemkv.types import Arena, Partial
+from tandemkv.types import Arena, Partial, ScoreRule
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False) -> Partial:
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, causal: bool = False) -> Partial:
     """Attention of q over dense k and v, all of them tokens that exist.
 
     q: `[num_seqs, num_q_heads, q_len, head_dim]`; k, v: `[num_seqs, num_kv_heads, kv_len, head_dim]`, one dtype and
@@ -25,7 +25,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool 
         k, v = k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)
     elif group_size > 1:
         q = q.reshape(num_seqs, num_kv_heads, group_size * q_len, head_dim)
-    out, lse = _flash(q, k, v, causal, scale)
+    out, lse = _flash(q, k, v, causal, rule.scale)
     return Partial(
         out.reshape(num_seqs, num_q_heads, q_len, head_dim).float(), lse.reshape(num_seqs, num_q_heads, q_len).float()
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tandemkv import kernels
 from tandemkv.lanes.base import PendingPartial
-from tandemkv.types import PagedKV, Partial
+from tandemkv.types import PagedKV, Partial, ScoreRule
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -23,7 +23,7 @@ class _Pending:
     kernels that made q and with the merge; the other thread only waits until q is down.
     """
 
-    def __init__(self, q: Tensor, far: PagedKV, scale: float, workers: "WorkerPool") -> None:
+    def __init__(self, q: Tensor, far: PagedKV, rule: ScoreRule, workers: "WorkerPool") -> None:
         self._device = q.device
         is_cuda = q.device.type == "cuda"
         host_q = torch.empty(q.shape, dtype=q.dtype, device="cpu", pin_memory=is_cuda).copy_(q, non_blocking=is_cuda)
@@ -32,7 +32,7 @@ class _Pending:
         def attend() -> Partial:
             if is_down is not None:
                 is_down.synchronize()
-            return kernels.attend(host_q, far, scale=scale, pool=workers)
+            return kernels.attend(host_q, far, rule=rule, pool=workers)
 
         self._part: Future[Partial] = _dispatcher(os.getpid()).submit(attend)
 
@@ -44,9 +44,9 @@ class _Pending:
         wait([self._part])
 
 
-def start(q: Tensor, far: PagedKV, *, scale: float, workers: "WorkerPool") -> PendingPartial:
+def start(q: Tensor, far: PagedKV, *, rule: ScoreRule, workers: "WorkerPool") -> PendingPartial:
     """See `Lane`."""
-    return _Pending(q, far, scale, workers)
+    return _Pending(q, far, rule, workers)
 
 
 @cache

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from tandemkv.types import PagedKV, Partial
+from tandemkv.types import PagedKV, Partial, ScoreRule
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -23,5 +23,5 @@ class PendingPartial(Protocol):
 class Lane(Protocol):
     """Starts attention of q over far tokens; q may be on any device."""
 
-    def __call__(self, q: Tensor, far: PagedKV, *, scale: float, workers: "WorkerPool") -> PendingPartial:
+    def __call__(self, q: Tensor, far: PagedKV, *, rule: ScoreRule, workers: "WorkerPool") -> PendingPartial:
         """Returns at once where the device and the host are different processors."""
