@@ -18,11 +18,12 @@ def random_kv(
     return k, torch.randn(shape, generator=generator).to(dtype)
 
 
-def causal_visible(num_tokens: int, q_len: int, kv_start: Tensor) -> Tensor:
-    """bool `[num_seqs, q_len, num_tokens]`: the last q_len tokens see what is not newer and no padding."""
+def causal_visible(num_tokens: int, q_len: int, kv_start: Tensor, window: int | None = None) -> Tensor:
+    """bool `[num_seqs, q_len, num_tokens]`: the last q_len tokens see what is not newer nor too old, no padding."""
     token = torch.arange(num_tokens)
     newest = torch.arange(num_tokens - q_len, num_tokens)
-    return (token <= newest[:, None]) & (token >= kv_start[:, None, None])
+    oldest = newest - (num_tokens if window is None else window) + 1
+    return (token <= newest[:, None]) & (token >= oldest[:, None]) & (token >= kv_start[:, None, None])
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Partial:

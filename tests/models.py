@@ -1,68 +1,119 @@
-"""Tiny models of fixed random weights, one builder per supported family, and what stock computes with them."""
+"""Tiny models of fixed random weights, one row per supported family, and prompts for them."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB_SIZE = 97
 MAX_POSITIONS = 1024
 
-# No end-of-sequence token: random weights would end a text anywhere.
+# What of this a family's config has, it gets. No end-of-sequence token: random weights would end a text anywhere.
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
     "max_position_embeddings": MAX_POSITIONS,
     "initializer_range": 0.3,  # the default of 0.02 makes attention flat: a lost page would hardly show
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": 0,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
 }
-_GROUPED: dict[str, Any] = {**_COMMON, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+_EVERY = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")  # also where a name is mapped
+_WINDOW = 24  # of sliding layers: smaller than the prompts, no multiple of a page
+_MIXED = {"sliding_window": _WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+class Family(NamedTuple):
+    """A row of README's table. title: what people call it. changes: to the config, beyond what all have."""
+
+    title: str
+    changes: dict[str, Any] = {}
+    note: str = ""
+
+
+FAMILIES: dict[str, Family] = {
+    "afmoe": Family("Arcee Trinity (AFMoE)", {"sliding_window": _WINDOW, "global_attn_every_n_layers": 2}, "sliding layers"),
+    "apertus": Family("Apertus"),
+    "arcee": Family("Arcee"),
+    "biogpt": Family("BioGPT"),
+    "bitnet": Family("BitNet"),
+    "cohere": Family("Cohere (Command R)"),
+    "cohere2": Family("Cohere 2 (Command R7B, A)", _MIXED, "sliding layers"),
+    "cwm": Family("CWM", _MIXED, "sliding layers"),
+    "ernie4_5": Family("ERNIE 4.5"),
+    "ernie4_5_moe": Family("ERNIE 4.5 MoE"),
+    "exaone4": Family("EXAONE 4", _MIXED, "sliding layers"),
+    "falcon": Family("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "with RoPE; ALiBi is refused"),
+    "flex_olmo": Family("FlexOlmo"),
+    "gemma": Family("Gemma"),
+    "gemma2": Family("Gemma 2", {**_MIXED, "query_pre_attn_scalar": 16}, "soft cap, sliding layers"),
+    "gemma3_text": Family("Gemma 3 (text)", {**_MIXED, "query_pre_attn_scalar": 16}, "sliding layers"),
+    "glm": Family("GLM", {"partial_rotary_factor": 0.5}),
+    "glm4": Family("GLM-4", {"partial_rotary_factor": 0.5}),
+    "glm4_moe": Family("GLM-4.5 (MoE)"),
+    "gpt2": Family("GPT-2"),
+    "gpt_bigcode": Family("StarCoder (GPT-BigCode)", {"multi_query": True}, "one KV head"),
+    "gpt_neox": Family("GPT-NeoX, Pythia", {}, "partial RoPE"),
+    "gpt_oss": Family("GPT-OSS", _MIXED, "attention sinks, sliding layers"),
+    "granite": Family("Granite"),
+    "granitemoe": Family("Granite MoE"),
+    "helium": Family("Helium"),
+    "hunyuan_v1_dense": Family("Hunyuan"),
+    "jais2": Family("Jais 2"),
+    "lfm2": Family("LFM2", {"layer_types": ["conv", "full_attention"]}, "convolution layers stay stock"),
+    "llama": Family("Llama", {"num_hidden_layers": 3}),
+    "ministral": Family("Ministral", _MIXED, "sliding layers"),
+    "mistral": Family("Mistral", {"sliding_window": None}),
+    "mixtral": Family("Mixtral"),
+    "nemotron": Family("Nemotron", {"partial_rotary_factor": 0.5}),
+    "olmo": Family("OLMo"),
+    "olmo2": Family("OLMo 2"),
+    "olmo3": Family("OLMo 3", _MIXED, "sliding layers"),
+    "olmoe": Family("OLMoE"),
+    "opt": Family("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0}),
+    "persimmon": Family("Persimmon"),
+    "phi": Family("Phi 1, 2", {}, "partial RoPE"),
+    "phi3": Family("Phi 3, 4", {"sliding_window": None}),
+    "phimoe": Family("Phi-3.5 MoE", {"sliding_window": None}),
+    "qwen2": Family("Qwen 2, 2.5"),
+    "qwen2_moe": Family("Qwen 2 MoE"),
+    "qwen3": Family("Qwen 3", {"head_dim": 24}),
+    "qwen3_moe": Family("Qwen 3 MoE"),
+    "qwen3_next": Family("Qwen 3 Next", {}, "linear layers stay stock"),
+    "seed_oss": Family("Seed-OSS"),
+    "smollm3": Family("SmolLM 3"),
+    "stablelm": Family("StableLM", {}, "partial RoPE"),
+    "starcoder2": Family("StarCoder 2", {"sliding_window": None}),
+}
+
+
+def build(model_type: str, **changes: Any) -> Any:
+    """A tiny model of a family, in eval mode, with eager attention: the oracle, because sdpa ignores some keywords."""
+    config_class: Any = CONFIG_MAPPING[model_type]
+    known = config_class()
+    common = {name: value for name, value in _COMMON.items() if name in _EVERY or hasattr(known, name)}
+    config = config_class(**{**common, **FAMILIES[model_type].changes, **changes})
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])(config).eval()
 
 
 def llama(**changes: Any) -> Any:
     """Grouped heads, 3 layers."""
-    return _seeded(LlamaForCausalLM, LlamaConfig(**{**_GROUPED, "num_hidden_layers": 3, **changes}))
-
-
-def qwen2(**changes: Any) -> Any:
-    """Biases on q, k and v."""
-    return _seeded(Qwen2ForCausalLM, Qwen2Config(**{**_GROUPED, **changes}))
-
-
-def qwen3(**changes: Any) -> Any:
-    """Norms on q and k, and a head_dim that is not hidden_size / heads."""
-    return _seeded(Qwen3ForCausalLM, Qwen3Config(**{**_GROUPED, "head_dim": 24, **changes}))
-
-
-def opt(**changes: Any) -> Any:
-    """Learned positions, one KV head per query head, queries scaled by the model."""
-    shape = {"ffn_dim": 96, "num_attention_heads": 4, "word_embed_proj_dim": 64}
-    return _seeded(OPTForCausalLM, OPTConfig(**{**_COMMON, **shape, "dropout": 0.0, **changes}))
-
-
-FAMILIES: dict[str, Callable[..., Any]] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "opt": opt}
-
-
-def _seeded(model_class: Any, config: Any) -> Any:
-    """In eval mode, with eager attention: the oracle, because sdpa ignores keywords silently."""
-    config._attn_implementation = "eager"
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        return model_class(config).eval()
+    return build("llama", **changes)
 
 
 def random_ids(num_seqs: int, num_tokens: int, seed: int = 0) -> Tensor:

@@ -56,7 +56,9 @@ def random_qkv(num_seqs: int, num_tokens: int, dtype: torch.dtype = torch.float3
 
 
 def new_layer(spec: CacheSpec, num_seqs: int) -> LayerKV:
-    return KVCache(spec, worker_pool()).layer(0, num_seqs)
+    cache = KVCache(spec, worker_pool())
+    cache.reserve(num_seqs, 0)
+    return cache.layer(0)
 
 
 def feed(spec: CacheSpec, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], kv_start: Tensor) -> tuple[Tensor, int]:
@@ -67,7 +69,7 @@ def feed(spec: CacheSpec, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], k
         layer.set_kv_start(kv_start)
         run = slice(end - length, end)
         run_q, run_k, run_v = q[:, :, run], k[:, :, run], v[:, :, run]
-        outs.append(extend_and_attend(run_q, run_k, run_v, layer, rule=RULE, chunk_tokens=spec.chunk_tokens))
+        outs.append(extend_and_attend(run_q, run_k, run_v, layer, RULE))
         assert outs[-1].is_contiguous()
         assert outs[-1].dtype == q.dtype
     return torch.cat(outs, 1), layer.far_tokens
@@ -167,8 +169,7 @@ def test_a_failed_decode_step_leaves_the_layer_as_it_was() -> None:
     with pytest.raises(InputError, match="q contains NaN"):
         decode_step(q[:, :, :2] * math.nan, k[:, :, :2], v[:, :, :2], layer, rule=RULE)  # would open a page
     assert layer.seq_len == 95
-    assert layer.num_pages == 6
-    assert layer.num_pages == sum(map(len, layer.used_slots()))
+    assert sum(map(len, layer.used_slots())) == 6
     layer.crop(95)  # not held any more
     assert all(torch.equal(x, y) for x, y in zip(layer.read(0, 95), expected, strict=True))
 
@@ -177,7 +178,7 @@ def test_a_failed_decode_step_leaves_the_layer_as_it_was() -> None:
 def test_a_failed_step_on_a_device_leaves_the_layer_as_it_was(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where no page is far, so that no lane looks at q; and where the near part fails after the tokens came."""
     layer, q, k, v = filled(num_tokens, [0])
-    expected, pages = layer.read(0, num_tokens), layer.num_pages
+    expected, pages = layer.read(0, num_tokens), sum(map(len, layer.used_slots()))
     tail = k[:, :, :1], v[:, :, :1], layer, RULE
     with pytest.raises(InputError, match="q contains NaN"):
         attention._decode_on_device(q[:, :, :1] * math.nan, *tail)
@@ -188,7 +189,7 @@ def test_a_failed_step_on_a_device_leaves_the_layer_as_it_was(num_tokens: int, m
     monkeypatch.setattr(attention, "_attend_near", failing)
     with pytest.raises(RuntimeError, match="the device failed"):
         attention._decode_on_device(q[:, :, :1], *tail)
-    assert (layer.seq_len, layer.num_pages) == (num_tokens, pages)
+    assert (layer.seq_len, sum(map(len, layer.used_slots()))) == (num_tokens, pages)
     assert all(torch.equal(x, y) for x, y in zip(layer.read(0, num_tokens), expected, strict=True))
 
 
@@ -223,7 +224,7 @@ def test_nan_in_a_single_query_is_refused(q_len: int, dtype: torch.dtype) -> Non
     q, k, v = random_qkv(1, q_len, dtype)
     q[0, 1, q_len // 2, 3] = math.nan
     with pytest.raises(InputError, match="q contains NaN"):
-        extend_and_attend(q, k, v, layer, rule=RULE, chunk_tokens=32)
+        extend_and_attend(q, k, v, layer, RULE)
 
 
 def test_strided_inputs_as_models_give_them() -> None:
@@ -238,9 +239,9 @@ def test_memory_of_a_prefill_is_bounded_by_a_chunk(monkeypatch: pytest.MonkeyPat
     """torch's kernel never sees more queries than a chunk, nor more history than a piece."""
     seen: list[tuple[int, int]] = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, causal: bool = False) -> Partial:
+    def spy(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, first_query: int | None = None) -> Partial:
         seen.append((q.shape[2], k.shape[2]))
-        return torch_ops.attend_dense(q, k, v, rule=rule, causal=causal)
+        return torch_ops.attend_dense(q, k, v, rule=rule, first_query=first_query)
 
     monkeypatch.setattr(attention, "attend_dense", spy)
     monkeypatch.setattr(attention, "PREFILL_PIECE_TOKENS", 64)
@@ -267,9 +268,9 @@ def test_near_attention_as_on_a_device(kv_start: list[int]) -> None:
 def test_decode_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lane answers from its own thread, the near part is gathered, parts are merged."""
 
-    def on_device(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, rule: ScoreRule) -> Tensor:
+    def on_device(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink: None) -> Tensor:
         assert q.shape[2] == 1
-        return attention._decode_on_device(q, k, v, layer, rule)
+        return attention._decode_on_device(q, k, v, layer, rule, sink)
 
     monkeypatch.setattr(attention, "decode_step", on_device)
     q, k, v = random_qkv(2, 130)
@@ -296,7 +297,7 @@ def test_pages_are_held_until_the_lane_has_ended(monkeypatch: pytest.MonkeyPatch
 
     def slow_attend(*args: Any, **kwargs: Any) -> Partial:
         may_end.wait(10)
-        seen.append(layer._num_holds)
+        seen.append(layer._is_held)
         return cpu.attend(args[0], args[1:], causal=False, **kwargs)
 
     def failing_near(*args: Any) -> Partial:
@@ -307,7 +308,7 @@ def test_pages_are_held_until_the_lane_has_ended(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "_attend_near", failing_near)
     with pytest.raises(RuntimeError, match="the device failed"):
         attention._decode_on_device(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], layer, RULE)
-    assert seen == [1]
+    assert seen == [True]
     layer.crop(0)
 
 

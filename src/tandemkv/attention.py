@@ -1,6 +1,6 @@
 """One decode step and one prefill chunk: the only place where queries meet pages."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -26,52 +26,56 @@ MAX_DECODE_QUERIES = 8
 PREFILL_PIECE_TOKENS = 2048
 
 
-def decode_step(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, rule: ScoreRule) -> Tensor:
+def decode_step(
+    q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None = None
+) -> Tensor:
     """Add the newest tokens to a layer, and attend from them over everything it holds, themselves included.
 
     q: `[num_seqs, num_q_heads, q_len, head_dim]` on the near device, k and v accordingly; a token sees what is not
-    newer than itself. Returns `[num_seqs, q_len, num_q_heads, head_dim]` in q's dtype, contiguous.
+    newer than itself. sink_logit: float32 `[num_q_heads]`, an extra logit without a value (GPT-OSS).
+    Returns `[num_seqs, q_len, num_q_heads, v_head_dim]` in q's dtype, contiguous.
     """
     if q.device.type != "cpu":
-        return _decode_on_device(q, k, v, layer, rule)
+        return _decode_on_device(q, k, v, layer, rule, sink_logit)
     with layer.extended(q.shape[2]) as held:  # one processor reaches near and far: one call
-        return append_and_attend(q, k, v, *held.far, held.near, rule=rule, pool=worker_pool())
+        runs = (*held.far, held.near)
+        return append_and_attend(q, k, v, *runs, rule=rule, sink_logit=sink_logit, pool=worker_pool())
 
 
-def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, rule: ScoreRule) -> Partial:
+def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule) -> Partial:
     """Attention of a chunk over the layer's history and over itself; the chunk is not appended yet.
 
-    k, v: `[num_seqs, num_kv_heads, q_len, head_dim]`, q accordingly. Everything in the layer is older than every query,
-    so that only the chunk itself needs a causal mask. Memory beside the result is bounded by PREFILL_PIECE_TOKENS.
-    Raises InputError for NaN in q.
+    k, v: `[num_seqs, num_kv_heads, q_len, head_dim]`, q accordingly. Memory beside the result is bounded by
+    PREFILL_PIECE_TOKENS. Raises InputError for NaN in q.
     """
-    if int(layer.kv_start.max()) == 0:
-        return _prefill_rows(q, k, v, layer, slice(None), 0, rule)
-    parts = [  # padding differs between sequences: each attends alone, to what exists
-        _prefill_rows(q[i : i + 1], k[i : i + 1], v[i : i + 1], layer, slice(i, i + 1), int(layer.kv_start[i]), rule)
-        for i in range(q.shape[0])
-    ]
-    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+
+    def attend(seqs: slice, kv_start: int) -> Partial:
+        return _prefill_rows(q[seqs], (k[seqs], v[seqs]), layer, seqs, kv_start, rule)
+
+    return _by_padding(layer.kv_start, attend)
 
 
-def extend_and_attend(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, *, rule: ScoreRule, chunk_tokens: int) -> Tensor:
+def extend_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None = None
+) -> Tensor:
     """Add new tokens to a layer and attend from them, evicting the oldest: a decode step, or a prompt chunk by chunk.
 
-    Shapes as in `prefill_chunk`, for any q_len. Returns `[num_seqs, q_len, num_q_heads, head_dim]` in q's dtype,
-    contiguous; rows of padding are 0. Memory grows with a chunk, not with q_len, except for the result.
+    Shapes as in `decode_step`, for any q_len; rows of padding come out as 0. Memory grows with a chunk, not with q_len,
+    except for the result.
     """
-    num_seqs, num_q_heads, q_len, head_dim = q.shape
+    num_seqs, num_q_heads, q_len, _ = q.shape
     if q_len <= (MAX_DECODE_QUERIES if q.device.type == "cpu" else 1):
         worker_pool().rouse()  # they wake while this thread makes room
         layer.evict()
-        return decode_step(q, k, v, layer, rule=rule)
-    out = torch.empty((num_seqs, q_len, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
-    for begin in range(0, q_len, chunk_tokens):
-        chunk = slice(begin, begin + chunk_tokens)
+        return decode_step(q, k, v, layer, rule, sink_logit)
+    out = torch.empty((num_seqs, q_len, num_q_heads, v.shape[3]), dtype=q.dtype, device=q.device)
+    for begin in range(0, q_len, layer.chunk_tokens):
+        chunk = slice(begin, begin + layer.chunk_tokens)
         q_chunk, k_chunk, v_chunk = q[:, :, chunk], k[:, :, chunk], v[:, :, chunk]
         layer.evict()
-        part = prefill_chunk(q_chunk, k_chunk, v_chunk, layer, rule=rule)
+        part = prefill_chunk(q_chunk, k_chunk, v_chunk, layer, rule)
         layer.append(k_chunk, v_chunk)
+        part = part if sink_logit is None else merge([part], sink_logit=sink_logit)
         out[:, chunk] = part.out.transpose(1, 2)
     return out
 
@@ -84,14 +88,16 @@ def worker_pool() -> "WorkerPool":
     return WorkerPool(min(torch.get_num_threads(), machine.default_threads()))
 
 
-def _decode_on_device(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule) -> Tensor:
+def _decode_on_device(
+    q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None = None
+) -> Tensor:
     if bool(q.isnan().any()):  # torch's kernels may hide it
         raise InputError("q contains NaN: a layer before this attention produced it")
     with layer.extended(q.shape[2]) as held:
         layer.write(k, v)
         with _lanes_started(q, held.far, rule) as far:
             near = _attend_near(q, held.near, rule)  # the device works while the lanes do
-            part = merge([*(pending.result() for pending in far), near])
+            part = merge([*(pending.result() for pending in far), near], sink_logit=sink_logit)
     return part.out.transpose(1, 2).to(q.dtype).contiguous()
 
 
@@ -112,36 +118,48 @@ def _attend_near(q: Tensor, near: PagedKV, rule: ScoreRule) -> Partial:
     """One query per sequence over near pages on a GPU: gathered, then torch's kernels. Correct, not tuned."""
     from tandemkv.kernels import gather
 
-    arena, num_seqs = near.arena, q.shape[0]
-    num_tokens = int(near.kv_len.max())
-    k = torch.empty((num_seqs, arena.num_kv_heads, num_tokens, arena.head_dim), dtype=q.dtype, device=q.device)
-    v = torch.empty_like(k)
+    arena, num_tokens = near.arena, int(near.kv_len.max())
+    shape = (q.shape[0], arena.num_kv_heads, num_tokens)
+    k = torch.empty((*shape, arena.head_dim), dtype=q.dtype, device=q.device)
+    v = torch.empty((*shape, arena.v_head_dim), dtype=q.dtype, device=q.device)
     gather(arena, near.page_table, 0, k, v)
-    starts = near.kv_start.tolist()
-    if not any(starts):
-        return attend_dense(q, k, v, rule=rule)
-    parts = [
-        attend_dense(q[i : i + 1], k[i : i + 1, :, start:], v[i : i + 1, :, start:], rule=rule)
-        for i, start in enumerate(starts)
-    ]
-    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+
+    def attend(seqs: slice, kv_start: int) -> Partial:
+        tokens = slice(kv_start, None)
+        first_query = num_tokens - kv_start - q.shape[2]
+        return attend_dense(q[seqs], k[seqs, :, tokens], v[seqs, :, tokens], rule=rule, first_query=first_query)
+
+    return _by_padding(near.kv_start, attend)
 
 
 def _prefill_rows(
-    q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rows: slice, kv_start: int, rule: ScoreRule
+    q: Tensor, kv: tuple[Tensor, Tensor], layer: LayerKV, seqs: slice, kv_start: int, rule: ScoreRule
 ) -> Partial:
     """`prefill_chunk` for some sequences with the same padding."""
-    history = layer.seq_len
-    num_padded = min(max(kv_start - history, 0), q.shape[2])  # of the chunk's own tokens
+    history, q_len = layer.seq_len, q.shape[2]
+    num_padded = min(max(kv_start - history, 0), q_len)  # of the chunk's own tokens
     queries = q[:, :, num_padded:].contiguous()  # once, or each piece would copy it to group its heads
-    part = attend_dense(queries, k[:, :, num_padded:], v[:, :, num_padded:], rule=rule, causal=True)
+    k, v = (x[:, :, num_padded:] for x in kv)
+    part = attend_dense(queries, k, v, rule=rule, first_query=0)
     # torch's kernel hides NaN in runs shorter than a block; in others it shows in lse, which is cheaper to read than q.
     if bool((queries if queries.shape[2] < BLOCK_TOKENS else part.lse).isnan().any()):
         raise InputError("q contains NaN: a layer before this attention produced it")
-    for begin in range(min(kv_start, history), history, PREFILL_PIECE_TOKENS):
-        piece_k, piece_v = layer.read(begin, min(begin + PREFILL_PIECE_TOKENS, history), rows)
-        part = merge([attend_dense(queries, piece_k, piece_v, rule=rule), part], worker_pool())
+    oldest = 0 if rule.window is None else max(0, history - rule.window + 1)  # that the first query sees
+    for begin in range(max(oldest, min(kv_start, history)), history, PREFILL_PIECE_TOKENS):
+        piece_k, piece_v = layer.read(begin, min(begin + PREFILL_PIECE_TOKENS, history), seqs)
+        first_query = history + num_padded - begin
+        older = attend_dense(queries, piece_k, piece_v, rule=rule, first_query=first_query)
+        part = merge([older, part], worker_pool())
     if num_padded == 0:
         return part
     out = torch.nn.functional.pad(part.out, (0, 0, num_padded, 0))
     return Partial(out, torch.nn.functional.pad(part.lse, (num_padded, 0), value=-torch.inf))
+
+
+def _by_padding(kv_start: Tensor, attend: Callable[[slice, int], Partial]) -> Partial:
+    """All sequences at once where they have the same padding; else each alone, over what exists of it."""
+    starts: list[int] = kv_start.tolist()
+    if len(set(starts)) <= 1:
+        return attend(slice(None), starts[0] if starts else 0)
+    parts = [attend(slice(seq, seq + 1), start) for seq, start in enumerate(starts)]
+    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))

@@ -92,7 +92,7 @@ def fill_tiered(cache: tandem.TieredCache, config: LlamaConfig, context: int) ->
     cache.reserve(1, context)
     chunk_tokens = cache.kv.spec.chunk_tokens
     for index, (k, v) in enumerate(random_kv(config, context)):
-        layer = cache.kv.layer(index, 1)
+        layer = cache.kv.layer(index)
         for begin in range(0, context, chunk_tokens):
             layer.evict()
             layer.append(k[:, :, begin : begin + chunk_tokens], v[:, :, begin : begin + chunk_tokens])

@@ -1,6 +1,6 @@
-"""The tiered cache under random operations equals dense K and V in plain lists, recounted after every step."""
+"""Caches and their forks under random operations equal dense K and V in plain lists, recounted after every step."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytest
@@ -19,10 +19,38 @@ from tests.dense import causal_visible, dense_attention, random_kv
 from tests.tolerances import assert_within, attend_bound, kernel_rounding
 
 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, SCALE = 2, 2, 6, 0.4
+MAX_MEMBERS, MAX_SEQS = 3, 4
+
+
+@dataclass
+class Member:
+    """A cache, and what each of its layers must hold."""
+
+    cache: KVCache
+    dense: list[tuple[Tensor, Tensor]]
+
+    @property
+    def layers(self) -> list[LayerKV]:
+        return [self.cache.layer(index) for index in range(len(self.dense))]
+
+    @property
+    def num_seqs(self) -> int:
+        return self.dense[0][0].shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        return self.dense[0][0].shape[2]
+
+    def extend(self, index: int, k: Tensor, v: Tensor) -> None:
+        old_k, old_v = self.dense[index]
+        self.dense[index] = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
+
+
+members = st.integers(0, MAX_MEMBERS - 1)
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """`dense[layer]` is what the cache must hold; `num_far_pages` is the same for every layer and sequence."""
+    """A family: one cache at first, then forks of it; every rule picks a member."""
 
     @initialize(
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -30,153 +58,193 @@ class CacheMachine(RuleBasedStateMachine):
         near_pages=st.integers(2, 4),
         near_rest=st.integers(0, 15),
         chunk_pages=st.integers(1, 3),
-        far_pages=st.sampled_from([0, 3, 6, 9]),
+        far_pages=st.sampled_from([0, 3, 6, 9, 30]),
         prompt_pages=st.floats(0.0, 9.0),
-        num_layers=st.integers(1, 3),
+        windows=st.lists(st.none() | st.integers(1, 90), min_size=1, max_size=3),
         num_seqs=st.integers(1, 3),
         with_workers=st.booleans(),
     )
-    def build(self, dtype: torch.dtype, page_size: int, near_pages: int, near_rest: int, **counts: Any) -> None:
+    def build(self, dtype: torch.dtype, page_size: int, windows: list[int | None], **counts: Any) -> None:
         spec = CacheSpec(
-            num_layers=counts["num_layers"],
+            num_layers=len(windows),
             num_kv_heads=NUM_KV_HEADS,
             head_dim=HEAD_DIM,
             dtype=dtype,
-            near_tokens=near_pages * page_size + near_rest,
+            near_tokens=counts["near_pages"] * page_size + counts["near_rest"],
             far_bytes=0,
             page_size=page_size,
             chunk_tokens=counts["chunk_pages"] * page_size,
+            windows=tuple(windows),
         )
-        num_slots = counts["far_pages"] * counts["num_layers"] * counts["num_seqs"]
-        self.spec = CacheSpec(**{**vars(spec), "far_bytes": num_slots * spec.far_page_bytes})
-        self.num_far_slots = num_slots
-        self.cache = KVCache(self.spec, worker_pool() if counts["with_workers"] else None)
-        self.start(counts["num_seqs"])
-        self.grow(max(1, int(counts["prompt_pages"] * page_size)))
+        num_slots = counts["far_pages"] * spec.num_full_layers * counts["num_seqs"]
+        self.spec = replace(spec, far_bytes=num_slots * spec.far_page_bytes)
+        self.seed = 0
+        cache = KVCache(self.spec, worker_pool() if counts["with_workers"] else None)
+        self.members = [self.started(cache, counts["num_seqs"])]
+        self.grow(self.members[0], max(1, int(counts["prompt_pages"] * page_size)))
 
-    def start(self, num_seqs: int) -> None:
-        """An empty cache, here and in the model of it."""
-        self.num_seqs, self.num_far_pages, self.num_moved_pages, self.seed = num_seqs, 0, 0, 0
-        self.dense = [self.new_tokens(0) for _ in range(self.spec.num_layers)]
-        self.cache.reserve(num_seqs, 0)
+    def started(self, cache: KVCache, num_seqs: int) -> Member:
+        cache.reserve(num_seqs, 0)
+        return Member(cache, [self.new_tokens(num_seqs, 0) for _ in range(self.spec.num_layers)])
 
-    def new_tokens(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def new_tokens(self, num_seqs: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         self.seed += 1
-        return random_kv(self.num_seqs, NUM_KV_HEADS, num_tokens, HEAD_DIM, self.spec.dtype, self.seed)
+        return random_kv(num_seqs, NUM_KV_HEADS, num_tokens, HEAD_DIM, self.spec.dtype, self.seed)
 
-    @property
-    def seq_len(self) -> int:
-        return self.dense[0][0].shape[2]
+    def pick(self, index: int) -> Member:
+        return self.members[index % len(self.members)]
 
-    def layers(self) -> list[LayerKV]:
-        return [self.cache.layer(index, self.num_seqs) for index in range(self.spec.num_layers)]
+    def far_pages_short(self, member: Member, num_tokens: int) -> int:
+        """Far pages that a step of so many tokens may take beyond those that are free."""
+        last_chunk = (num_tokens - 1) // self.spec.chunk_tokens * self.spec.chunk_tokens
+        needed = self.spec.num_far_pages(member.num_seqs, member.seq_len + last_chunk)
+        own = sum(layer.num_far_pages for layer in member.layers) * member.num_seqs
+        far = member.cache.use()[1]
+        return needed - own - (far.capacity_bytes - far.used_bytes) // self.spec.far_page_bytes
 
-    def far_pages_after(self, num_tokens: int) -> int:
-        """Far pages of each sequence once num_tokens more were appended, chunk by chunk."""
-        seq_len, far = self.seq_len, self.num_far_pages
-        for begin in range(0, num_tokens, self.spec.chunk_tokens):
-            excess = seq_len + begin - far * self.spec.page_size - self.spec.near_tokens
-            far += max(0, -(-excess // self.spec.page_size))
-        return far
-
-    def grow(self, num_tokens: int) -> None:
-        """Append where it fits; where it does not, `require_room` must say so."""
-        far = self.far_pages_after(num_tokens)
-        if far * self.num_seqs * self.spec.num_layers > self.num_far_slots:
+    def grow(self, member: Member, num_tokens: int, num_layers: int | None = None) -> None:
+        """Append where it fits; where it does not, `begin_step` must say so. Some layers only: a cut-off pass."""
+        cache = member.cache
+        if self.far_pages_short(member, num_tokens) > 0:
             with pytest.raises(CapacityError, match=r"far tier is full.*raise far_bytes or near_tokens"):
-                self.cache.require_room(self.num_seqs, num_tokens)
+                cache.begin_step(member.num_seqs, num_tokens)
             return
-        self.cache.require_room(self.num_seqs, num_tokens)
-        for index, layer in enumerate(self.layers()):
-            k, v = self.new_tokens(num_tokens)
+        cache.begin_step(member.num_seqs, num_tokens)
+        for index, layer in enumerate(member.layers[:num_layers]):
+            k, v = self.new_tokens(member.num_seqs, num_tokens)
             for begin in range(0, num_tokens, self.spec.chunk_tokens):
                 chunk = slice(begin, begin + self.spec.chunk_tokens)
                 layer.evict()
-                assert layer.num_near_tokens <= self.spec.near_tokens
+                assert layer.num_near_tokens < self.spec.kept_tokens(index) + self.spec.page_size
                 layer.append(k[:, :, chunk], v[:, :, chunk])
-            old_k, old_v = self.dense[index]
-            self.dense[index] = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
-        self.num_moved_pages += far - self.num_far_pages
-        self.num_far_pages = far
+            if num_layers is None:
+                member.extend(index, k, v)
+        if num_layers is None:
+            cache.end_step()
 
-    @rule(num_tokens=st.integers(1, 20))
-    def decode_some(self, num_tokens: int) -> None:
-        self.grow(num_tokens)
+    @rule(who=members, num_tokens=st.integers(1, 20))
+    def decode_some(self, who: int, num_tokens: int) -> None:
+        self.grow(self.pick(who), num_tokens)
 
-    @rule(q_len=st.integers(1, 8))
-    def decode_step_that_fails_and_one_that_works(self, q_len: int) -> None:
+    @rule(who=members, pages=st.floats(0.1, 3.0))
+    def prefill(self, who: int, pages: float) -> None:
+        self.grow(self.pick(who), max(1, int(pages * self.spec.chunk_tokens)))
+
+    @rule(who=members, pages=st.floats(0.01, 3.0), is_noticed=st.booleans())
+    def forward_pass_that_is_cut_off(self, who: int, pages: float, is_noticed: bool) -> None:
+        """Before the last layer; undone at once, or by whatever happens next to anybody."""
+        member = self.pick(who)
+        self.grow(member, max(1, int(pages * self.spec.chunk_tokens)), num_layers=self.spec.num_layers - 1)
+        assert member.cache.seq_len == member.seq_len
+        if is_noticed:
+            member.cache.undo_step()
+
+    @rule(who=members, q_len=st.integers(1, 8))
+    def decode_step_that_fails_and_one_that_works(self, who: int, q_len: int) -> None:
         """Append and attend in one call; the failed one, with NaN in q, leaves neither tokens nor pages behind."""
-        far = self.far_pages_after(q_len)
-        if far * self.num_seqs * self.spec.num_layers > self.num_far_slots:
+        member = self.pick(who)
+        if self.far_pages_short(member, q_len) > 0:
             return
-        no_padding = torch.zeros(self.num_seqs, dtype=torch.int64)
-        q, _ = random_kv(self.num_seqs, NUM_KV_HEADS * GROUP_SIZE, q_len, HEAD_DIM, self.spec.dtype, self.seed)
-        for index, layer in enumerate(self.layers()):
-            new_k, new_v = self.new_tokens(q_len)
+        q, _ = random_kv(member.num_seqs, NUM_KV_HEADS * GROUP_SIZE, q_len, HEAD_DIM, self.spec.dtype, self.seed)
+        member.cache.begin_step(member.num_seqs, q_len)
+        for index, layer in enumerate(member.layers):
+            new_k, new_v = self.new_tokens(member.num_seqs, q_len)
+            score_rule = ScoreRule(SCALE, window=layer.window)
             layer.evict()
-            before = layer.seq_len, layer.num_pages, layer.used_slots()
+            before = layer.seq_len, [len(slots) for slots in layer.used_slots()]
             with pytest.raises(InputError, match="q contains NaN"):
-                decode_step(q * torch.nan, new_k, new_v, layer, rule=ScoreRule(SCALE))
-            assert (layer.seq_len, layer.num_pages, layer.used_slots()) == before
-            out = decode_step(q, new_k, new_v, layer, rule=ScoreRule(SCALE)).transpose(1, 2)
-            k, v = (torch.cat(pair, 2) for pair in zip(self.dense[index], (new_k, new_v), strict=True))
-            self.dense[index] = k, v
-            visible = causal_visible(k.shape[2], q_len, no_padding)
+                decode_step(q * torch.nan, new_k, new_v, layer, score_rule)
+            assert (layer.seq_len, [len(slots) for slots in layer.used_slots()]) == before
+            out = decode_step(q, new_k, new_v, layer, score_rule).transpose(1, 2)
+            member.extend(index, new_k, new_v)
+            k, v = member.dense[index]
+            visible = causal_visible(k.shape[2], q_len, torch.zeros(member.num_seqs, dtype=torch.int64), layer.window)
             bound = attend_bound(q, k, v, visible, SCALE, kernel_rounding(self.spec.dtype), num_merges=2).out
             bound = bound + out.abs().double() * torch.finfo(out.dtype).eps  # the cast to the model's dtype
             assert bool(((out.double() - dense_attention(q, k, v, visible, SCALE).out).abs() <= bound).all())
-        self.num_moved_pages += far - self.num_far_pages
-        self.num_far_pages = far
+        member.cache.end_step()
 
-    @rule(pages=st.floats(0.1, 3.0))
-    def prefill(self, pages: float) -> None:
-        self.grow(max(1, int(pages * self.spec.chunk_tokens)))
+    @rule(who=members, part=st.floats(0.0, 1.0), rounding=st.sampled_from(["any", "page", "far", "all far", "few"]))
+    def crop(self, who: int, part: float, rounding: str) -> None:
+        member, size = self.pick(who), self.spec.page_size
+        num_far = max(layer.num_far_pages for layer in member.layers)
+        seq_len = {
+            "any": int(part * member.seq_len),
+            "page": int(part * member.seq_len) // size * size,
+            "far": int(part * num_far * size),
+            "all far": num_far * size,
+            "few": max(0, member.seq_len - int(part * size)),
+        }[rounding]
+        if not all(layer.can_crop(seq_len) for layer in member.layers):
+            with pytest.raises(CacheError, match=r"sliding window of \d+ tokens has left those before"):
+                member.cache.crop(seq_len)
+            return
+        member.cache.crop(seq_len)
+        member.dense = [(k[:, :, :seq_len], v[:, :, :seq_len]) for k, v in member.dense]
 
-    @precondition(lambda self: self.seq_len > 0)
-    @rule(part=st.floats(0.0, 1.0), rounding=st.sampled_from(["any", "page", "far", "all far"]))
-    def crop(self, part: float, rounding: str) -> None:
-        size = self.spec.page_size
-        seq_len = int(part * self.seq_len)
-        if rounding == "page":
-            seq_len = seq_len // size * size
-        elif rounding == "far":
-            seq_len = int(part * self.num_far_pages * size)
-        elif rounding == "all far":
-            seq_len = self.num_far_pages * size
-        self.cache.crop(seq_len)
-        self.dense = [(k[:, :, :seq_len], v[:, :, :seq_len]) for k, v in self.dense]
-        self.num_far_pages = min(self.num_far_pages, seq_len // size)
-
-    @rule()
-    def crop_to_what_it_cannot_be(self) -> None:
+    @rule(who=members)
+    def crop_to_what_it_cannot_be(self, who: int) -> None:
+        member = self.pick(who)
         with pytest.raises(InputError, match="cannot crop"):
-            self.cache.crop(-1)
+            member.cache.crop(-1)
         with pytest.raises(InputError, match="cannot crop"):
-            self.layers()[0].crop(self.seq_len + 1)
+            member.layers[0].crop(member.seq_len + 1)
 
+    @precondition(lambda self: len(self.members) < MAX_MEMBERS)
+    @rule(who=members)
+    def fork(self, who: int) -> None:
+        """Costs no page."""
+        member = self.pick(who)
+        before = member.cache.use()
+        self.members.append(Member(member.cache.fork(), list(member.dense)))
+        assert member.cache.use() == before
+
+    @rule(who=members, seqs=st.lists(st.integers(0, MAX_SEQS - 1), min_size=1, max_size=MAX_SEQS))
+    def select(self, who: int, seqs: list[int]) -> None:
+        """Beams change places; sequences are copied, or dropped. Costs no page."""
+        member = self.pick(who)
+        index = torch.tensor(seqs) % member.num_seqs
+        before = [tier.used_bytes for tier in member.cache.use()]
+        member.cache.select(index)
+        member.dense = [(k[index], v[index]) for k, v in member.dense]
+        assert all(now.used_bytes <= was for now, was in zip(member.cache.use(), before, strict=True))
+
+    @precondition(lambda self: len(self.members) > 1)
+    @rule(who=members, how=st.sampled_from(["close", "collect", "reset"]))
+    def lose_a_member(self, who: int, how: str) -> None:
+        """Its pages come back, those that others share stay."""
+        member = self.members.pop(who % len(self.members))
+        if how != "collect":
+            getattr(member.cache, how)()
+            assert member.cache.use() == []
+
+    @precondition(lambda self: len(self.members) == 1)
     @rule(num_seqs=st.integers(1, 3))
     def reset(self, num_seqs: int) -> None:
-        self.cache.reset()
-        assert self.cache.use() == []
-        assert self.cache.num_seqs == self.cache.seq_len == 0
-        self.start(num_seqs)
+        cache = self.members[0].cache
+        cache.reset()
+        assert cache.use() == []
+        assert cache.num_seqs == cache.seq_len == 0
+        self.members = [self.started(cache, num_seqs)]
 
-    @rule(num_tokens=st.integers(0, 1500))
-    def reserve(self, num_tokens: int) -> None:
+    @rule(who=members, num_tokens=st.integers(0, 1500))
+    def reserve(self, who: int, num_tokens: int) -> None:
+        member = self.pick(who)
         far_tokens = max(0, num_tokens - self.spec.near_tokens)
-        far_pages = -(-far_tokens // self.spec.page_size) * self.num_seqs * self.spec.num_layers
-        if far_pages > self.num_far_slots:
-            with pytest.raises(CapacityError, match=f"{self.num_seqs} x {far_tokens} far.*raise far_bytes"):
-                self.cache.reserve(self.num_seqs, num_tokens)
-        else:
-            self.cache.reserve(self.num_seqs, num_tokens)
-        with pytest.raises(InputError, match=f"holds {self.num_seqs} sequences, asked for {self.num_seqs + 1}"):
-            self.cache.reserve(self.num_seqs + 1, 0)
+        far_pages = self.spec.num_far_pages(member.num_seqs, num_tokens)
+        if far_pages > self.spec.num_far_slots:
+            with pytest.raises(CapacityError, match=f"{member.num_seqs} x {far_tokens} far.*raise far_bytes"):
+                member.cache.reserve(member.num_seqs, num_tokens)
+        elif len(self.members) == 1:
+            member.cache.reserve(member.num_seqs, num_tokens)
+        with pytest.raises(InputError, match=f"holds {member.num_seqs} sequences, asked for {member.num_seqs + 1}"):
+            member.cache.reserve(member.num_seqs + 1, 0)
 
-    @rule(layer_index=st.integers(0, 2))
-    def hold_refuses_changes(self, layer_index: int) -> None:
-        layer = self.layers()[layer_index % self.spec.num_layers]
-        k, v = self.new_tokens(1)
+    @rule(who=members, layer_index=st.integers(0, 2))
+    def hold_refuses_changes(self, who: int, layer_index: int) -> None:
+        member = self.pick(who)
+        layer = member.layers[layer_index % self.spec.num_layers]
+        k, v = self.new_tokens(member.num_seqs, 1)
         with layer.hold():
             with pytest.raises(CacheError, match=r"cannot append.*held"):
                 layer.append(k, v)
@@ -188,7 +256,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(fault=st.sampled_from(["batch", "heads", "dim", "dtype", "v_length", "rank"]))
     def append_of_wrong_tokens(self, fault: str) -> None:
-        k, v = self.new_tokens(3)
+        member = self.members[0]
+        k, v = self.new_tokens(member.num_seqs, 3)
         wrong = {
             "batch": (torch.cat([k, k]), torch.cat([v, v])),
             "heads": (k[:, :1], v[:, :1]),
@@ -198,62 +267,71 @@ class CacheMachine(RuleBasedStateMachine):
             "rank": (k[0], v[0]),
         }
         with pytest.raises(InputError, match="must be torch"):
-            self.layers()[0].append(*wrong[fault])
+            member.layers[0].append(*wrong[fault])
 
-    @precondition(lambda self: self.seq_len > 0)
-    @rule(first=st.floats(0.0, 1.0), last=st.floats(0.0, 1.0), seqs=st.sampled_from([slice(None), slice(0, 1)]))
-    def read(self, first: float, last: float, seqs: slice) -> None:
-        begin, end = sorted((int(first * (self.seq_len - 1)), int(last * (self.seq_len - 1)) + 1))
-        end = max(end, begin + 1)
-        for layer, (k, v) in zip(self.layers(), self.dense, strict=True):
-            got_k, got_v = layer.read(begin, end, seqs)
-            assert torch.equal(got_k, k[seqs, :, begin:end])
-            assert torch.equal(got_v, v[seqs, :, begin:end])
+    @rule(who=members, first=st.floats(0.0, 1.0), last=st.floats(0.0, 1.0), one=st.booleans())
+    def read(self, who: int, first: float, last: float, one: bool) -> None:
+        member, seqs = self.pick(who), slice(0, 1) if one else slice(None)
+        for layer, (k, v) in zip(member.layers, member.dense, strict=True):
+            held = member.seq_len - layer.first_token
+            if held > 0:
+                begin, end = (layer.first_token + int(part * held) for part in sorted((first, last)))
+                begin, end = min(begin, member.seq_len - 1), max(end, begin + 1)
+                got_k, got_v = layer.read(begin, min(end, member.seq_len), seqs)
+                assert torch.equal(got_k, k[seqs, :, begin:end])
+                assert torch.equal(got_v, v[seqs, :, begin:end])
 
-    @precondition(lambda self: self.seq_len > 0)
-    @rule(q_len=st.integers(1, 8), padding=st.lists(st.floats(0.0, 1.0), min_size=3, max_size=3))
-    def attend(self, q_len: int, padding: list[float]) -> None:
-        """Queries must be near, so they are no more than the open page holds."""
-        q_len = min(q_len, self.seq_len - self.num_far_pages * self.spec.page_size)
-        if q_len == 0:
-            return
-        kv_start = torch.tensor([int(part * self.seq_len) for part in padding[: self.num_seqs]])
-        visible = causal_visible(self.seq_len, q_len, kv_start)
-        q, _ = random_kv(self.num_seqs, NUM_KV_HEADS * GROUP_SIZE, q_len, HEAD_DIM, self.spec.dtype, self.seed)
-        for layer, (k, v) in zip(self.layers(), self.dense, strict=True):
+    @rule(who=members, q_len=st.integers(1, 8), padding=st.lists(st.floats(0.0, 1.0), min_size=4, max_size=4))
+    def attend(self, who: int, q_len: int, padding: list[float]) -> None:
+        """Queries must be near, so they are no more than the near pages hold."""
+        member = self.pick(who)
+        kv_start = torch.tensor([int(part * member.seq_len) for part in padding[: member.num_seqs]])
+        num_q_heads = NUM_KV_HEADS * GROUP_SIZE
+        for layer, (k, v) in zip(member.layers, member.dense, strict=True):
+            q_len = min(q_len, layer.num_near_tokens)
+            if q_len == 0 or (layer.window is not None and not layer.can_crop(member.seq_len - q_len)):
+                continue
+            q, _ = random_kv(member.num_seqs, num_q_heads, q_len, HEAD_DIM, self.spec.dtype, self.seed)
             layer.set_kv_start(kv_start)
             with layer.hold() as held:
-                part = kernels.attend(q, *held.far, held.near, rule=ScoreRule(SCALE), causal=True)
+                score_rule = ScoreRule(SCALE, window=layer.window)
+                part = kernels.attend(q, *held.far, held.near, rule=score_rule, causal=True)
             layer.set_kv_start(None)
+            visible = causal_visible(member.seq_len, q_len, kv_start, layer.window)
             bound = attend_bound(q, k, v, visible, SCALE, kernel_rounding(self.spec.dtype), num_merges=2)
             assert_within(part, dense_attention(q, k, v, visible, SCALE), bound)
 
     @invariant()
     def books_are_right(self) -> None:
-        self.cache.check()
-        assert self.cache.seq_len == self.seq_len
-        per_layer = self.num_seqs * self.spec.num_layers
-        size = self.spec.page_size
-        near_pages = -(-self.seq_len // size) - self.num_far_pages
-        near, far = (asdict(tier) for tier in self.cache.use())
-        assert near["used_bytes"] == near_pages * per_layer * self.spec.near_page_bytes <= near["capacity_bytes"]
-        assert far["used_bytes"] == self.num_far_pages * per_layer * self.spec.far_page_bytes <= far["capacity_bytes"]
-        assert far["moved_bytes"] == self.num_moved_pages * per_layer * self.spec.far_page_bytes
-        assert all(layer.far_tokens == self.num_far_pages * size for layer in self.layers())
+        for member in self.members:
+            member.cache.check()
+            assert member.cache.seq_len == member.seq_len
+        if len(self.members) == 1:
+            self.no_page_is_counted_that_nobody_has(self.members[0])
+
+    def no_page_is_counted_that_nobody_has(self, member: Member) -> None:
+        near, far = (asdict(tier) for tier in member.cache.use())
+        used = [layer.used_slots() for layer in member.layers]
+        num_near, num_far = (len(torch.cat(slots).unique()) for slots in zip(*used, strict=True))
+        assert near["used_bytes"] == num_near * self.spec.near_page_bytes <= near["capacity_bytes"]
+        assert num_far * self.spec.far_page_bytes <= far["used_bytes"] <= far["capacity_bytes"]
+        if not any(layer.num_far_pages for layer in member.layers):
+            assert far["used_bytes"] == 0
 
     @invariant()
     def contents_are_equal_bit_for_bit(self) -> None:
-        for layer, (k, v) in zip(self.layers(), self.dense, strict=True):
-            if self.seq_len:
-                got_k, got_v = layer.read(0, self.seq_len)
-                assert torch.equal(got_k, k)
-                assert torch.equal(got_v, v)
+        for member in self.members:
+            for layer, (k, v) in zip(member.layers, member.dense, strict=True):
+                if layer.first_token < member.seq_len:
+                    got_k, got_v = layer.read(layer.first_token, member.seq_len)
+                    assert torch.equal(got_k, k[:, :, layer.first_token :])
+                    assert torch.equal(got_v, v[:, :, layer.first_token :])
 
     def teardown(self) -> None:
-        if hasattr(self, "cache"):
-            self.cache.close()
+        for member in getattr(self, "members", []):
+            member.cache.close()
             with pytest.raises(CacheError, match="closed"):
-                self.cache.reserve(1, 1)
+                member.cache.reserve(1, 1)
 
 
 TestCache = CacheMachine.TestCase

@@ -71,7 +71,7 @@ def test_is_associative_and_commutative(parts: list[Partial], data: st.DataObjec
 @given(parts=partials(max_parts=1), position=st.integers(0, 2))
 def test_the_empty_subset_is_the_identity(name: str, parts: list[Partial], position: int) -> None:
     (part,) = parts
-    empty = torch_ops.empty_partial(part.out)
+    empty = torch_ops.empty_partial(part.out, part.out.shape[3])
     padded = [empty] * position + [part] + [empty] * (2 - position)
     got = MERGES[name](padded)
     assert torch.equal(got.out, part.out)
@@ -80,7 +80,7 @@ def test_the_empty_subset_is_the_identity(name: str, parts: list[Partial], posit
 
 @pytest.mark.parametrize("name", MERGES)
 def test_nothing_but_empty_parts_is_empty(name: str) -> None:
-    empty = torch_ops.empty_partial(torch.zeros(2, 3, 1, 8))
+    empty = torch_ops.empty_partial(torch.zeros(2, 3, 1, 8), 8)
     out, lse = MERGES[name]([empty] * 3)
     assert (out == 0).all()
     assert (lse == -math.inf).all()

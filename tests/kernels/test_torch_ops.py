@@ -10,6 +10,7 @@ from tandemkv import kernels
 from tandemkv.errors import InputError
 from tandemkv.kernels import attend, merge, reference, torch_ops
 from tandemkv.types import PageLayout, Partial, ScoreRule
+from tests.dense import causal_visible, dense_attention
 from tests.paged import paginate, visible_tokens
 from tests.tolerances import (
     TORCH_BF16,
@@ -54,7 +55,7 @@ def test_equals_the_reference(q_len: int, kv_len: int, group_size: int, head_dim
 def test_a_causal_chunk_equals_the_reference(num_tokens: int, group_size: int, dtype: torch.dtype) -> None:
     q, k, v = dense(dtype, group_size, num_tokens, num_tokens, 64)
     truth, bound = truth_of(q, k, v, causal=True)
-    assert_within(torch_ops.attend_dense(q, k, v, rule=ScoreRule(0.2), causal=True), truth, bound)
+    assert_within(torch_ops.attend_dense(q, k, v, rule=ScoreRule(0.2), first_query=0), truth, bound)
     if num_tokens > 1:
         assert excess(torch_ops.attend_dense(q, k, v, rule=ScoreRule(0.2)), truth, bound) > 10
 
@@ -87,7 +88,8 @@ def test_nothing_to_attend_is_the_empty_partial(q_len: int, kv_len: int) -> None
 def test_the_plain_way_equals_the_reference(group_size: int, causal: bool) -> None:
     """What runs on a device whose torch kernels return no lse; called by name, because the CPU never takes it."""
     q, k, v = dense(torch.float32, 1, 9, 9, 64)
-    out, lse = torch_ops._plain(q, k, v, causal, 0.2)
+    sees = torch.ones(9, 9, dtype=torch.bool).tril() if causal else None
+    out, lse = torch_ops._plain(q, k, v, ScoreRule(0.2), sees)
     assert_within(Partial(out, lse), *truth_of(q, k, v, causal))
 
 
@@ -96,7 +98,7 @@ def test_near_and_far_merge_into_the_whole(dtype: torch.dtype) -> None:
     """A chunk's attention as the model runs it: far pages by the CPU kernel, the chunk itself causal by torch."""
     q, k, v = dense(dtype, 2, 10, 90, 64)
     far = attend(q, paginate(k[:, :, :80], v[:, :, :80], PageLayout(dtype, 16)), rule=ScoreRule(0.2))
-    near = torch_ops.attend_dense(q, k[:, :, 80:], v[:, :, 80:], rule=ScoreRule(0.2), causal=True)
+    near = torch_ops.attend_dense(q, k[:, :, 80:], v[:, :, 80:], rule=ScoreRule(0.2), first_query=0)
     truth, _ = truth_of(q, k, v, causal=True)
     visible = visible_tokens(torch.zeros(2, dtype=torch.int64), torch.full((2,), 90), 10, 90, causal=True)
     both = ROUNDING[dtype]._replace(query=kernel_rounding(dtype).query)
@@ -114,13 +116,46 @@ REFUSED = {
     "another batch": (DENSE[:1], DENSE, DENSE, False, "of as many sequences"),
     "another head_dim": (DENSE[..., :4], DENSE, DENSE, False, "one head_dim"),
     "three dims": (DENSE[0], DENSE, DENSE, False, r"got q \[4, 5, 8\]"),
-    "causal over older tokens": (DENSE[:, :, :2], DENSE, DENSE, True, "causal attention is of the same tokens"),
+    "a window nowhere": (DENSE, DENSE, DENSE, True, "a window needs to know where the queries are"),
     "two dtypes": (DENSE, DENSE.bfloat16(), DENSE.bfloat16(), False, "one dtype and device"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_dense_attention_refuses(name: str) -> None:
-    q, k, v, causal, message = REFUSED[name]
+    q, k, v, has_window, message = REFUSED[name]
     with pytest.raises(InputError, match=message):
-        kernels.attend_dense(q, k, v, rule=ScoreRule(1.0), causal=causal)
+        kernels.attend_dense(q, k, v, rule=ScoreRule(1.0, window=4 if has_window else None))
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 16, 90, 500])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "first_query"),
+    [(40, 40, 0), (40, 90, 90), (40, 90, 50), (40, 90, 20), (5, 90, 300), (40, 90, 103), (1, 90, 89), (3, 1, 0)],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_anywhere_behind_or_among_the_tokens(
+    dtype: torch.dtype, q_len: int, kv_len: int, first_query: int, window: int | None
+) -> None:
+    """With and without a window; rows that see no token at all are the identity of merge."""
+    q, k, v = dense(dtype, 2, q_len, kv_len, 64)
+    last = first_query + q_len
+    visible = causal_visible(last, q_len, torch.zeros(1, dtype=torch.int64), window)
+    visible = torch.nn.functional.pad(visible, (0, max(0, kv_len - last)))[:, :, :kv_len]
+    truth = dense_attention(q, k, v, visible, 0.2)
+    bound = attend_bound(q, k, v, visible, 0.2, ROUNDING[dtype])
+    rule = ScoreRule(0.2, window=window)
+    assert_within(torch_ops.attend_dense(q, k, v, rule=rule, first_query=first_query), truth, bound)
+
+
+@pytest.mark.parametrize("v_head_dim", [8, 24, 32])
+def test_values_of_another_width(v_head_dim: int) -> None:
+    """torch's kernels want one width; zeros in the others change nothing."""
+    q, k, _ = dense(torch.float32, 2, 20, 20, 24)
+    v = torch.randn(*k.shape[:3], v_head_dim, generator=torch.Generator().manual_seed(3))
+    for first_query in (None, 0, 5):
+        sees = torch.ones(20, 20, dtype=torch.bool).tril(20 if first_query is None else first_query)
+        truth = dense_attention(q, k, v, sees[None], 0.2)
+        bound = attend_bound(q, k, v, sees[None], 0.2, ROUNDING[torch.float32])
+        got = torch_ops.attend_dense(q, k, v, rule=ScoreRule(0.2), first_query=first_query)
+        assert_within(got, truth, bound)

@@ -2,6 +2,7 @@
 
 from tandemkv.cache.layer import Held, LayerKV
 from tandemkv.cache.pool import PagePool
-from tandemkv.cache.tiered import CacheSpec, KVCache, TierUse
+from tandemkv.cache.spec import CacheSpec
+from tandemkv.cache.tiered import KVCache, TierUse
 
 __all__ = ["CacheSpec", "Held", "KVCache", "LayerKV", "PagePool", "TierUse"]

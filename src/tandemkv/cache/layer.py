@@ -2,27 +2,31 @@
 
 The map of a sequence's tokens, the same for all sequences of the batch (they grow together):
 
-    0            far_tokens                        seq_len
+    0            first_near_token                  seq_len
     |--- far ---|-------------- near --------------|
-     pages [0, num_far_pages)   pages [num_far_pages, num_pages)   the last one open, the others sealed
+     pages [0, num_older)       pages [num_older, num_pages)   the last one open, the others sealed
 
-One table holds the slot of every page, in the far pool left of the boundary and in the near pool right of it.
+One table holds the slot of every page, in the far pool left of the boundary and in the near pool right of it. A layer
+with a sliding window has no far pages: what lies left of its boundary is gone.
+
+The map is a value that is replaced, never changed: a new one takes its references first, then one assignment installs
+it, then the old one's are dropped. Wherever an interrupt strikes, the map is whole, and at worst the pools' books list
+references that no map has, until they are recounted (`KVCache`). So a fork of a layer is the same map once more.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tandemkv import kernels
 from tandemkv.cache.pool import PagePool
+from tandemkv.cache.spec import CacheSpec
+from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, InputError
 from tandemkv.types import PagedKV
-
-if TYPE_CHECKING:
-    from tandemkv.kernels.cpu import WorkerPool
 
 
 class Held(NamedTuple):
@@ -32,120 +36,218 @@ class Held(NamedTuple):
     near: PagedKV
 
 
+class PageMap(NamedTuple):
+    """Where a layer's tokens lie. slots: int32 `[num_seqs, num_pages]`; near ones from column `num_older` on."""
+
+    slots: Tensor
+    num_older: int
+    seq_len: int
+
+    @property
+    def near_slots(self) -> Tensor:
+        """`[num_seqs, num_near_pages]`"""
+        return self.slots[:, self.num_older :]
+
+
+class _View(NamedTuple):
+    """What kernels read of a map, and what it was made of."""
+
+    pages: PageMap
+    kv_start: Tensor
+    held: Held
+
+
 class LayerKV:
     """Keys and values of one layer for a batch of sequences of equal length."""
 
-    def __init__(
-        self, near: PagePool, far: PagePool, num_seqs: int, near_tokens: int, workers: "WorkerPool | None" = None
-    ) -> None:
-        """The pools are shared with the other layers; near_tokens is per sequence; workers move pages."""
-        self._near, self._far, self._workers = near, far, workers
-        self._near_tokens = near_tokens
-        self._page_size = near.arena.layout.page_size
-        self.num_seqs = num_seqs
-        self.seq_len = 0
-        self.num_pages = 0  # of each sequence, the open one included
-        self._num_far_pages = 0
-        self._num_holds = 0
-        self._slots = torch.zeros((num_seqs, 16), dtype=torch.int32, device="cpu")
+    def __init__(self, store: PageStore, num_seqs: int, spec: CacheSpec, index: int) -> None:
+        """The store is shared with the other layers; `spec` says how many tokens layer `index` keeps near."""
+        self._store, self._spec, self._index = store, spec, index
+        self.chunk_tokens = spec.chunk_tokens
+        self.window = spec.window(index)
+        self._near_tokens = spec.kept_tokens(index)
+        self._page_size = store.near.arena.layout.page_size
+        self._is_held = False
+        self._map = PageMap(torch.zeros((num_seqs, 0), dtype=torch.int32, device="cpu"), 0, 0)
+        self._owns_open_page = True
         self._no_padding = self._kv_start = torch.zeros(num_seqs, dtype=torch.int64, device="cpu")
-        self._runs: Held | None = None  # views of the tables, kept while pages and padding stay
+        self._view: _View | None = None  # kept while pages and padding stay
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences of the batch."""
+        return self._map.slots.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of each sequence, those that a window has left behind included."""
+        return self._map.seq_len
+
+    @property
+    def first_near_token(self) -> int:
+        """Tokens in front of the near ones: far, or behind the window."""
+        return self._map.num_older * self._page_size
+
+    @property
+    def first_token(self) -> int:
+        """The oldest token that is still there."""
+        return 0 if self.window is None else self.first_near_token
+
+    @property
+    def num_far_pages(self) -> int:
+        """Pages of each sequence in the far tier."""
+        return self._map.num_older if self.window is None else 0
 
     @property
     def far_tokens(self) -> int:
         """Tokens of each sequence in the far tier."""
-        return self._num_far_pages * self._page_size
+        return self.num_far_pages * self._page_size
 
     @property
     def num_near_tokens(self) -> int:
         """Tokens of each sequence in the near tier."""
-        return self.seq_len - self.far_tokens
+        return self.seq_len - self.first_near_token
 
     # -- growing -------------------------------------------------------------------------------------------------------
 
     def pages_to_evict(self) -> int:
-        """Pages of each sequence that `evict` would demote."""
-        return max(0, -(-(self.num_near_tokens - self._near_tokens) // self._page_size))
+        """Pages of each sequence that `evict` would take out of the near tier."""
+        excess = self.num_near_tokens - self._near_tokens
+        return max(0, -(-excess // self._page_size) if self.window is None else excess // self._page_size)
 
     def evict(self) -> None:
-        """Demote the oldest pages until at most near_tokens are near. CapacityError, nothing moved, if far is full."""
+        """Demote the oldest pages, or let a window leave them behind, until at most near_tokens (and, with a window,
+        less than a page more) are near. CapacityError, nothing moved, if far is full."""
         num_pages = self.pages_to_evict()
-        if num_pages:
-            self._demote(num_pages)
+        if not num_pages:
+            return
+        self._refuse_while_held("demote")
+        slots, num_older, seq_len = self._map
+        leaving = self._map.near_slots[:, :num_pages]
+        assert (num_older + num_pages) * self._page_size <= seq_len, "only sealed pages leave"
+        if self.window is None:
+            far = self._store.demote(leaving)
+            slots = torch.cat([slots[:, :num_older], far, slots[:, num_older + num_pages :]], 1)
+        self._map = PageMap(slots, num_older + num_pages, seq_len)
+        self._store.drop_near(leaving)
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens `[num_seqs, num_kv_heads, num_tokens, head_dim]` behind the last one; they become near."""
-        self._near.arena.check_tokens(self.num_seqs, k, v)
+        self._store.near.arena.check_tokens(self.num_seqs, k, v)
         with self.extended(k.shape[2]):
             self.write(k, v)
 
     def write(self, k: Tensor, v: Tensor) -> None:
         """Fill the newest tokens, inside `extended`."""
         near = self._held().near
-        kernels.append(near.arena, near.page_table, self.num_near_tokens - k.shape[2], k, v, self._workers)
+        kernels.append(near.arena, near.page_table, self.num_near_tokens - k.shape[2], k, v, self._store.workers)
 
     @contextmanager
     def extended(self, num_tokens: int) -> Iterator[Held]:
         """Hold every token and as many new ones, which the block writes; none is added where the block fails."""
         self._refuse_while_held("append")
         before = self.seq_len
-        num_new = -(-(before + num_tokens) // self._page_size) - self.num_pages
+        if before % self._page_size and not self._owns_open_page:
+            self._copy_open_page()
+        num_new = -(-(before + num_tokens) // self._page_size) - self._map.slots.shape[1]
         if num_new > 0:
-            self._put_slots(self.num_pages, self._near.allocate(num_new * self.num_seqs))
-            self.num_pages += num_new
-        self.seq_len = before + num_tokens
-        self._num_holds += 1
+            new = self._store.near.take(num_new * self.num_seqs).view(self.num_seqs, num_new)
+            self._map = self._map._replace(slots=torch.cat([self._map.slots, new], 1))
+            self._owns_open_page = True
+        self._map = self._map._replace(seq_len=before + num_tokens)
+        self._is_held = True
         try:
             yield self._held()
-            self._num_holds -= 1
+            self._is_held = False
         except BaseException:
-            self._num_holds -= 1
+            self.let_go()
             self.crop(before)
             raise
 
-    def _demote(self, num_pages: int) -> None:
-        self._refuse_while_held("demote")
-        pages = slice(self._num_far_pages, self._num_far_pages + num_pages)
-        assert pages.stop * self._page_size <= self.seq_len, "only sealed pages are demoted"
-        from_slots = self._slots[:, pages].flatten().tolist()
-        to_slots = self._far.allocate(len(from_slots))
-        kernels.move_pages(self._near.arena, self._far.arena, from_slots, to_slots, self._workers)
-        self._near.free(from_slots)
-        self._num_far_pages = pages.stop
-        self._put_slots(pages.start, to_slots)
+    def _copy_open_page(self) -> None:
+        """Copy on write: what is appended goes into pages that only one sequence has."""
+        shared = self._map.slots[:, -1]
+        owned = self._store.own(shared)
+        self._map = self._map._replace(slots=torch.cat([self._map.slots[:, :-1], owned[:, None]], 1))
+        self._owns_open_page = True
+        self._store.drop_near(shared[shared != owned])
 
-    # -- shrinking -----------------------------------------------------------------------------------------------------
+    # -- shrinking, sharing --------------------------------------------------------------------------------------------
+
+    def can_crop(self, seq_len: int) -> bool:
+        """Whether the tokens that the next query would see are still there."""
+        return self.window is None or seq_len == 0 or self.first_token <= max(0, seq_len - self.window + 1)
 
     def crop(self, seq_len: int) -> None:
         """Forget every token from `seq_len` on. A far page that is cut is reopened near, from its stored values."""
         self._refuse_while_held("crop")
         if not 0 <= seq_len <= self.seq_len:
             raise InputError(f"cannot crop {self.seq_len} tokens to {seq_len}")
-        num_pages = -(-seq_len // self._page_size)
-        if num_pages <= self._num_far_pages and seq_len % self._page_size:
-            self._reopen(num_pages - 1, seq_len % self._page_size)
-        far_kept = min(num_pages, self._num_far_pages)
-        self._far.free(self._slots[:, far_kept : self._num_far_pages].flatten().tolist())
-        self._near.free(self._slots[:, max(num_pages, self._num_far_pages) : self.num_pages].flatten().tolist())
-        self._num_far_pages, self.num_pages, self.seq_len, self._runs = far_kept, num_pages, seq_len, None
+        if not self.can_crop(seq_len):
+            raise CacheError(
+                f"cannot crop {self.seq_len} tokens to {seq_len}: a layer with a sliding window of {self.window} "
+                f"tokens has left those before {self.first_token} behind; prefill again"
+            )
+        old, num_pages = self._map, -(-seq_len // self._page_size)
+        slots, num_older = old.slots[:, :num_pages], min(old.num_older, num_pages)
+        if num_pages <= old.num_older and seq_len % self._page_size:
+            num_older -= 1
+            slots = torch.cat([slots[:, :-1], self._reopened(num_older, seq_len % self._page_size)], 1)
+            self._owns_open_page = True
+        elif seq_len < old.seq_len:
+            self._owns_open_page = False  # a page that was sealed may be shared
+        kept_near = max(num_pages, old.num_older)
+        self._map = PageMap(slots, num_older, seq_len)
+        if self.window is None:
+            self._store.far.drop(old.slots[:, num_older : old.num_older])
+        self._store.drop_near(old.slots[:, kept_near:])
 
-    def _reopen(self, page: int, num_tokens: int) -> None:
-        """Turn the far page `page` into an open near page of `num_tokens`, and drop every page behind it."""
-        begin = page * self._page_size
-        k, v = self.read(begin, begin + num_tokens)
-        slots = self._near.allocate(self.num_seqs)
-        dropped = self._slots[:, page : self._num_far_pages].flatten().tolist()
-        later = self._slots[:, self._num_far_pages : self.num_pages].flatten().tolist()
-        self._far.free(dropped)
-        self._near.free(later)
-        self._num_far_pages = page
-        self._put_slots(page, slots)
-        self.num_pages, self.seq_len = page + 1, begin + num_tokens
-        kernels.append(self._near.arena, self._table(self._near, page, page + 1), 0, k, v, self._workers)
+    def _reopened(self, page: int, num_tokens: int) -> Tensor:
+        """Near slots `[num_seqs, 1]` with the first tokens of a far page."""
+        k, v = self.read(page * self._page_size, page * self._page_size + num_tokens)
+        slots, near = self._store.near.take(self.num_seqs).view(self.num_seqs, 1), self._store.near.arena
+        kernels.append(near, self._table(near.num_kv_heads, slots), 0, k, v, self._store.workers)
+        return slots
+
+    def fork(self) -> "LayerKV":
+        """The same tokens once more, on the same pages; whoever appends first copies the open one."""
+        twin = LayerKV(self._store, self.num_seqs, self._spec, self._index)
+        self._share(self._map)
+        twin._map, twin._kv_start = self._map, self._kv_start
+        twin._owns_open_page = self._owns_open_page = False
+        return twin
+
+    def select(self, seqs: Tensor) -> None:
+        """Become the sequences `seqs` int64 `[num_seqs]` of this batch, in that order; one may come several times."""
+        self._refuse_while_held("select")
+        old = self._map
+        new = old._replace(slots=old.slots[seqs])
+        self._share(new)
+        self._map = new
+        self._kv_start, self._no_padding = self._kv_start[seqs], self._no_padding.new_zeros(len(seqs))
+        self._owns_open_page = False
+        self._drop(old)
+
+    def replace_with(self, other: "LayerKV") -> None:
+        """Take over the tokens of a fork, which must not be used any more."""
+        old = self._map
+        self._map = other._map
+        self._owns_open_page = False
+        self._drop(old)
 
     def release(self) -> None:
         """Give every page back."""
         self.crop(0)
+
+    def _share(self, pages: PageMap) -> None:
+        self._store.near.share(pages.near_slots)
+        if self.window is None:
+            self._store.far.share(pages.slots[:, : pages.num_older])
+
+    def _drop(self, pages: PageMap) -> None:
+        self._store.drop_near(pages.near_slots)
+        if self.window is None:
+            self._store.far.drop(pages.slots[:, : pages.num_older])
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -153,7 +255,7 @@ class LayerKV:
         """Tokens of padding in front of each sequence: int64 `[num_seqs]` on the CPU, or None for none."""
         kv_start = self._no_padding if kv_start is None else kv_start
         if kv_start is not self._kv_start and not torch.equal(kv_start, self._kv_start):
-            self._kv_start, self._runs = kv_start, None
+            self._kv_start = kv_start
 
     @property
     def kv_start(self) -> Tensor:
@@ -163,22 +265,26 @@ class LayerKV:
     @contextmanager
     def hold(self) -> Iterator[Held]:
         """Every token, on pages that cannot move until the block ends; what it gave is not valid afterwards."""
-        self._num_holds += 1
+        self._is_held = True
         try:
             yield self._held()
         finally:
-            self._num_holds -= 1
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Nobody attends any more."""
+        self._is_held = False
 
     def read(self, begin: int, end: int, seqs: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """K and V of tokens `[begin, end)` of some sequences, `[seqs, num_kv_heads, tokens, head_dim]`, near device."""
-        if not 0 <= begin < end <= self.seq_len:
-            raise InputError(f"tokens [{begin}, {end}) of {self.seq_len}")
-        near = self._near.arena
-        shape = (self._slots[seqs].shape[0], near.num_kv_heads, end - begin, near.head_dim)
-        k = torch.empty(shape, dtype=near.layout.dtype, device=near.k.device)
-        v = torch.empty_like(k)
-        middle = min(max(self.far_tokens, begin), end)
-        for pool, first, last in ((self._far, begin, middle), (self._near, middle, end)):
+        if not self.first_token <= begin < end <= self.seq_len:
+            raise InputError(f"tokens [{begin}, {end}) of [{self.first_token}, {self.seq_len})")
+        near = self._store.near.arena
+        shape = (self._map.slots[seqs].shape[0], near.num_kv_heads, end - begin)
+        k = torch.empty((*shape, near.head_dim), dtype=near.layout.dtype, device=near.k.device)
+        v = torch.empty((*shape, near.v_head_dim), dtype=near.layout.dtype, device=near.k.device)
+        middle = min(max(self.first_near_token, begin), end)
+        for pool, first, last in ((self._store.far, begin, middle), (self._store.near, middle, end)):
             if first < last:
                 run = slice(first - begin, last - begin)
                 self._read_into(k[:, :, run], v[:, :, run], pool, first, seqs)
@@ -186,52 +292,53 @@ class LayerKV:
 
     def _read_into(self, k: Tensor, v: Tensor, pool: PagePool, begin: int, seqs: slice) -> None:
         arena, first = pool.arena, begin // self._page_size
-        table = self._table(pool, first, -(-(begin + k.shape[2]) // self._page_size))[seqs]
+        last = -(-(begin + k.shape[2]) // self._page_size)
+        table = self._table(arena.num_kv_heads, self._map.slots[seqs, first:last])
         offset = begin - first * self._page_size
         if k.device == arena.k.device:
-            kernels.gather(arena, table, offset, k, v, self._workers)
+            kernels.gather(arena, table, offset, k, v, self._store.workers)
         else:
             host_k, host_v = torch.empty_like(k, device="cpu"), torch.empty_like(v, device="cpu")
-            kernels.gather(arena, table, offset, host_k, host_v, self._workers)
+            kernels.gather(arena, table, offset, host_k, host_v, self._store.workers)
             k.copy_(host_k)
             v.copy_(host_v)
 
     def _held(self) -> Held:
-        if self._runs is None:
-            with torch.inference_mode(False):  # as in KVCache._allocate: kv_len is written again
-                far = (self._run(self._far, 0, self._num_far_pages),) if self._num_far_pages else ()
-                self._runs = Held(far, self._run(self._near, self._num_far_pages, self.num_pages))
-        self._runs.near.kv_len.fill_(self.num_near_tokens)
-        return self._runs
+        view = self._view
+        if view is None or not self._is_of_now(view):
+            with torch.inference_mode(False):  # kv_len is written again, maybe outside of it
+                has_far = self.window is None and self._map.num_older > 0
+                far = (self._run(self._store.far, 0, self._map.num_older),) if has_far else ()
+                near = self._run(self._store.near, self._map.num_older, self._map.slots.shape[1])
+            view = self._view = _View(self._map, self._kv_start, Held(far, near))
+        view.held.near.kv_len.fill_(self.num_near_tokens)
+        return view.held
+
+    def _is_of_now(self, view: _View) -> bool:
+        return (
+            view.pages.slots is self._map.slots
+            and view.pages.num_older == self._map.num_older
+            and view.kv_start is self._kv_start
+            and view.held.near.arena is self._store.near.arena  # the pool may have grown
+        )
 
     def _run(self, pool: PagePool, first: int, last: int) -> PagedKV:
         kv_start = (self._kv_start - first * self._page_size).clamp_(min=0)
         kv_len = torch.full_like(kv_start, (last - first) * self._page_size)
-        return PagedKV(pool.arena, self._table(pool, first, last), kv_start, kv_len)
-
-    def _table(self, pool: PagePool, first: int, last: int) -> Tensor:
-        heads = pool.arena.num_kv_heads
-        return self._slots[:, None, first:last].expand(self.num_seqs, heads, last - first)
-
-    def _put_slots(self, first: int, slots: list[int]) -> None:
-        num_pages = len(slots) // self.num_seqs
-        if first + num_pages > self._slots.shape[1]:
-            with torch.inference_mode(False):  # as in KVCache._allocate
-                grown = torch.zeros((self.num_seqs, 2 * (first + num_pages)), dtype=torch.int32, device="cpu")
-            grown[:, : self._slots.shape[1]] = self._slots
-            self._slots = grown
-        self._slots[:, first : first + num_pages] = torch.tensor(slots, dtype=torch.int32, device="cpu").view(
-            self.num_seqs, num_pages
+        return PagedKV(
+            pool.arena, self._table(pool.arena.num_kv_heads, self._map.slots[:, first:last]), kv_start, kv_len
         )
-        self._runs = None
+
+    def _table(self, num_kv_heads: int, slots: Tensor) -> Tensor:
+        return slots[:, None].expand(slots.shape[0], num_kv_heads, slots.shape[1])
 
     def _refuse_while_held(self, verb: str) -> None:
-        if self._num_holds:
+        if self._is_held:
             raise CacheError(f"cannot {verb}: the layer's pages are held by an attention that is still running")
 
     # -- counting ------------------------------------------------------------------------------------------------------
 
-    def used_slots(self) -> tuple[list[int], list[int]]:
-        """Slots of every near and of every far page, for `check`."""
-        near = self._slots[:, self._num_far_pages : self.num_pages].flatten().tolist()
-        return near, self._slots[:, : self._num_far_pages].flatten().tolist()
+    def used_slots(self) -> tuple[Tensor, Tensor]:
+        """Slots of every near and of every far page, once for every sequence that has it."""
+        far = self._map.slots[:, : self._map.num_older] if self.window is None else self._map.slots[:, :0]
+        return self._map.near_slots.flatten(), far.flatten()

@@ -1,90 +1,28 @@
-"""The whole cache of a model: two pools, a layer's tables over them, and the arithmetic of what fits."""
+"""The whole cache of a model: a layer's tables over two pools, and what happens to them all at once.
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+A forward pass is a step: `begin_step`, then every layer grows, then `end_step`. One that fails is undone, and one that
+an interrupt cut off is undone before the next thing happens to the cache or to one of its forks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import finalize
 
 import torch
+from torch import Tensor
 
 from tandemkv import machine
 from tandemkv.cache.layer import LayerKV
 from tandemkv.cache.pool import PagePool
-from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
-from tandemkv.types import MAX_HEAD_DIM, Arena, PageLayout, format_bytes
+from tandemkv.cache.spec import CacheSpec
+from tandemkv.cache.store import PageStore
+from tandemkv.errors import CacheError, CapacityError, InputError
+from tandemkv.types import Arena, format_bytes
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """What a cache must hold, and what it may take.
-
-    near_tokens: per sequence and layer, on the device; at least two pages.
-    far_bytes: capacity of the far tier in host memory, all layers and sequences together.
-    chunk_tokens: the longest run of tokens that is appended at once.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    near_tokens: int
-    far_bytes: int
-    page_size: int = 64
-    chunk_tokens: int = 512
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def __post_init__(self) -> None:
-        self.near_layout  # noqa: B018  refuses a dtype or page_size that no page can have
-        if not 2 <= self.head_dim <= MAX_HEAD_DIM or self.head_dim % 2:
-            raise UnsupportedError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {self.head_dim}")
-        if self.num_layers < 1 or self.num_kv_heads < 1:
-            raise InputError(
-                f"a cache is for at least one layer and KV head, got {self.num_layers} layers of {self.num_kv_heads}"
-            )
-        if not isinstance(self.near_tokens, int) or not isinstance(self.chunk_tokens, int):
-            raise InputError(
-                f"near_tokens and chunk_tokens are whole numbers, got {self.near_tokens}, {self.chunk_tokens}"
-            )
-        if self.near_tokens < 2 * self.page_size:
-            raise InputError(f"near_tokens must be at least two pages, {2 * self.page_size}, got {self.near_tokens}")
-        if self.chunk_tokens < self.page_size or self.chunk_tokens % self.page_size:
-            raise InputError(f"chunk_tokens must be a multiple of page_size {self.page_size}, got {self.chunk_tokens}")
-
-    @property
-    def near_layout(self) -> PageLayout:
-        """Rows, as the model writes them and a GPU's kernels read them; panels where the CPU kernel attends."""
-        return PageLayout(self.dtype, self.page_size, "panels" if self.device.type == "cpu" else "rows")
-
-    @property
-    def far_layout(self) -> PageLayout:
-        """Panels, as the CPU kernel reads them."""
-        return PageLayout(self.dtype, self.page_size, "panels")
-
-    @property
-    def near_page_bytes(self) -> int:
-        """K and V of one near page."""
-        return 2 * self.near_layout.page_bytes(self.num_kv_heads, self.head_dim)
-
-    @property
-    def far_page_bytes(self) -> int:
-        """K and V of one far page."""
-        return 2 * self.far_layout.page_bytes(self.num_kv_heads, self.head_dim)
-
-    @property
-    def num_far_slots(self) -> int:
-        """Pages that far_bytes buys."""
-        return self.far_bytes // self.far_page_bytes
-
-    def num_near_slots(self, num_seqs: int) -> int:
-        """Near pages that never overflow: near_tokens and a chunk, the open page, and one that `crop` may reopen."""
-        per_sequence = -(-(self.near_tokens + self.chunk_tokens) // self.page_size) + 2
-        return num_seqs * self.num_layers * per_sequence
-
-    def num_far_pages(self, num_seqs: int, num_tokens: int) -> int:
-        """Far pages of sequences that grew to num_tokens."""
-        pages = max(0, -(-(num_tokens - self.near_tokens) // self.page_size))
-        return num_seqs * self.num_layers * pages
 
 
 @dataclass(frozen=True)
@@ -98,10 +36,19 @@ class TierUse:
     moved_bytes: int
 
 
+class _Step(NamedTuple):
+    """A forward pass under way. windows: copies of the layers whose past it may leave behind, to undo it with."""
+
+    begin: int
+    end: int
+    windows: dict[int, LayerKV]
+
+
 class KVCache:
     """Keys and values of every layer: recent tokens near, older ones far.
 
-    Nothing is allocated before the first `reserve` or `layer`. It serves one batch of sequences that grow together.
+    Nothing is allocated before the first `reserve` or step. It serves one batch of sequences that grow together. Forks
+    share its pages, and its far_bytes; a cache and its forks are for one thread at a time.
     """
 
     def __init__(self, spec: CacheSpec, workers: "WorkerPool | None" = None) -> None:
@@ -119,8 +66,8 @@ class KVCache:
         self.spec = spec
         self._workers = workers
         self._layers: list[LayerKV] = []
-        self._near: PagePool | None = None
-        self._far: PagePool | None = None
+        self._store: PageStore | None = None
+        self._step: _Step | None = None
         self._is_closed = False
 
     @property
@@ -130,21 +77,27 @@ class KVCache:
 
     @property
     def seq_len(self) -> int:
-        """Tokens that every layer holds."""
+        """Tokens that every layer holds; those of a step count when it has reached every layer."""
         if not self._layers:
             return 0
-        return min(layer.seq_len for layer in self._layers)
+        held = min(layer.seq_len for layer in self._layers)
+        return held if self._step is None or held == self._step.end else self._step.begin
 
-    def adapt(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Take the dtype and device that the model turned out to have; InputError once tokens are held in others."""
-        if (dtype, device) == (self.spec.dtype, self.spec.device):
+    @property
+    def step_end(self) -> int:
+        """Tokens that every layer holds when the step under way has ended."""
+        return self.seq_len if self._step is None else self._step.end
+
+    # -- before work starts --------------------------------------------------------------------------------------------
+
+    def adapt(self, spec: CacheSpec) -> None:
+        """Take the shape, dtype and device that the model turned out to have; InputError once tokens are held."""
+        if spec == self.spec:
             return
         if any(layer.seq_len for layer in self._layers):
-            raise InputError(
-                f"this cache holds {self.spec.dtype} on {self.spec.device}, got {dtype} on {device}: use a new cache"
-            )
+            raise InputError(f"this cache holds {self.spec.content}, got {spec.content}: use a new cache")
         self.reset()
-        self.spec = replace(self.spec, dtype=dtype, device=device)
+        self.spec = spec
 
     def reserve(self, num_seqs: int, num_tokens: int) -> None:
         """Make sure that num_seqs sequences can grow to num_tokens each, before any work starts.
@@ -153,6 +106,7 @@ class KVCache:
         cache that is in use goes on unharmed.
         """
         self._refuse_if_closed()
+        self._settle()
         spec = self.spec
         if num_seqs < 1 or num_tokens < 0:
             raise InputError(
@@ -160,95 +114,31 @@ class KVCache:
             )
         self._refuse_other_batch(num_seqs)
         far_pages = spec.num_far_pages(num_seqs, num_tokens)
-        needed = far_pages * spec.far_page_bytes
         if far_pages > spec.num_far_slots:
             far_tokens = max(0, num_tokens - spec.near_tokens)
             raise CapacityError(
-                f"{num_seqs} x {num_tokens} tokens leave {num_seqs} x {far_tokens} far: {spec.num_layers} layers "
-                f"x {spec.far_page_bytes // spec.page_size} bytes a token need {format_bytes(needed)}, far_bytes is "
-                f"{format_bytes(spec.far_bytes)}; raise far_bytes or near_tokens, or shorten the prompt"
+                f"{num_seqs} x {num_tokens} tokens leave {num_seqs} x {far_tokens} far: {spec.num_full_layers} layers "
+                f"x {spec.far_page_bytes // spec.page_size} bytes a token need "
+                f"{format_bytes(far_pages * spec.far_page_bytes)}, far_bytes is {format_bytes(spec.far_bytes)}; "
+                "raise far_bytes or near_tokens, or shorten the prompt"
             )
+        self._require_far(far_pages)
         self._require_memory(num_seqs, far_pages)
         if not self._layers:
             self._allocate(num_seqs)
 
-    def layer(self, index: int, num_seqs: int) -> LayerKV:
-        """The pages of one layer, made for num_seqs sequences on first use."""
-        self._refuse_if_closed()
-        self._refuse_other_batch(num_seqs)
-        if not self._layers:
-            self.reserve(num_seqs, 0)
-        return self._layers[index]
-
-    def require_room(self, num_seqs: int, num_tokens: int) -> None:
-        """Before a step over all layers: refuse, while nothing has moved, what one of them could not take.
-
-        `num_tokens` more are appended to every layer in chunks of at most chunk_tokens. Raises CapacityError where the
-        far tier cannot take what they push out, InputError for another batch size, CacheError where layers differ.
-        """
-        self._refuse_if_closed()
-        self._refuse_other_batch(num_seqs)
-        if self._far is None:
-            self.reserve(num_seqs, num_tokens)
-            return
-        if len({layer.seq_len for layer in self._layers}) > 1:
-            raise CacheError("the last forward pass did not reach every layer; crop() to a length, or reset()")
-        before_last_chunk = self.seq_len + (num_tokens - 1) // self.spec.chunk_tokens * self.spec.chunk_tokens
-        needed = self.spec.num_far_pages(self.num_seqs, before_last_chunk)
-        self._far.require(max(0, needed - self._far.num_used))
-        if num_tokens >= self.spec.page_size:  # a prompt; asking Linux takes 100 us, too long for every token
-            self._require_memory(num_seqs, needed)
-
-    def crop(self, seq_len: int) -> None:
-        """Forget every token from `seq_len` on, in every layer."""
-        if not isinstance(seq_len, int) or isinstance(seq_len, bool):
-            raise InputError(f"crop takes a whole number of tokens, got {seq_len!r}")
-        for layer in self._layers:
-            layer.crop(min(seq_len, layer.seq_len))
-
-    def reset(self) -> None:
-        """Forget everything; the next use may have another batch size."""
-        for layer in self._layers:
-            layer.release()
-        self._layers, self._near, self._far = [], None, None
-
-    def close(self) -> None:
-        """Give every byte back; the cache cannot be used again."""
-        self.reset()
-        self._is_closed = True
-
-    def use(self) -> list[TierUse]:
-        """Counters of each tier, near first."""
-        if self._near is None or self._far is None:
-            return []
-        return [
-            TierUse(
-                pool.name,
-                str(pool.arena.k.device),
-                pool.num_used * pool.page_bytes,
-                pool.arena.num_slots * pool.page_bytes,
-                moved_bytes,
-            )
-            for pool, moved_bytes in ((self._near, 0), (self._far, self._far.num_ever_used * self._far.page_bytes))
-        ]
-
-    def check(self) -> None:
-        """Recount everything: every slot is used once or free, and every layer has the same length."""
-        if self._near is None or self._far is None:
-            assert not self._layers
-            return
-        used = [layer.used_slots() for layer in self._layers]
-        self._near.check([slot for near, _ in used for slot in near])
-        self._far.check([slot for _, far in used for slot in far])
-        lengths = {layer.seq_len for layer in self._layers}
-        assert len(lengths) == 1, f"layers hold different numbers of tokens: {sorted(lengths)}"
+    def _require_far(self, num_pages: int) -> None:
+        """The far pool, which forks share, must have what this cache lacks of so many pages."""
+        if self._store is not None:
+            own = self.num_seqs * sum(layer.num_far_pages for layer in self._layers)
+            self._store.far.require(max(0, num_pages - own))
 
     def _require_memory(self, num_seqs: int, far_pages: int) -> None:
         """The host memory that this growth will touch for the first time must be there."""
         spec = self.spec
-        touched = self._far.num_touched if self._far is not None else 0
+        touched = self._store.far.num_touched if self._store is not None else 0
         new_bytes = max(0, far_pages - touched) * spec.far_page_bytes
-        if self._near is None and spec.device.type == "cpu":
+        if self._store is None and spec.device.type == "cpu":
             new_bytes += spec.num_near_slots(num_seqs) * spec.near_page_bytes
         available = machine.available_bytes()
         if new_bytes > available.num_bytes:
@@ -257,17 +147,199 @@ class KVCache:
                 f"({available.limit}); lower far_bytes, near_tokens or the batch, or free memory"
             )
 
+    # -- a forward pass ------------------------------------------------------------------------------------------------
+
+    def layer(self, index: int) -> LayerKV:
+        """The pages of one layer; they exist from the first `reserve` or `begin_step` on."""
+        self._refuse_if_closed()
+        if not self._layers:
+            raise CacheError("this cache has no pages yet: reserve() or begin_step() comes first")
+        return self._layers[index]
+
+    def begin_step(self, num_seqs: int, num_tokens: int) -> None:
+        """Before a forward pass: refuse, while nothing has moved, what one of the layers could not take.
+
+        `num_tokens` more will be appended to every layer in chunks of at most chunk_tokens. Raises CapacityError where
+        the far tier cannot take what they push out, InputError for another batch size.
+        """
+        self._refuse_if_closed()
+        self._settle()
+        self._refuse_other_batch(num_seqs)
+        if self._store is None:
+            self.reserve(num_seqs, num_tokens)
+        begin, chunk_tokens = self.seq_len, self.spec.chunk_tokens
+        needed = self.spec.num_far_pages(self.num_seqs, begin + (num_tokens - 1) // chunk_tokens * chunk_tokens)
+        self._require_far(needed)
+        if num_tokens >= self.spec.page_size:  # a prompt; asking Linux takes 100 us, too long for every token
+            self._require_memory(num_seqs, needed)
+        self._the_store.is_settled = False
+        windowed = enumerate(self._layers) if num_tokens > chunk_tokens else ()  # one chunk can be cropped away
+        past = {i: layer.fork() for i, layer in windowed if layer.window is not None}
+        self._step = _Step(begin, begin + num_tokens, past)
+
+    def end_step(self) -> None:
+        """Every layer has grown: from here on the new tokens count."""
+        step, self._step = self._step, None
+        if step is not None:
+            for past in step.windows.values():
+                past.release()
+            self._the_store.is_settled = True
+
+    def undo_step(self) -> None:
+        """A layer failed: none keeps tokens of the forward pass under way."""
+        self._settle()
+
+    # -- all layers at once --------------------------------------------------------------------------------------------
+
+    def crop(self, seq_len: int) -> None:
+        """Forget every token from `seq_len` on, in every layer; CacheError, and none, where a window has moved on."""
+        if not isinstance(seq_len, int) or isinstance(seq_len, bool):
+            raise InputError(f"crop takes a whole number of tokens, got {seq_len!r}")
+        with self._changing():
+            for layer in sorted(self._layers, key=lambda layer: layer.can_crop(min(seq_len, layer.seq_len))):
+                layer.crop(min(seq_len, layer.seq_len))  # one that cannot comes first, and raises
+
+    def select(self, seqs: Tensor) -> None:
+        """Become the sequences `seqs`, int64 `[num_seqs]` on the CPU, of this batch: beams, copies, or fewer."""
+        if torch.equal(seqs, torch.arange(self.num_seqs)):
+            return
+        with self._changing():
+            for layer in self._layers:
+                layer.select(seqs)
+            self._limit_near()
+
+    def fork(self) -> "KVCache":
+        """The same tokens in a cache that grows on its own. Pages are shared until one of the two writes to them."""
+        self._refuse_if_closed()
+        twin = KVCache(self.spec, self._workers)
+        with self._changing():
+            twin._store = self._store
+            twin._layers = [layer.fork() for layer in self._layers]
+            twin._join()
+        return twin
+
+    def reset(self) -> None:
+        """Forget everything; the next use may have another batch size."""
+        with self._changing():
+            for layer in self._layers:
+                layer.release()
+            if self._store is not None:
+                self._membership.detach()
+                self._store.members.discard(self)
+                self._limit_near()
+        self._layers, self._store = [], None
+
+    def close(self) -> None:
+        """Give every byte back; the cache cannot be used again."""
+        self.reset()
+        self._is_closed = True
+
+    # -- counting ------------------------------------------------------------------------------------------------------
+
+    def use(self) -> list[TierUse]:
+        """Counters of each tier, near first; of a cache and its forks together."""
+        if self._store is None:
+            return []
+        near, far = self._store.near, self._store.far
+        return [
+            TierUse(
+                pool.name,
+                str(pool.arena.k.device),
+                pool.num_used * pool.page_bytes,
+                pool.arena.num_slots * pool.page_bytes,
+                moved_bytes,
+            )
+            for pool, moved_bytes in ((near, 0), (far, far.num_ever_used * far.page_bytes))
+        ]
+
+    def check(self) -> None:
+        """Undo what was cut off, then recount: every slot has its references, and every layer has the same length."""
+        self._settle()
+        if self._store is None:
+            assert not self._layers
+            return
+        self._store.check(*self._used())
+        lengths = {layer.seq_len for layer in self._layers}
+        assert len(lengths) == 1, f"layers hold different numbers of tokens: {sorted(lengths)}"
+
+    def _used(self) -> tuple[Tensor, Tensor]:
+        """Near and far slots of the whole family, once for every table that has them."""
+        members = list(self._the_store.members)
+        layers = [layer for member in members for layer in member._layers]
+        layers += [past for member in members if member._step is not None for past in member._step.windows.values()]
+        used = [layer.used_slots() for layer in layers]
+        return torch.cat([near for near, _ in used]), torch.cat([far for _, far in used])
+
+    # -- keeping the books ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Where this is cut off, the books are recounted before the next thing happens."""
+        self._settle()
+        store = self._store
+        if store is not None:
+            store.is_settled = False
+        yield
+        if store is not None:
+            store.is_settled = True
+
+    def _settle(self) -> None:
+        """Undo every step that was not ended, of this cache and its forks, and recount."""
+        store = self._store
+        if store is None or store.is_settled:
+            return
+        store.recount(*self._used())  # to undo may take a page
+        for member in list(store.members):
+            member._undo_open_step()
+        store.recount(*self._used())
+        self._limit_near()
+        store.is_settled = True
+
+    def _undo_open_step(self) -> None:
+        """Unless it has reached every layer."""
+        step, seq_len = self._step, self.seq_len
+        for index, layer in enumerate(self._layers):
+            layer.let_go()
+            past = step.windows.get(index) if step is not None else None
+            if past is not None and layer.seq_len != seq_len:
+                layer.replace_with(past)
+            layer.crop(min(seq_len, layer.seq_len))
+        self._step = None
+
+    @property
+    def _the_store(self) -> PageStore:
+        assert self._store is not None
+        return self._store
+
     @torch.inference_mode(False)  # tensors made inside inference mode could not be written outside it
     def _allocate(self, num_seqs: int) -> None:
         spec = self.spec
-        heads, dim = spec.num_kv_heads, spec.head_dim
-        near = Arena.allocate(spec.near_layout, spec.num_near_slots(num_seqs), heads, dim, spec.device)
-        far = Arena.allocate(spec.far_layout, spec.num_far_slots, heads, dim)
-        self._near = PagePool(near, "near", "this is a fault of tandemkv, please report it")
-        self._far = PagePool(far, "far", "raise far_bytes or near_tokens, or shorten the prompt")
-        self._layers = [
-            LayerKV(self._near, self._far, num_seqs, spec.near_tokens, self._workers) for _ in range(spec.num_layers)
-        ]
+        heads, widths = spec.num_kv_heads, (spec.head_dim, spec.v_width)
+        near = Arena.allocate(
+            spec.near_layout, spec.num_near_slots(num_seqs), heads, widths[0], spec.device, v_head_dim=widths[1]
+        )
+        far = Arena.allocate(spec.far_layout, spec.num_far_slots, heads, widths[0], v_head_dim=widths[1])
+        self._store = PageStore(
+            PagePool(near, "near", "this is a fault of tandemkv, please report it"),
+            PagePool(far, "far", "raise far_bytes or near_tokens, or shorten the prompt"),
+            self._workers,
+        )
+        self._layers = [LayerKV(self._store, num_seqs, spec, index) for index in range(spec.num_layers)]
+        self._join()
+
+    def _join(self) -> None:
+        """Become one of those whose tables the store's books are counted from."""
+        store = self._store
+        if store is not None:
+            store.members.add(self)
+            self._membership = finalize(self, store.lose_member)
+            self._membership.atexit = False
+            self._limit_near()
+
+    def _limit_near(self) -> None:
+        """The near pool may grow to what all members can need."""
+        needs = [member.spec.num_near_slots(member.num_seqs) for member in self._the_store.members]
+        self._the_store.near.limit(sum(needs))
 
     def _refuse_other_batch(self, num_seqs: int) -> None:
         if self._layers and self.num_seqs != num_seqs:

@@ -46,7 +46,9 @@ def attend(
     return cpu.attend(q, runs, rule=rule, causal=causal, pool=pool, isa=isa)
 
 
-def append_and_attend(q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, rule: ScoreRule, pool: "WorkerPool") -> Tensor:
+def append_and_attend(
+    q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, rule: ScoreRule, pool: "WorkerPool"
+) -> Tensor:
     """`append` k and v as the last q_len tokens of the last run, then `attend` from them, causally, over all runs.
 
     One call, because after a short context calls cost more than reading.
@@ -59,16 +61,19 @@ def append_and_attend(q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, rule: Sco
     return cpu.append_and_attend(q, k, v, runs, rule=rule, pool=pool)
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, causal: bool = False) -> Partial:
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, first_query: int | None = None) -> Partial:
     """Exact attention of prefill-sized queries over dense k and v, by torch's kernels, on any device.
 
-    q: `[num_seqs, num_q_heads, q_len, head_dim]`; k, v: `[num_seqs, num_kv_heads, kv_len, head_dim]`, every token real.
-    causal: q and k are the same tokens. out was rounded to q's dtype by torch's kernel before it became float32.
+    q: `[num_seqs, num_q_heads, q_len, head_dim]`; k, v: `[num_seqs, num_kv_heads, kv_len, head_dim or v_head_dim]`,
+        every token real.
+    first_query: query i is token `first_query + i` of k's run, which may lie behind its end, and sees what is not newer
+        than itself; without it all queries see all tokens.
+    out was rounded to q's dtype by torch's kernel before it became float32.
     """
     from tandemkv.kernels import torch_ops
 
-    _check_dense(q, k, v, causal)
-    return torch_ops.attend_dense(q, k, v, rule=rule, causal=causal)
+    _check_dense(q, k, v, rule, first_query)
+    return torch_ops.attend_dense(q, k, v, rule=rule, first_query=first_query)
 
 
 def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None) -> Partial:
@@ -133,15 +138,15 @@ def move_pages(
     cpu.move_pages(source, target, source_slots, target_slots, pool)
 
 
-def _check_dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+def _check_dense(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, first_query: int | None) -> None:
     """torch's kernels would divide by zero, read beyond v, or mask from the wrong corner."""
     shapes = f"got q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}"
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
-        raise InputError(f"expected q, k and v of as many sequences and one head_dim, k and v alike, {shapes}")
+    if q.dim() != 4 or k.dim() != 4 or k.shape[:3] != v.shape[:3] or q.shape[::3] != k.shape[::3]:
+        raise InputError(f"expected q, k and v of as many sequences, q and k of one head_dim, k and v alike, {shapes}")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1] or q.shape[1] < k.shape[1]:
         raise InputError(f"query heads must be a multiple of the KV heads, {shapes}")
-    if causal and q.shape[2] != k.shape[2]:
-        raise InputError(f"causal attention is of the same tokens, {shapes}")
+    if rule.window is not None and first_query is None:
+        raise InputError("a window needs to know where the queries are: pass first_query")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise InputError(
             f"q, k and v must have one dtype and device, got {q.dtype} on {q.device}, {k.dtype} on {k.device} and "

@@ -9,32 +9,48 @@ from torch import Tensor
 from tandemkv.types import Arena, Partial, ScoreRule
 
 
-def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, causal: bool = False) -> Partial:
-    """Attention of q over dense k and v, all of them tokens that exist.
-
-    q: `[num_seqs, num_q_heads, q_len, head_dim]`; k, v: `[num_seqs, num_kv_heads, kv_len, head_dim]`, one dtype and
-    device. causal: q and k are the same tokens (q_len == kv_len). out is rounded to q's dtype, then it is widened.
-    """
-    num_seqs, num_q_heads, q_len, head_dim = q.shape
-    num_kv_heads, kv_len = k.shape[1], k.shape[2]
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, first_query: int | None = None) -> Partial:
+    """See `tandemkv.kernels.attend_dense`. out was rounded to q's dtype before it is widened."""
+    num_seqs, num_q_heads, q_len, _ = q.shape
+    kv_len, group_size = k.shape[2], num_q_heads // k.shape[1]
     if kv_len == 0 or q_len == 0:
-        return empty_partial(q)
-    group_size = num_q_heads // num_kv_heads
-    if causal and group_size > 1:
-        # The causal mask is per query token, so query heads cannot become rows; a chunk's K and V are small.
-        k, v = k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)
-    elif group_size > 1:
-        q = q.reshape(num_seqs, num_kv_heads, group_size * q_len, head_dim)
-    out, lse = _flash(q, k, v, causal, rule.scale)
-    return Partial(
-        out.reshape(num_seqs, num_q_heads, q_len, head_dim).float(), lse.reshape(num_seqs, num_q_heads, q_len).float()
-    )
+        return empty_partial(q, v.shape[3])
+    sees = None if _all_seen(q_len, kv_len, first_query, rule) else _sees(q_len, kv_len, first_query, rule, q.device)
+    if rule.softcap is None and first_query == 0 and q_len == kv_len and (rule.window is None or rule.window >= kv_len):
+        # torch's causal mask is per query token, so query heads cannot become rows; a chunk's K and V are small.
+        out, lse = _flash(
+            q, k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1), rule, is_causal=True
+        )
+    else:
+        rows = q.reshape(num_seqs, k.shape[1], group_size * q_len, q.shape[3])
+        out, lse = _flash(rows, k, v, rule, sees=None if sees is None else sees.repeat(group_size, 1))
+    out = out.reshape(num_seqs, num_q_heads, q_len, v.shape[3]).float()
+    lse = lse.reshape(num_seqs, num_q_heads, q_len).float()
+    if sees is not None:  # where a query sees nothing, torch's kernels say lse 0 or NaN
+        blind = ~sees.any(-1)
+        out, lse = out.masked_fill(blind[:, None], 0.0), lse.masked_fill(blind, -math.inf)
+    return Partial(out, lse)
 
 
-def empty_partial(q: Tensor) -> Partial:
-    """The identity of `merge` in q's shape."""
+def _all_seen(q_len: int, kv_len: int, first_query: int | None, rule: ScoreRule) -> bool:
+    """Whether every query sees every token."""
+    if first_query is None:
+        return rule.window is None
+    return first_query >= kv_len - 1 and (rule.window is None or rule.window >= first_query + q_len)
+
+
+def _sees(q_len: int, kv_len: int, first_query: int, rule: ScoreRule, device: torch.device) -> Tensor:
+    """bool `[q_len, kv_len]`: which query sees which token."""
+    query = torch.arange(first_query, first_query + q_len, device=device)[:, None]
+    token = torch.arange(kv_len, device=device)
+    sees = token <= query
+    return sees if rule.window is None else sees & (token > query - rule.window)
+
+
+def empty_partial(q: Tensor, v_head_dim: int) -> Partial:
+    """The identity of `merge` for these queries."""
     return Partial(
-        torch.zeros(q.shape, dtype=torch.float32, device=q.device),
+        torch.zeros((*q.shape[:3], v_head_dim), dtype=torch.float32, device=q.device),
         torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device),
     )
 
@@ -72,22 +88,37 @@ def _places(arena: Arena, page_table: Tensor, begin: int, num_tokens: int) -> tu
     return slots.to(arena.k.device), (tokens % arena.layout.page_size).to(arena.k.device)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, sees: Tensor | None = None, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of torch's kernel that returns both, or of plain products where it has none for this call."""
     ops = torch.ops.aten
+    on_cuda = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] % 8 == 0
+    if rule.softcap is not None or (q.device.type != "cpu" and (not on_cuda or sees is not None)):
+        return _plain(q, k, v, rule, sees if not is_causal else _sees(q.shape[2], k.shape[2], 0, rule, q.device))
+    width = v.shape[3]
+    if width != k.shape[3]:  # torch's kernels want one width: zeros change neither scores nor the dims that are kept
+        widest = max(width, k.shape[3])
+        q, k, v = (torch.nn.functional.pad(x, (0, widest - x.shape[3])) for x in (q, k, v))
     if q.device.type == "cpu":
-        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-        return out, lse
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
-        result = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-        return result[0], result[1]
-    return _plain(q, k, v, causal, scale)
+        mask = None if sees is None else torch.zeros_like(sees, dtype=q.dtype).masked_fill_(~sees, -math.inf)
+        result = ops._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, is_causal, attn_mask=None if mask is None else mask[None, None], scale=rule.scale
+        )
+    else:
+        result = ops._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=rule.scale)
+    return result[0][..., :width], result[1]
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Two products and a softmax, where torch has no kernel that returns lse (float32 on CUDA)."""
-    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
-    if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores.masked_fill_(hidden, -math.inf)
-    lse = torch.logsumexp(scores, -1)
-    return torch.matmul(torch.exp(scores - lse.unsqueeze(-1)), v.float()), lse
+def _plain(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, sees: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two products and a softmax, for what torch has no kernel that returns lse: soft caps, float32 on CUDA."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * rule.scale
+    if rule.softcap is not None:
+        scores = scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    if sees is not None:
+        scores.masked_fill_(~sees, -math.inf)
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+    weights = scores.sub_(lse.masked_fill(lse == -math.inf, 0.0)).exp_()
+    return torch.matmul(weights, v.float()), lse.squeeze(-1)

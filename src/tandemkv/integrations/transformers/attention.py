@@ -1,0 +1,130 @@
+"""The attention function that transformers calls for every layer of an attached model."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from tandemkv.errors import InputError, UnsupportedError
+from tandemkv.integrations.transformers.cache import TieredLayer, layer_of
+from tandemkv.integrations.transformers.masks import padding_of, stock_mask_of
+from tandemkv.types import ScoreRule
+
+_HARMLESS = frozenset(
+    (
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_hidden_states",
+        "return_dict",
+        "is_causal",
+        "logits_to_keep",
+    )
+)
+"""Keywords that models pass to every attention function and that do not change what a causal layer computes."""
+
+
+def attend(
+    stock: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """What `AttentionInterface` wants; `stock` names the attention that a model used before it was attached.
+
+    query: `[num_seqs, num_q_heads, q_len, head_dim]`; key, value: the new tokens, not repeated for grouped heads.
+    Returns `[num_seqs, q_len, num_q_heads, v_head_dim]`, contiguous, and attention weights where stock gives them.
+    """
+    layer: TieredLayer | None = getattr(key, "_tandem_layer", None)
+    if layer is None:
+        mask = stock_mask_of(attention_mask)
+        out: tuple[Tensor, Any] = _stock_attention(stock, module)(module, query, key, value, mask, **kwargs)
+        return out
+    if torch.compiler.is_compiling():
+        _refuse_unsupported(module, layer, (query, key, value), kwargs)
+        padding, (rule, sink_logit) = padding_of(attention_mask, layer.window), _rule_of(query, layer.window, kwargs)
+        options = rule.scale, rule.softcap, rule.window
+        return _compiled(query, key, value, layer.handle, layer.length, padding, *options, sink_logit), None
+    with layer.attending():
+        _refuse_unsupported(module, layer, (query, key, value), kwargs)
+        padding, (rule, sink_logit) = padding_of(attention_mask, layer.window), _rule_of(query, layer.window, kwargs)
+        return layer.attend(query, key, value, padding, rule, sink_logit), None
+
+
+@torch.library.custom_op("tandemkv::extend_and_attend", mutates_args=("handle", "length"))
+def _compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    handle: Tensor,
+    length: Tensor,
+    padding: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sink_logit: Tensor | None,
+) -> Tensor:
+    """One layer's step in a compiled graph. The tensors named as mutated keep unused calls, and their order."""
+    layer = layer_of(int(handle))
+    layer.cache.begin_layer(layer)
+    with layer.attending():
+        return layer.attend(q, k, v, padding, ScoreRule(scale, softcap, window), sink_logit)
+
+
+@_compiled.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+def _rule_of(query: Tensor, window: int | None, kwargs: dict[str, Any]) -> tuple[ScoreRule, Tensor | None]:
+    """How this layer makes scores, and the logit of its sink."""
+    scaling = kwargs.get("scaling")
+    sinks = kwargs.get("s_aux")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return ScoreRule(scale, kwargs.get("softcap"), window), None if sinks is None else sinks.detach().float()
+
+
+_RULES = frozenset(("scaling", "softcap", "sliding_window", "s_aux", "dropout"))
+"""Keywords that change what a layer computes, and that are answered for."""
+
+
+def _refuse_unsupported(module: Any, layer: TieredLayer, qkv: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    """Whatever would make the answer another than that of a causal layer with our rules of scores."""
+    query, key, value = qkv
+    if module.config.num_hidden_layers != layer.num_model_layers:
+        raise InputError(
+            f"this cache is for a model of {layer.num_model_layers} layers, this one has "
+            f"{module.config.num_hidden_layers}"
+        )
+    if kwargs.get("dropout"):
+        raise UnsupportedError("attention dropout with a TieredCache is not supported: call model.eval()")
+    if torch.is_grad_enabled() and query.requires_grad:
+        raise UnsupportedError("no gradient flows through a TieredCache: use torch.no_grad(), or train without a cache")
+    unknown = sorted(
+        name
+        for name, value in kwargs.items()
+        if name not in _HARMLESS | _RULES and value is not None and value is not False
+    )
+    if kwargs.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if unknown:
+        raise UnsupportedError(f"{type(module).__name__} passes {', '.join(unknown)}: not supported yet")
+    if not query.dtype == key.dtype == value.dtype:
+        raise UnsupportedError(
+            f"q, k and v must be of one dtype, got {query.dtype}, {key.dtype} and {value.dtype}: instead of "
+            "torch.autocast load the model with dtype=torch.bfloat16"
+        )
+
+
+def _stock_attention(stock: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+    """What the model would call were it not attached: eager attention lives in the model's own file."""
+    if stock == "eager":
+        found: Callable[..., tuple[Tensor, Any]] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        return found
+    return sdpa_attention_forward  # type: ignore[no-any-return]

@@ -1,0 +1,352 @@
+"""TieredCache and its layers: what transformers sees of the pages."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary, proxy
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from tandemkv.attention import extend_and_attend, worker_pool
+from tandemkv.cache import CacheSpec, KVCache, TierUse
+from tandemkv.errors import CacheError, InputError, UnsupportedError
+from tandemkv.types import ScoreRule, parse_bytes
+
+IMPLEMENTATIONS = {"sdpa": "tandem", "eager": "tandem_eager"}
+"""The names under which transformers knows our attention function and mask, by the stock one that it replaces."""
+
+_UPDATE_KEYWORDS = {"cache_kwargs", "cache_position", "cos", "sin"}
+"""What models tell `Cache.update` beside keys and values: positions, which a cache of all tokens does not need."""
+
+
+class TieredCache(Cache):  # type: ignore[misc]
+    """A transformers cache whose recent tokens lie near, on the model's device, and older ones in host memory.
+
+    Exact: every token is attended. Layers with a sliding window stay near; layers without keys and values (linear
+    attention) stay as transformers has them. Serves one batch at a time; `reset` makes it ready for another.
+    `copy.deepcopy` gives a fork: the same tokens on the same pages, until one of the two writes to them.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        near_tokens: int = 4096,
+        far_bytes: int | str = "16GiB",
+        *,
+        page_size: int = 64,
+        chunk_tokens: int = 512,
+    ) -> None:
+        """Nothing is allocated until the first use.
+
+        config: of an attached model. near_tokens: per sequence and layer, at least two pages. far_bytes: capacity in
+        host memory for all layers and sequences, and for forks, such as "16GiB"; memory is taken as it fills.
+        chunk_tokens: a prompt is worked through in runs of this many tokens.
+        Raises InputError for values that cannot be, CapacityError where far_bytes exceeds the machine.
+        """
+        if not isinstance(config, PreTrainedConfig):
+            raise InputError(
+                f"TieredCache takes the config of an attached model, model.config, got {type(config).__name__}"
+            )
+        self._config = config = config.get_text_config(decoder=True)
+        refuse_detached(config)
+        self.num_model_layers: int = config.num_hidden_layers
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        layers, windows = _layers_of(config)
+        num_kv_heads, head_dim = kv_shape(config)
+        spec = CacheSpec(
+            num_layers=len(windows),
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=_dtype(config),
+            near_tokens=near_tokens,
+            far_bytes=parse_bytes(far_bytes),
+            page_size=page_size,
+            chunk_tokens=chunk_tokens,
+            windows=windows if any(windows) else (),
+        )
+        self._become(layers, KVCache(spec, worker_pool()))
+
+    def _become(self, layers: list[Any], kv: KVCache) -> None:
+        """Stock layers as they are; where None stands, layers of our own, in the order of `kv`."""
+        self.kv = kv
+        self.length = torch.tensor(kv.seq_len, device="cpu")  # tokens held, for compiled models: see TieredLayer
+        self.pending: TieredLayer | None = None  # was updated, but has not attended yet
+        self._padding: tuple[Tensor, Tensor | None] | None = None
+        ours = iter(range(kv.spec.num_layers))
+        super().__init__(layers=[TieredLayer(self, next(ours)) if layer is None else layer for layer in layers])
+        self._others = [layer for layer in layers if layer is not None]
+
+    def reserve(self, num_seqs: int, num_tokens: int) -> None:
+        """Refuse now, with the arithmetic, what could not be held later; `generate` of an attached model calls this."""
+        if self.max_positions is not None and num_tokens > self.max_positions:
+            raise InputError(
+                f"{num_tokens} tokens (prompt and new ones) exceed the model's {self.max_positions} positions; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        self.kv.reserve(num_seqs, num_tokens)
+
+    def use(self) -> list[TierUse]:
+        """Counters of each tier, near first, forks included; empty before the first use."""
+        return self.kv.use()
+
+    def check(self) -> None:
+        """Recount every page; AssertionError where the books are wrong."""
+        self.kv.check()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
+        """A fork: costs no memory until one of the two grows. One thread at a time for a cache and its forks."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin._config, twin.num_model_layers = self._config, self.num_model_layers
+        twin.max_positions = self.max_positions
+        layers = [None if isinstance(layer, TieredLayer) else copy.deepcopy(layer, memo) for layer in self.layers]
+        twin._become(layers, self.kv.fork())
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError("a TieredCache cannot be saved yet: its pages live in this process; prefill a new one")
+
+    def close(self) -> None:
+        """Give every byte back; the cache cannot be used again."""
+        self.reset()
+        self.kv.close()
+
+    def reset(self) -> None:
+        """Forget everything and give every byte back; the next batch may have another size."""
+        self.kv.reset()
+        for layer in self._others:
+            layer.reset()
+        self.pending = self._padding = None
+        self.note_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove `-tokens_to_remove` tokens from the end; a positive number is the length to keep (as in 5.17)."""
+        if not isinstance(tokens_to_remove, int) or isinstance(tokens_to_remove, bool):
+            raise InputError(f"crop takes a whole number of tokens, got {tokens_to_remove!r}")
+        self.pending = None
+        keep = tokens_to_remove if tokens_to_remove > 0 else max(0, self.kv.seq_len + tokens_to_remove)
+        self.kv.crop(keep)
+        self.note_length()
+        for layer in self._others:
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: sequence i becomes a copy of `beam_idx[i]`, by reference."""
+        self.kv.select(_as_indices(beam_idx))
+        for layer in self._others:
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence several times, one behind the other, by reference."""
+        self.kv.select(torch.arange(self.kv.num_seqs, device="cpu").repeat_interleave(repeats))
+        for layer in self._others:
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these sequences, in this order."""
+        self.kv.select(_as_indices(indices))
+        for layer in self._others:
+            layer.batch_select_indices(indices)
+
+    def note_length(self) -> None:
+        """Tell compiled models."""
+        self.length.fill_(self.kv.seq_len)
+
+    # -- a forward pass ------------------------------------------------------------------------------------------------
+
+    def begin_layer(self, layer: "TieredLayer") -> None:
+        """A layer was updated; its attention must come before the next update."""
+        if self.pending is not None:
+            self.pending = None
+            self.kv.undo_step()
+            raise CacheError(
+                "the last update of this cache was never attended: the model is not attached, or it changes keys after "
+                "Cache.update, which is not supported; that forward pass is undone"
+            )
+        if layer.index == 0:
+            refuse_detached(self._config)
+        self.pending = layer
+
+    def begin_step(self, k: Tensor, v: Tensor) -> None:
+        """Before the first layer of a forward pass appends k: refuse what any layer could not take."""
+        num_tokens = self.kv.seq_len + k.shape[2]
+        if self.max_positions is not None and num_tokens > self.max_positions:
+            raise InputError(
+                f"{num_tokens} tokens exceed the model's {self.max_positions} positions; shorten the prompt"
+            )
+        self._adapt_to(k, v)
+        self.kv.begin_step(k.shape[0], k.shape[2])
+
+    def adapt(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Take the dtype and device of a model; InputError once tokens are held in others."""
+        self.kv.adapt(replace(self.kv.spec, dtype=dtype, device=device))
+
+    def _adapt_to(self, k: Tensor, v: Tensor) -> None:
+        spec, (_, num_kv_heads, _, head_dim), v_head_dim = self.kv.spec, k.shape, v.shape[3]
+        known = (spec.dtype, spec.device, spec.num_kv_heads, spec.head_dim, spec.v_width)
+        if known != (k.dtype, k.device, num_kv_heads, head_dim, v_head_dim):
+            found = replace(spec, dtype=k.dtype, device=k.device, num_kv_heads=num_kv_heads, head_dim=head_dim)
+            self.kv.adapt(replace(found, v_head_dim=v_head_dim))
+
+    def padding(self, mask: Tensor | None) -> Tensor | None:
+        """kv_start `[num_seqs]` of a 2D bool mask `[num_seqs, kv_len]`; None without padding; only left is allowed.
+
+        One mask serves all layers of a forward pass: the last answer is kept.
+        """
+        if mask is None:
+            return None
+        if self._padding is None or self._padding[0] is not mask:
+            self._padding = mask, self._kv_start_of(mask)
+        return self._padding[1]
+
+    def _kv_start_of(self, mask: Tensor) -> Tensor | None:
+        expected = [self.kv.num_seqs, self.kv.step_end]
+        if mask.shape[0] != expected[0] or mask.shape[1] < expected[1]:
+            raise InputError(
+                f"attention_mask must cover all tokens, those in the cache too: expected {expected}, "
+                f"got {list(mask.shape)}"
+            )
+        if mask.all():
+            return None
+        mask = mask[:, : expected[1]]
+        # A row of padding alone is the first piece of a prompt that is prefilled in pieces.
+        if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+            raise UnsupportedError("only left padding is supported: set tokenizer.padding_side = 'left'")
+        return mask.logical_not().sum(-1).cpu()
+
+
+_LAYERS: WeakValueDictionary[int, "TieredLayer"] = WeakValueDictionary()
+_ids = count()
+
+
+class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
+    """What transformers sees of one layer; the pages are in `KVCache`.
+
+    In a compiled model a layer is a number in a tensor, `handle`, and the tokens held are another, `length`: what is
+    read from a tensor is an input of the graph, where a Python number or object would be compiled in.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, cache: TieredCache, index: int) -> None:
+        super().__init__()
+        # No cycle of references: the last one to a cache gives its memory back at once.
+        self.cache: TieredCache = proxy(cache)  # type: ignore[assignment]
+        self.index, self.length = index, cache.length
+        self.num_model_layers = cache.num_model_layers
+        self.handle = torch.tensor(next(_ids), device="cpu")
+        _LAYERS[int(self.handle)] = self
+        self.window = cache.kv.spec.window(index)
+        self.is_sliding = self.window is not None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Pages are made by the first append."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Mark the new keys with this layer and hand them on; the attention function appends them."""
+        unknown = kwargs.keys() - _UPDATE_KEYWORDS
+        if unknown:
+            raise UnsupportedError(f"the model passes {', '.join(sorted(unknown))} to Cache.update: not supported yet")
+        if not torch.compiler.is_compiling():
+            self.cache.begin_layer(self)
+        marked = key_states.view_as(key_states)
+        marked._tandem_layer = self  # type: ignore[attr-defined]
+        return marked, value_states
+
+    @contextmanager
+    def attending(self) -> Iterator[None]:
+        """The attention that the last update waited for; where it fails, the whole forward pass is undone."""
+        self.cache.pending = None
+        try:
+            yield
+        except BaseException:
+            self.cache.kv.undo_step()
+            raise
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, rule: ScoreRule, sink_logit: Tensor | None
+    ) -> Tensor:
+        """Append k and v, attend from q. `[num_seqs, q_len, num_q_heads, v_head_dim]`, contiguous."""
+        cache, kv = self.cache, self.cache.kv
+        if self.index == 0:
+            cache.begin_step(k, v)
+        layer = kv.layer(self.index)
+        layer.set_kv_start(cache.padding(padding))
+        out = extend_and_attend(q, k, v, layer, rule, sink_logit)
+        if self.index + 1 == kv.spec.num_layers:
+            kv.end_step()
+            cache.note_length()
+        return out
+
+    def get_seq_length(self) -> int:
+        """Tokens held, near and far; a tensor while a model is compiled, as in stock's static cache."""
+        if torch.compiler.is_compiling():
+            return self.length.clone()  # type: ignore[return-value]
+        return self.cache.kv.seq_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The whole length and offset 0, although `update` returns new keys only."""
+        if torch.compiler.is_compiling():  # ours needs no size, and a Python number would be compiled in
+            return query_length, 0
+        return self.cache.kv.seq_len + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No fixed maximum; `reserve` answers for bytes."""
+        return -1
+
+
+def layer_of(handle: int) -> TieredLayer:
+    """The layer that a compiled graph knows by its number."""
+    return _LAYERS[handle]
+
+
+def refuse_detached(config: PreTrainedConfig) -> None:
+    """CacheError unless the config is that of an attached model."""
+    if config._attn_implementation not in IMPLEMENTATIONS.values():
+        raise CacheError(
+            "this config's model is not attached; call tandemkv.integrations.transformers.attach(model) first"
+        )
+
+
+def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """KV heads and head_dim, which older families leave to be derived. The first keys set right what is not so."""
+    heads: int = config.num_attention_heads
+    stated = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
+    num_kv_heads: int = 1 if getattr(config, "multi_query", False) else stated or heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return num_kv_heads, head_dim
+
+
+def _layers_of(config: PreTrainedConfig) -> tuple[list[Any], tuple[int | None, ...]]:
+    """The cache layers of a model as stock has them, None for each that is ours, and the windows of those."""
+    layers = list(DynamicCache(config=config).layers)
+    windows: list[int | None] = []
+    types = getattr(config, "layer_types", None) or [None] * len(layers)
+    for index, (layer, layer_type) in enumerate(zip(layers, types, strict=True)):
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer and layer_type != "chunked_attention":
+            windows.append(layer.sliding_window)
+        else:
+            continue
+        layers[index] = None
+    if not windows:
+        raise UnsupportedError(f"none of the layers of a {config.model_type} model keeps plain keys and values")
+    return layers, tuple(windows)
+
+
+def _dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The model's dtype; `save_pretrained` turns it into its name, and a fresh config has none."""
+    found = config.dtype or torch.float32
+    return getattr(torch, found) if isinstance(found, str) else found
+
+
+def _as_indices(indices: Tensor) -> Tensor:
+    return indices.to(device="cpu", dtype=torch.int64)

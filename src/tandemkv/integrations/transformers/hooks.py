@@ -1,0 +1,115 @@
+"""attach(model) and detach(model): the only hooks, on the instance and undone."""
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate
+
+from tandemkv.errors import InputError, UnsupportedError
+from tandemkv.integrations.transformers.attention import attend
+from tandemkv.integrations.transformers.cache import IMPLEMENTATIONS, TieredCache, kv_shape
+from tandemkv.integrations.transformers.masks import make_mask, stock_mask_of
+from tandemkv.types import MAX_HEAD_DIM
+
+FAMILIES = ("llama", "opt", "qwen2", "qwen3")
+"""`model_type` of every family that is tested; others are refused until a test row exists for them."""
+
+MakeCache = Callable[[PreTrainedConfig], TieredCache]
+
+
+def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTrainedModel:
+    """Let a model use a `TieredCache`; returns the same model. Undone by `detach`.
+
+    Changes this instance only: its attention implementation, and its `generate`, which reserves the cache before it
+    starts. make_cache: where given, a `generate` that is not handed a cache uses `make_cache(model.config)`, which is
+    how a pipeline comes to one.
+    Raises UnsupportedError, with the name, for a family, layer type or option not supported.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"attach takes a transformers model, got {type(model).__name__}")
+    _refuse_unsupported(model)
+    if "_tandem_before" in vars(model):
+        detach(model)  # its implementation may have been set to another since
+    for stock, name in IMPLEMENTATIONS.items():
+        AttentionInterface.register(name, partial(attend, stock))
+        AttentionMaskInterface.register(name, partial(make_mask, stock))
+    before = model.config._attn_implementation
+    model.set_attn_implementation(IMPLEMENTATIONS.get(before, IMPLEMENTATIONS["sdpa"]))
+    stock_prepare = model._prepare_cache_for_generation
+    model._prepare_cache_for_generation = MethodType(partial(_prepare_cache, stock_prepare, make_cache), model)
+    stock_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+    model.create_masks_for_generate = partial(_create_masks, stock_masks)
+    model._tandem_before = before
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `attach`; returns the same model. A model that is not attached stays as it is."""
+    if "_tandem_before" in vars(model):
+        model.set_attn_implementation(model._tandem_before)
+        del model._tandem_before, model._prepare_cache_for_generation, model.create_masks_for_generate
+    return model
+
+
+def _refuse_unsupported(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in FAMILIES:
+        name = f"{type(model).__name__} (model_type {config.model_type!r})"
+        raise UnsupportedError(f"{name} is not supported yet; supported: {', '.join(FAMILIES)}")
+    num_kv_heads, head_dim = kv_shape(config)
+    if head_dim > MAX_HEAD_DIM or config.num_attention_heads % num_kv_heads:
+        raise UnsupportedError(
+            f"{type(model).__name__} has head_dim {head_dim} and {config.num_attention_heads / num_kv_heads:g} query "
+            f"heads per KV head; supported are head_dim up to {MAX_HEAD_DIM} and whole numbers of heads"
+        )
+    if not hasattr(model, "_prepare_cache_for_generation"):
+        raise InputError(
+            f"{type(model).__name__} has no generate: attach the model with its head (AutoModelForCausalLM)"
+        )
+
+
+def _create_masks(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`generate` makes masks ahead, and copies them, for static caches only: a stand-in would not survive that."""
+    masks = stock(*args, **kwargs)
+    if isinstance(masks, dict):
+        return {name: stock_mask_of(mask) for name, mask in masks.items()}
+    return stock_mask_of(masks)
+
+
+def _prepare_cache(
+    stock: Callable[..., Any],
+    make_cache: MakeCache | None,
+    model: PreTrainedModel,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """`generate` calls this before the first forward pass: the place to refuse what could not be finished."""
+    wants_default = generation_config.use_cache and generation_config.cache_implementation is None
+    if make_cache is not None and wants_default and model_kwargs.get("past_key_values") is None:
+        model_kwargs["past_key_values"] = make_cache(model.config)
+    stock(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, TieredCache):
+        return
+    if model_kwargs.get("use_cache") is False or generation_config.use_cache is False:
+        raise InputError("use_cache=False and a TieredCache contradict each other: leave one out")
+    _refuse_many_devices(model)
+    cache.adapt(model.dtype, model.device)
+    num_seqs = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    cache.reserve(num_seqs, max_cache_length)
+
+
+def _refuse_many_devices(model: PreTrainedModel) -> None:
+    """A cache has one near tier. Weights that are offloaded come back to the one device that computes."""
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
+    if len(devices) > 1:
+        raise UnsupportedError(
+            f"the model's device_map spreads it over {', '.join(sorted(devices))}: a TieredCache has one near tier; "
+            "load it on one device"
+        )
