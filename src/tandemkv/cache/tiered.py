@@ -36,8 +36,8 @@ class CacheSpec:
 
     def __post_init__(self) -> None:
         self.near_layout  # noqa: B018  refuses a dtype or page_size that no page can have
-        if not 2 <= self.head_dim <= MAX_HEAD_DIM or self.head_dim % 2:
-            raise UnsupportedError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {self.head_dim}")
+        if not 1 <= self.head_dim <= MAX_HEAD_DIM:
+            raise UnsupportedError(f"head_dim must be 1 to {MAX_HEAD_DIM}, got {self.head_dim}")
         if self.num_layers < 1 or self.num_kv_heads < 1:
             raise InputError(
                 f"a cache is for at least one layer and KV head, got {self.num_layers} layers of {self.num_kv_heads}"

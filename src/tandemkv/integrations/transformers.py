@@ -32,7 +32,7 @@ from transformers.masking_utils import (
 from tandemkv.attention import extend_and_attend, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, TierUse
 from tandemkv.errors import CacheError, InputError, UnsupportedError
-from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, ScoreRule, parse_bytes
+from tandemkv.types import MAX_HEAD_DIM, ScoreRule, parse_bytes
 
 IMPLEMENTATION = "tandem"
 """The name under which transformers knows our attention function and mask."""
@@ -75,12 +75,11 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} has {sorted(other_layers) or 'sliding'} layers: not supported yet"
         )
     num_kv_heads, head_dim = _kv_shape(config)
-    group_size, rest = divmod(config.num_attention_heads, num_kv_heads)
-    if head_dim > MAX_HEAD_DIM or head_dim % 2 or group_size > MAX_GROUP_SIZE or rest:
+    if head_dim > MAX_HEAD_DIM or config.num_attention_heads % num_kv_heads:
         raise UnsupportedError(
             f"{type(model).__name__} has head_dim {head_dim} and "
-            f"{config.num_attention_heads / num_kv_heads:g} query heads per KV head; supported are even numbers up to "
-            f"{MAX_HEAD_DIM} and whole ones up to {MAX_GROUP_SIZE}"
+            f"{config.num_attention_heads / num_kv_heads:g} query heads per KV head; supported are up to "
+            f"{MAX_HEAD_DIM} and whole numbers"
         )
     if not hasattr(model, "_prepare_cache_for_generation"):
         raise InputError(
