@@ -184,6 +184,36 @@ def test_random_huge_logits(dtype: torch.dtype, isa: str) -> None:
     assert_within(Partial(out, lse), truth, bound)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_every_float16_number_is_read_as_it_is(packing: Packing, isa: str) -> None:
+    """Subnormal ones, infinities and NaN too. Of one token, lse is q.k and out is v."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    rows = poisoned_arena(PageLayout(torch.float16, 16), 2**12, 1, 1)
+    arena = poisoned_arena(PageLayout(torch.float16, 16, packing), 2**12, 1, 1)
+    rows.k.view(-1)[:], rows.v.view(-1)[:] = numbers, numbers
+    every_slot = list(range(2**12))
+    cpu.move_pages(rows, arena, every_slot, every_slot)
+    token = torch.arange(2**16)
+    table = (token // 16).int().reshape(-1, 1, 1)
+    runs = PagedKV(arena, table, token % 16, token % 16 + 1)
+    for q in (torch.ones(2**16, 1, 1, 1), torch.ones(2**16, 1, 1, 1).half()):
+        out, lse = attend(q, runs, rule=ScoreRule(1.0), isa=isa)
+        known = numbers.isfinite()  # an infinite score is no number of weight
+        assert torch.equal(out.flatten()[known], numbers.float()[known])
+        assert torch.equal(lse.flatten()[known], numbers.float()[known])
+        assert lse.flatten()[numbers.isnan()].isnan().all()
+    ones = torch.ones(1, 1, 1, 1).half()
+    run = paginate(ones, ones, PageLayout(torch.float16, 16, packing))
+    q = numbers[known].reshape(1, 1, -1, 1)
+    assert torch.equal(attend(q, run, rule=ScoreRule(1.0), isa=isa).lse.flatten(), numbers[known].float())
+    rows.k.fill_(0.0)
+    cpu.move_pages(rows, arena, every_slot, every_slot)
+    out, _ = attend(torch.ones(2**16, 1, 1, 1), runs, rule=ScoreRule(1.0), isa=isa)
+    assert torch.equal(out.flatten()[~numbers.isnan()], numbers.float()[~numbers.isnan()])
+    assert out.flatten()[numbers.isnan()].isnan().all()
+
+
 @pytest.fixture(scope="module")
 def million() -> tuple[PagedKV, Tensor, Tensor]:
     """2^20 tokens of one head, float32, at random slots; V is about 1, so that an error of the sums is seen in it."""
