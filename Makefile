@@ -60,7 +60,7 @@ sanitize: $(INSTALLED)  ## the native tests under AddressSanitizer and UBSan, wh
 	$(call run_native,asan)
 	$(call build_native,tsan,-O1 -g -fsanitize=thread)
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/worker_pool_test
-	TSAN_OPTIONS=halt_on_error=1 build/tsan/attend_test threads
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/calls_test threads
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist $(INSTALLED)

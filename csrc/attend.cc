@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "round.h"
 
 namespace tandem {
 namespace {
@@ -25,6 +26,7 @@ struct Span {
 struct Schedule {
   std::vector<WorkItem> items;
   std::vector<Span> spans;
+  int64_t item_heads = 0;  // KV heads of an item
 
   // The item's rows over tokens [begin, end) of its run.
   void add(WorkItem item, int64_t begin, int64_t end, int64_t chunk_tokens) {
@@ -38,36 +40,48 @@ struct Schedule {
   }
 };
 
-int64_t chunk_tokens_of(const Run& kv, int64_t seq, int64_t num_heads) {
-  const int64_t token_bytes = 2 * num_heads * kv.arena.stored_dim() * item_bytes(kv.arena.dtype);
-  const int64_t bytes = std::max<int64_t>(0, kv.kv_len[seq] - kv.kv_start[seq]) * token_bytes;
+// Tokens that any query of the call sees: what lies before them is not read.
+struct Tokens {
+  int64_t begin, end;
+};
+
+Tokens visible_tokens(const AttendArgs& run, int64_t seq) {
+  return {std::max(run.kv.kv_start[seq], run.visible_begin(seq, 0)), run.kv.kv_len[seq]};
+}
+
+int64_t chunk_tokens_of(const Arena& arena, Tokens tokens, int64_t num_heads) {
+  const int64_t token_bytes = num_heads * (arena.k_token_bytes() + arena.v_token_bytes());
+  const int64_t bytes = std::max<int64_t>(0, tokens.end - tokens.begin) * token_bytes;
   const int64_t chunk_bytes = std::clamp(bytes / kMinChunks, kMinChunkBytes, kMaxChunkBytes);
   return std::max<int64_t>(1, chunk_bytes / token_bytes / kChunkStep) * kChunkStep;
 }
 
+// All items of some rows, over every run.
+void cut_rows(const std::vector<AttendArgs>& runs, const WorkItem& rows, Schedule& schedule) {
+  const int64_t first_item = static_cast<int64_t>(schedule.items.size());
+  for (size_t run = 0; run < runs.size(); ++run) {
+    WorkItem item = rows;
+    item.run = static_cast<int64_t>(run);
+    const Tokens tokens = visible_tokens(runs[run], item.seq);
+    // Not of this item's heads: the last one may have fewer, and every head is cut at the same places.
+    const int64_t chunk_tokens = chunk_tokens_of(runs[run].kv.arena, tokens, schedule.item_heads);
+    schedule.add(item, tokens.begin, tokens.end, chunk_tokens);
+  }
+  schedule.spans.push_back({first_item, static_cast<int64_t>(schedule.items.size()) - first_item});
+}
+
 Schedule cut(const std::vector<AttendArgs>& runs) {
-  Schedule schedule;
   const AttendArgs& first = runs.front();
   const int64_t rows_per_head = first.group_size() * first.q.q_len, num_heads = first.kv.arena.num_kv_heads;
   const int64_t head_rows = std::min(rows_per_head, kMaxHeadRows);
-  const int64_t heads = std::min(num_heads, std::max<int64_t>(1, kMaxItemRows / head_rows));
+  Schedule schedule;
+  schedule.item_heads = std::min(num_heads, std::max<int64_t>(1, kMaxItemRows / head_rows));
   for (int64_t seq = 0; seq < first.q.num_seqs; ++seq) {
-    for (int64_t head = 0; head < num_heads; head += heads) {
+    for (int64_t head = 0; head < num_heads; head += schedule.item_heads) {
       for (int64_t row = 0; row < rows_per_head; row += head_rows) {
-        const int64_t first_item = static_cast<int64_t>(schedule.items.size());
-        for (size_t run = 0; run < runs.size(); ++run) {
-          const Run& kv = runs[run].kv;
-          const WorkItem item{static_cast<int64_t>(run),
-                              seq,
-                              head,
-                              std::min(head + heads, num_heads),
-                              row,
-                              std::min(row + head_rows, rows_per_head),
-                              0,
-                              0};
-          schedule.add(item, kv.kv_start[seq], kv.kv_len[seq], chunk_tokens_of(kv, seq, heads));
-        }
-        schedule.spans.push_back({first_item, static_cast<int64_t>(schedule.items.size()) - first_item});
+        const int64_t head_end = std::min(head + schedule.item_heads, num_heads);
+        const int64_t row_end = std::min(row + head_rows, rows_per_head);
+        cut_rows(runs, {0, seq, head, head_end, row, row_end, 0, 0}, schedule);
       }
     }
   }
@@ -83,56 +97,127 @@ bool inside_table(const Run& kv) {
   return true;
 }
 
-// Merges `num_parts` of one row in index order; `part(i)` gives its out and lse.
-void merge_row(const float* const* outs, const float* lses, int64_t num_parts, int64_t dim, float* out, float* lse) {
-  float top = -INFINITY;
-  for (int64_t i = 0; i < num_parts; ++i) top = std::isnan(top) || lses[i] <= top ? top : lses[i];  // a NaN stays
+struct PartOfRow {
+  const float* out;
+  float lse;
+};
+
+// Merges `num_parts` of one row in index order: part(i) gives each. The sink's logit is a part without a value, as is
+// -inf for none.
+template <class PartOf>
+void merge_row(const PartOf& part, int64_t num_parts, int64_t dim, float sink_logit, float* out, float* lse) {
+  float top = sink_logit;
+  for (int64_t i = 0; i < num_parts; ++i) {
+    const float part_lse = part(i).lse;
+    top = std::isnan(top) || part_lse <= top ? top : part_lse;  // a NaN stays
+  }
   std::fill(out, out + dim, 0.0f);
   *lse = top;
   if (top == -INFINITY) return;
-  float total = 0.0f;
+  float total = std::exp(sink_logit - top);
   for (int64_t i = 0; i < num_parts; ++i) {
-    const float weight = std::exp(lses[i] - top);
+    const PartOfRow found = part(i);
+    const float weight = std::exp(found.lse - top);
     total += weight;
     if (weight == 0.0f) continue;
-    for (int64_t d = 0; d < dim; ++d) out[d] += weight * outs[i][d];
+    for (int64_t d = 0; d < dim; ++d) out[d] += weight * found.out[d];
   }
   for (int64_t d = 0; d < dim; ++d) out[d] /= total;
   *lse = top + std::log(total);
 }
 
-// Nearest, ties to even; a NaN stays one.
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return x != x ? 0x7FC0 : static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
+float sink_of(const float* sink_logit, int64_t head) { return sink_logit == nullptr ? -INFINITY : sink_logit[head]; }
 
 // One row of out to element `at`.
 void store_row(const float* row, int64_t dim, const Output& to, int64_t at) {
   if (to.dtype == DType::kFloat32) {
     std::memcpy(static_cast<float*>(to.out) + at, row, dim * sizeof(float));
-  } else {
-    uint16_t* const out = static_cast<uint16_t*>(to.out) + at;
+    return;
+  }
+  uint16_t* const out = static_cast<uint16_t*>(to.out) + at;
+  if (to.dtype == DType::kBFloat16) {
     for (int64_t d = 0; d < dim; ++d) out[d] = to_bf16(row[d]);
+  } else {
+    for (int64_t d = 0; d < dim; ++d) out[d] = to_float16(row[d]);
   }
 }
 
+// A call in flight: its items, where their results wait, and which spans still lack some.
+class Call {
+ public:
+  Call(const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to)
+      : kernels_(kernels),
+        runs_(runs),
+        to_(to),
+        schedule_(cut(runs)),
+        dim_(runs[0].kv.arena.v_head_dim),
+        item_rows_(schedule_.items.empty() ? 0 : schedule_.items[0].num_rows()),  // the first is the largest
+        span_of_(schedule_.items.size()),
+        remaining_(schedule_.spans.size()) {
+    for (size_t i = 0; i < schedule_.spans.size(); ++i) {
+      const Span& span = schedule_.spans[i];
+      remaining_[i].store(span.num_items, std::memory_order_relaxed);
+      std::fill_n(span_of_.begin() + span.first_item, span.num_items, i);
+    }
+  }
+
+  int64_t num_items() const { return static_cast<int64_t>(schedule_.items.size()); }
+  int64_t workspace_size() const { return num_items() * item_size(); }
+  Status status() const { return status_.load(); }
+
+  // `workspace` holds for item i: out [item_rows][dim], then lse [item_rows].
+  void run_item(int64_t i, float* workspace) {
+    const WorkItem& item = schedule_.items[i];
+    float* const part = workspace + i * item_size();
+    const Status status = kernels_.attend_item(runs_[item.run], item, part, part + item_rows_ * dim_);
+    if (status != Status::kOk) status_.store(status, std::memory_order_relaxed);
+    // Whoever finishes a span's last item merges it: acquire-release orders the others' writes before the merge.
+    const size_t span = span_of_[i];
+    if (remaining_[span].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_span(schedule_.spans[span], workspace);
+  }
+
+ private:
+  int64_t item_size() const { return item_rows_ * (dim_ + 1); }
+
+  void merge_span(const Span& span, const float* workspace) const {
+    const WorkItem& item = schedule_.items[span.first_item];
+    const Queries& q = runs_[0].q;
+    const float* const parts = workspace + span.first_item * item_size();
+    float out[kMaxHeadDim], lse;
+    for (int64_t row = 0; row < item.num_rows(); ++row) {
+      const int64_t in_head = item.row_begin + row % item.head_rows();  // attend.h, WorkItem
+      const int64_t head = (item.head_begin + row / item.head_rows()) * runs_[0].group_size() + in_head / q.q_len;
+      const int64_t token = in_head % q.q_len;
+      const auto part = [&](int64_t i) {
+        const float* const found = parts + i * item_size();
+        return PartOfRow{found + row * dim_, found[item_rows_ * dim_ + row]};
+      };
+      merge_row(part, span.num_items, dim_, sink_of(to_.sink_logit, head), out, &lse);
+      store_row(out, dim_, to_, item.seq * to_.stride_seq + head * to_.stride_head + token * to_.stride_token);
+      if (to_.lse != nullptr) to_.lse[(item.seq * q.num_heads + head) * q.q_len + token] = lse;
+    }
+  }
+
+  const KernelTable& kernels_;
+  const std::vector<AttendArgs>& runs_;
+  const Output& to_;
+  const Schedule schedule_;
+  const int64_t dim_, item_rows_;
+  std::vector<size_t> span_of_;  // of every item
+  std::vector<std::atomic<int64_t>> remaining_;
+  std::atomic<Status> status_{Status::kOk};
+};
+
 }  // namespace
 
-void merge(WorkerPool& pool, const Partials& parts, float* out, float* lse) {
+void merge(WorkerPool& pool, const Partials& parts, const float* sink_logit, float* out, float* lse) {
   constexpr int64_t kRowsPerItem = 64;
   pool.run((parts.num_rows + kRowsPerItem - 1) / kRowsPerItem, [&](int64_t item) {
-    const int64_t num_parts = static_cast<int64_t>(parts.out.size());
-    std::vector<const float*> outs(num_parts);
-    std::vector<float> lses(num_parts);
     const int64_t end = std::min((item + 1) * kRowsPerItem, parts.num_rows);
     for (int64_t row = item * kRowsPerItem; row < end; ++row) {
-      for (int64_t i = 0; i < num_parts; ++i) {
-        outs[i] = parts.out[i] + row * parts.dim;
-        lses[i] = parts.lse[i][row];
-      }
-      merge_row(outs.data(), lses.data(), num_parts, parts.dim, out + row * parts.dim, lse + row);
+      const auto part = [&](int64_t i) { return PartOfRow{parts.out[i] + row * parts.dim, parts.lse[i][row]}; };
+      const float sink = sink_of(sink_logit, row / parts.q_len % parts.num_heads);
+      merge_row(part, static_cast<int64_t>(parts.out.size()), parts.dim, sink, out + row * parts.dim, lse + row);
     }
   });
 }
@@ -149,56 +234,15 @@ Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<At
   for (const AttendArgs& run : runs) {
     if (!inside_table(run.kv)) return Status::kOutsideTable;
   }
-  const Schedule schedule = cut(runs);
-  const Queries& q = runs[0].q;
-  const int64_t dim = runs[0].kv.arena.head_dim;
-  const int64_t num_items = static_cast<int64_t>(schedule.items.size());
-  const int64_t item_rows = schedule.items.empty() ? 0 : schedule.items[0].num_rows();  // the first is the largest
-  const int64_t item_size = item_rows * (dim + 1);  // item i: out [item_rows][dim], then lse [item_rows]
+  Call call(kernels, runs, to);
   // Kept between calls: it would be mapped and faulted in anew each time.
   thread_local std::vector<float> workspace;
-  if (static_cast<int64_t>(workspace.size()) < num_items * item_size) workspace.resize(num_items * item_size);
-  float* const parts = workspace.data();
-
-  std::vector<int64_t> span_of(num_items);
-  std::vector<std::atomic<int64_t>> remaining(schedule.spans.size());
-  for (size_t i = 0; i < schedule.spans.size(); ++i) {
-    const Span& span = schedule.spans[i];
-    remaining[i].store(span.num_items, std::memory_order_relaxed);
-    std::fill_n(span_of.begin() + span.first_item, span.num_items, static_cast<int64_t>(i));
-  }
-  const auto merge_span = [&](const Span& span) {
-    const WorkItem& item = schedule.items[span.first_item];
-    std::vector<const float*> outs(span.num_items);
-    std::vector<float> lses(span.num_items);
-    float out[kMaxHeadDim], lse;
-    for (int64_t row = 0; row < item.num_rows(); ++row) {
-      for (int64_t i = 0; i < span.num_items; ++i) {
-        const float* part = parts + (span.first_item + i) * item_size;
-        outs[i] = part + row * dim;
-        lses[i] = part[item_rows * dim + row];
-      }
-      merge_row(outs.data(), lses.data(), span.num_items, dim, out, &lse);
-      const int64_t in_head = item.row_begin + row % item.head_rows();  // attend.h, WorkItem
-      const int64_t head = (item.head_begin + row / item.head_rows()) * runs[0].group_size() + in_head / q.q_len;
-      const int64_t token = in_head % q.q_len;
-      store_row(out, dim, to, item.seq * to.stride_seq + head * to.stride_head + token * to.stride_token);
-      if (to.lse != nullptr) to.lse[(item.seq * q.num_heads + head) * q.q_len + token] = lse;
-    }
-  };
-
-  std::atomic<Status> status{Status::kOk};
-  pool.run(num_items, [&](int64_t i) {
-    float* part = parts + i * item_size;
-    const WorkItem& item = schedule.items[i];
-    const Status item_status = kernels.attend_item(runs[item.run], item, part, part + item_rows * dim);
-    if (item_status != Status::kOk) status.store(item_status, std::memory_order_relaxed);
-    // Whoever finishes a span's last item merges it: acquire-release orders the others' writes before the merge.
-    if (remaining[span_of[i]].fetch_sub(1, std::memory_order_acq_rel) == 1) merge_span(schedule.spans[span_of[i]]);
-  });
+  if (static_cast<int64_t>(workspace.size()) < call.workspace_size()) workspace.resize(call.workspace_size());
+  float* const parts = workspace.data();  // the caller's: every thread has a `workspace` of its own
+  pool.run(call.num_items(), [&](int64_t i) { call.run_item(i, parts); });
   constexpr size_t kKeptFloats = 4 << 20;  // 16 MiB: 128K tokens of a large layer; more goes back
   if (workspace.size() > kKeptFloats) std::vector<float>().swap(workspace);
-  return status.load();
+  return call.status();
 }
 
 }  // namespace tandem

@@ -10,19 +10,21 @@ namespace tandem {
 // Tokens are scored, packed and masked 16 at a time ("block", architecture.md §2).
 constexpr int64_t kBlockTokens = 16;
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kMaxGroupSize = 16;
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // kRows:   a head's slice is [token][dim], as the model wrote it.
-// kPanels: a head's slice is ready for dot products of `pair` neighbours (pair = 2 for bf16, 1 for float32):
+// kPanels: a head's slice is ready for dot products of `pair` neighbours:
 //            K as [block][dim / pair][16 tokens][pair],  V as [token / pair][dim][pair],
 //          with dim padded to a multiple of 16 by zeros. The packing is the same for every instruction set.
 enum class Packing : int32_t { kRows = 0, kPanels = 1 };
 
 enum class Status : int32_t { kOk = 0, kNanInQuery = 1, kSlotOutOfRange = 2, kOutsideTable = 3 };
 
-inline int64_t item_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t item_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// bf16 has dot products of two; float16 is widened 16 in a row by one instruction, and a 32-bit number is alone.
+constexpr int64_t pair_of(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 1; }
 
 // One head's slice of one page.
 struct HeadSlice {
@@ -36,13 +38,19 @@ struct Arena {
   char* v;
   DType dtype;
   Packing packing;
-  int64_t num_slots, num_kv_heads, page_size, head_dim;
+  int64_t num_slots, num_kv_heads, page_size;
+  int64_t head_dim, v_head_dim;  // of a row of K (and of q), of a row of V (and of out)
 
-  int64_t stored_dim() const { return packing == Packing::kRows ? head_dim : (head_dim + 15) / 16 * 16; }
-  int64_t head_bytes() const { return page_size * stored_dim() * item_bytes(dtype); }
-  int64_t page_bytes() const { return num_kv_heads * head_bytes(); }
-  int64_t offset(int64_t slot, int64_t head) const { return slot * page_bytes() + head * head_bytes(); }
-  HeadSlice slice(int64_t slot, int64_t head) const { return {k + offset(slot, head), v + offset(slot, head)}; }
+  int64_t stored(int64_t dim) const { return packing == Packing::kRows ? dim : (dim + 15) / 16 * 16; }
+  // Of one token of one head.
+  int64_t k_token_bytes() const { return stored(head_dim) * item_bytes(dtype); }
+  int64_t v_token_bytes() const { return stored(v_head_dim) * item_bytes(dtype); }
+
+  // From token `begin`, which starts a block, to the end of the page.
+  HeadSlice slice(int64_t slot, int64_t head, int64_t begin = 0) const {
+    const int64_t token = (slot * num_kv_heads + head) * page_size + begin;
+    return {k + token * k_token_bytes(), v + token * v_token_bytes()};
+  }
 };
 
 // int32 slots, [num_seqs][num_kv_heads][pages]; a stride of 0 lets sequences or heads share a row.
@@ -71,14 +79,29 @@ struct Queries {
   int64_t num_seqs, num_heads, q_len;
 };
 
-// Attention of queries over one run. With `causal`, query i of q_len sees tokens below kv_len - q_len + 1 + i.
+// How a score follows from q and k, and how far back a query sees; types.py, ScoreRule.
+constexpr int64_t kNoWindow = int64_t{1} << 62;
+
+struct ScoreRule {
+  float scale;
+  float softcap;   // 0: none
+  int64_t window;  // tokens up to the query's own, or kNoWindow
+};
+
+// Attention of queries over one run, of which they are the last tokens where it is `causal`.
 struct AttendArgs {
   Queries q;
   Run kv;
-  float scale;
-  bool causal;
+  ScoreRule rule;
+  bool causal;  // where it is not, rule.window is kNoWindow
 
   int64_t group_size() const { return q.num_heads / kv.arena.num_kv_heads; }
+
+  // Query `i` of q_len sees those of its sequence's tokens that are in [visible_begin, visible_end).
+  int64_t visible_end(int64_t seq, int64_t i) const {
+    return causal ? kv.kv_len[seq] - q.q_len + 1 + i : kv.kv_len[seq];
+  }
+  int64_t visible_begin(int64_t seq, int64_t i) const { return visible_end(seq, i) - rule.window; }
 };
 
 // The share of a call that one thread computes at a time: some query rows of each of some KV heads over a range of
@@ -93,13 +116,13 @@ struct WorkItem {
   int64_t run, seq;
   int64_t head_begin, head_end;
   int64_t row_begin, row_end;      // of every one of these heads; at most kMaxHeadRows
-  int64_t token_begin, token_end;  // inside [kv_start, kv_len)
+  int64_t token_begin, token_end;  // inside [kv_start, kv_len), and not before what its first query sees
 
   int64_t head_rows() const { return row_end - row_begin; }
   int64_t num_rows() const { return (head_end - head_begin) * head_rows(); }  // at most kMaxItemRows
 };
 
-// A run of one head's tokens as rows of head_dim elements; strides in bytes, from token to token.
+// A run of one head's tokens as rows of head_dim (K) and v_head_dim (V) elements; strides in bytes, between tokens.
 struct TokenRun {
   char *k, *v;
   int64_t k_stride, v_stride;
@@ -108,7 +131,7 @@ struct TokenRun {
 // What one instruction set provides; see kernel.cc, which is compiled once for each.
 struct KernelTable {
   const char* name;
-  // out [head][row][head_dim] and lse [head][row] of one item.
+  // out [head][row][v_head_dim] and lse [head][row] of one item.
   Status (*attend_item)(const AttendArgs& args, const WorkItem& item, float* out, float* lse);
   // Tokens [begin, end) of a head's slice of panels <- rows, other tokens untouched; and back.
   void (*pack)(const Arena& arena, HeadSlice to, int64_t begin, int64_t end, const TokenRun& from);

@@ -1,9 +1,12 @@
 // The only file that knows Python. Tensors arrive as addresses: the Python doors (kernels/cpu.py) have checked device,
 // dtype, shape and strides, and hold the tensors while a call runs. Every call leaves the interpreter free.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <algorithm>
 
 #include "kernels.h"
 #include "pages.h"
@@ -54,23 +57,35 @@ TokenRows rows_of(const Rows& k, const Rows& v) {
           v.in_bytes(v.stride_token)};
 }
 
-std::vector<AttendArgs> args_of(const std::vector<const Run*>& runs, const Rows& q, float scale, bool causal) {
+std::vector<AttendArgs> args_of(const std::vector<const Run*>& runs, const Rows& q, const ScoreRule& rule,
+                                bool causal) {
   const Queries queries{q.bytes(),      q.dtype,    q.stride_seq, q.stride_head,
                         q.stride_token, q.num_seqs, q.num_heads,  q.num_tokens};
   std::vector<AttendArgs> args;
-  for (const Run* run : runs) args.push_back({queries, *run, scale, causal && run == runs.back()});
+  for (const Run* run : runs) args.push_back({queries, *run, rule, causal && run == runs.back()});
   return args;
 }
 
-Output output_of(const Rows& out, Address lse) {
-  return {out.bytes(), out.dtype, out.stride_seq, out.stride_head, out.stride_token, as<float>(lse)};
+// append and gather: one copies where the other reads.
+auto copying(Direction direction) {
+  return [direction](WorkerPool& pool, const std::string& isa, const Arena& arena, Address table,
+                     std::tuple<int64_t, int64_t> strides, int64_t begin, const Rows& k, const Rows& v) {
+    const KernelTable& kernels = kernels_named(isa);
+    const TokenRows rows = rows_of(k, v);
+    nb::gil_scoped_release release;
+    const TokenRange tokens{table_of(table, strides), k.num_seqs, begin, begin + k.num_tokens};
+    return copy_tokens(pool, kernels, arena, tokens, rows, direction);
+  };
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // the process's worker pool lives until exit, in a functools.cache
-  nb::enum_<DType>(m, "DType").value("float32", DType::kFloat32).value("bfloat16", DType::kBFloat16);
+  nb::enum_<DType>(m, "DType")
+      .value("float32", DType::kFloat32)
+      .value("bfloat16", DType::kBFloat16)
+      .value("float16", DType::kFloat16);
   nb::enum_<Packing>(m, "Packing").value("rows", Packing::kRows).value("panels", Packing::kPanels);
   nb::enum_<Status>(m, "Status")
       .value("ok", Status::kOk)
@@ -87,10 +102,12 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Arena* arena, Address k, Address v, DType dtype, Packing packing, int64_t num_slots, int64_t num_kv_heads,
-             int64_t page_size, int64_t head_dim) {
-            new (arena) Arena{as<char>(k), as<char>(v), dtype, packing, num_slots, num_kv_heads, page_size, head_dim};
+             int64_t page_size, int64_t head_dim, int64_t v_head_dim) {
+            new (arena) Arena{as<char>(k),  as<char>(v), dtype,    packing,   num_slots,
+                              num_kv_heads, page_size,   head_dim, v_head_dim};
           },
-          "k"_a, "v"_a, "dtype"_a, "packing"_a, "num_slots"_a, "num_kv_heads"_a, "page_size"_a, "head_dim"_a);
+          "k"_a, "v"_a, "dtype"_a, "packing"_a, "num_slots"_a, "num_kv_heads"_a, "page_size"_a, "head_dim"_a,
+          "v_head_dim"_a);
 
   m.def("isas", [] {
     std::vector<std::tuple<std::string, std::string>> names;
@@ -116,78 +133,81 @@ NB_MODULE(_native, m) {
       },
       "arena"_a, "slots"_a, "strides"_a, "num_seqs"_a, "num_pages"_a, "kv_start"_a, "kv_len"_a);
 
+  nb::class_<ScoreRule>(m, "ScoreRule")
+      .def(
+          "__init__",
+          [](ScoreRule* rule, float scale, std::optional<float> softcap, std::optional<int64_t> window) {
+            new (rule) ScoreRule{scale, softcap.value_or(0.0f), std::min(window.value_or(kNoWindow), kNoWindow)};
+          },
+          "scale"_a, "softcap"_a.none(), "window"_a.none());
+
+  nb::class_<Output>(m, "Output")
+      .def(
+          "__init__",
+          [](Output* to, const Rows& out, Address lse, Address sink_logit) {
+            new (to) Output{out.bytes(),
+                            out.dtype,
+                            out.stride_seq,
+                            out.stride_head,
+                            out.stride_token,
+                            as<float>(lse),
+                            as<const float>(sink_logit)};
+          },
+          "out"_a, "lse"_a = 0, "sink_logit"_a = 0);
+
   m.def(
       "attend",
-      [](WorkerPool& pool, const std::string& isa, const std::vector<const Run*>& runs, const Rows& q, float scale,
-         bool causal, const Rows& out, Address lse) {
-        const std::vector<AttendArgs> args = args_of(runs, q, scale, causal);
+      [](WorkerPool& pool, const std::string& isa, const std::vector<const Run*>& runs, const Rows& q,
+         const ScoreRule& rule, bool causal, const Output& to) {
+        const std::vector<AttendArgs> args = args_of(runs, q, rule, causal);
         const KernelTable& kernels = kernels_named(isa);
-        const Output to = output_of(out, lse);
         nb::gil_scoped_release release;
         return attend(pool, kernels, args, to);
       },
-      "pool"_a, "isa"_a, "runs"_a, "q"_a, "scale"_a, "causal"_a, "out"_a, "lse"_a);
+      "pool"_a, "isa"_a, "runs"_a, "q"_a, "rule"_a, "causal"_a, "to"_a);
 
   m.def(
       "append_and_attend",
       [](WorkerPool& pool, const std::string& isa, const std::vector<const Run*>& runs, const Rows& q, const Rows& k,
-         const Rows& v, float scale, const Rows& out) {
-        const std::vector<AttendArgs> args = args_of(runs, q, scale, true);
+         const Rows& v, const ScoreRule& rule, const Output& to) {
+        const std::vector<AttendArgs> args = args_of(runs, q, rule, true);
         const KernelTable& kernels = kernels_named(isa);
-        const Output to = output_of(out, 0);
         const TokenRows rows = rows_of(k, v);
         nb::gil_scoped_release release;
         if (!ends_with_queries(args.back())) return Status::kOutsideTable;
         const Run& last = *runs.back();
         const int64_t end = last.num_seqs == 0 ? 0 : last.kv_len[0];
-        const Status status =
-            append(pool, kernels, last.arena, last.table, last.num_seqs, end - args[0].q.q_len, end, rows);
+        const TokenRange tokens{last.table, last.num_seqs, end - args[0].q.q_len, end};
+        const Status status = copy_tokens(pool, kernels, last.arena, tokens, rows, Direction::kAppend);
         return status == Status::kOk ? attend(pool, kernels, args, to) : status;
       },
-      "pool"_a, "isa"_a, "runs"_a, "q"_a, "k"_a, "v"_a, "scale"_a, "out"_a);
+      "pool"_a, "isa"_a, "runs"_a, "q"_a, "k"_a, "v"_a, "rule"_a, "to"_a);
 
   m.def(
       "merge",
-      [](WorkerPool& pool, const std::vector<Address>& outs, const std::vector<Address>& lses, int64_t num_rows,
-         int64_t dim, Address out, Address lse) {
-        Partials parts{{}, {}, num_rows, dim};
+      [](WorkerPool& pool, const std::vector<Address>& outs, const std::vector<Address>& lses, const Four& shape,
+         Address sink_logit, Address out, Address lse) {
+        const auto [num_seqs, num_heads, q_len, dim] = shape;
+        Partials parts{{}, {}, num_seqs * num_heads * q_len, dim, num_heads, q_len};
         for (const Address address : outs) parts.out.push_back(as<const float>(address));
         for (const Address address : lses) parts.lse.push_back(as<const float>(address));
         nb::gil_scoped_release release;
-        merge(pool, parts, as<float>(out), as<float>(lse));
+        merge(pool, parts, as<const float>(sink_logit), as<float>(out), as<float>(lse));
       },
-      "pool"_a, "outs"_a, "lses"_a, "num_rows"_a, "dim"_a, "out"_a, "lse"_a);
+      "pool"_a, "outs"_a, "lses"_a, "shape"_a, "sink_logit"_a, "out"_a, "lse"_a);
 
-  m.def(
-      "append",
-      [](WorkerPool& pool, const std::string& isa, const Arena& arena, Address table,
-         std::tuple<int64_t, int64_t> strides, int64_t begin, const Rows& k, const Rows& v) {
-        const KernelTable& kernels = kernels_named(isa);
-        const TokenRows rows = rows_of(k, v);
-        nb::gil_scoped_release release;
-        return append(pool, kernels, arena, table_of(table, strides), k.num_seqs, begin, begin + k.num_tokens, rows);
-      },
-      "pool"_a, "isa"_a, "arena"_a, "table"_a, "table_strides"_a, "begin"_a, "k"_a, "v"_a);
-
-  m.def(
-      "gather",
-      [](WorkerPool& pool, const std::string& isa, const Arena& arena, Address table,
-         std::tuple<int64_t, int64_t> strides, int64_t begin, const Rows& k, const Rows& v) {
-        const KernelTable& kernels = kernels_named(isa);
-        const TokenRows rows = rows_of(k, v);
-        nb::gil_scoped_release release;
-        return gather(pool, kernels, arena, table_of(table, strides), k.num_seqs, begin, begin + k.num_tokens, rows);
-      },
-      "pool"_a, "isa"_a, "arena"_a, "table"_a, "table_strides"_a, "begin"_a, "k"_a, "v"_a);
+  for (const auto& [name, direction] : {std::pair{"append", Direction::kAppend}, {"gather", Direction::kGather}}) {
+    m.def(name, copying(direction), "pool"_a, "isa"_a, "arena"_a, "table"_a, "table_strides"_a, "begin"_a, "k"_a,
+          "v"_a);
+  }
 
   m.def(
       "move_pages",
       [](WorkerPool& pool, const std::string& isa, const Arena& from, const Arena& to,
          const std::vector<int32_t>& from_slots, const std::vector<int32_t>& to_slots) {
         const KernelTable& kernels = kernels_named(isa);
-        const int64_t num_pages = static_cast<int64_t>(from_slots.size());
         nb::gil_scoped_release release;
-        return move_pages(pool, kernels, from, to, from_slots.data(), to_slots.data(), num_pages);
+        return move_pages(pool, kernels, from, to, from_slots, to_slots);
       },
       "pool"_a, "isa"_a, "source"_a, "target"_a, "source_slots"_a, "target_slots"_a);
 

@@ -74,6 +74,7 @@ const std::vector<Isa>& isas() {
     found.push_back({&avx512::kTable, no_avx512});
     if (slow_dot) found.push_back(bf16);
     found.push_back({&avx2::kTable, first_missing({{__builtin_cpu_supports("avx2"), "avx2"},
+                                                   {__builtin_cpu_supports("f16c"), "f16c"},
                                                    {__builtin_cpu_supports("fma"), "fma"},
                                                    {__builtin_cpu_supports("bmi2"), "bmi2"}})});
 #endif

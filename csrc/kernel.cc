@@ -69,6 +69,12 @@ struct Weights {
   int64_t stride;
 };
 
+// Bytes of one lane of a panel row: kPair neighbours.
+template <class Element>
+constexpr int64_t lane_bytes() {
+  return pair_of(Element::kDType) * item_bytes(Element::kDType);
+}
+
 // acc_R[block * 16 ...] += sum over k of panel[k][block] * weights_R[k], for kRows rows and kBlocks blocks.
 template <class Element, int kRows, int kBlocks>
 inline void panel_product(const Panel& panel, int64_t block, Weights weights, Accumulators acc, Ahead& ahead) {
@@ -79,17 +85,22 @@ inline void panel_product(const Panel& panel, int64_t block, Weights weights, Ac
     for (int n = 0; n < kVecs; ++n) sum[r][n] = load(first + r * acc.stride + n * kLanes);
   }
   const char* row = panel.data + block * panel.block_stride;
+  constexpr int64_t kLaneBytes = lane_bytes<Element>();
+  constexpr int kRowsPerStep = 4 / kLaneBytes;                   // of a block, that fill a line; they divide num_k
   constexpr int kLinesPerStep = kBlocks == 1 ? 1 : kBlocks - 1;  // the softmax asks for the rest
-  const char* run = ahead.take(panel.num_k * kLinesPerStep, panel.data);
-  for (int64_t k = 0; k < panel.num_k; ++k, row += panel.k_stride) {
+  const char* run = ahead.take(panel.num_k / kRowsPerStep * kLinesPerStep, panel.data);
+  for (int64_t k = 0; k < panel.num_k;) {
     ask(run, kLinesPerStep);
-    typename Element::Panel m[kVecs];
-    for (int n = 0; n < kVecs; ++n) {
-      m[n] = Element::panel(row + (n / kVecsPerBlock) * panel.block_stride + (n % kVecsPerBlock) * kLanes * 4);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const auto w = Element::weight(weights.data + r * weights.stride, k, panel.num_k);
-      for (int n = 0; n < kVecs; ++n) sum[r][n] = Element::mac(sum[r][n], m[n], w);
+    for (int in_step = 0; in_step < kRowsPerStep; ++in_step, ++k, row += panel.k_stride) {
+      typename Element::Panel m[kVecs];
+      for (int n = 0; n < kVecs; ++n) {
+        const int64_t lane = n % kVecsPerBlock * kLanes;
+        m[n] = Element::panel(row + n / kVecsPerBlock * panel.block_stride + lane * kLaneBytes);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const auto w = Element::weight(weights.data + r * weights.stride, k, panel.num_k);
+        for (int n = 0; n < kVecs; ++n) sum[r][n] = Element::mac(sum[r][n], m[n], w);
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {
@@ -217,8 +228,8 @@ struct alignas(64) Scratch {
   uint32_t q_RD[kMaxItemRows * kMaxHeadDim];
   float out_RD[kMaxItemRows * kMaxHeadDim];
   float max_R[kMaxItemRows];
-  float sum_RL[kMaxItemRows * kLanes];  // added up over the lanes at the end
-  int64_t visible_R[kMaxHeadRows];      // row r of every head sees tokens below this
+  float sum_RL[kMaxItemRows * kLanes];                                 // added up over the lanes at the end
+  int64_t visible_begin_R[kMaxHeadRows], visible_end_R[kMaxHeadRows];  // row r of every head sees tokens in between
   uint32_t p_RT[kMaxHeadRows * kTileTokens];
   float score_RT[kMaxHeadRows * kTileTokens];
   Ahead ahead;
@@ -238,9 +249,13 @@ bool load_query(const AttendArgs& args, int64_t at, float* row) {
   const int64_t dim = args.kv.arena.head_dim;
   if (args.q.dtype == DType::kFloat32) {
     std::memcpy(row, static_cast<const float*>(args.q.data) + at, dim * 4);
-  } else {
+  } else if (args.q.dtype == DType::kBFloat16) {
     const Half* q = static_cast<const Half*>(args.q.data) + at;
     for (int64_t d = 0; d < dim; ++d) row[d] = as_float(static_cast<uint32_t>(q[d]) << 16);
+  } else {
+    uint16_t halves[kMaxHeadDim] = {};
+    std::memcpy(halves, static_cast<const Half*>(args.q.data) + at, dim * 2);
+    for (int64_t d = 0; d < dim; d += kLanes) store(row + d, widen_half(halves + d));
   }
   int has_nan = 0;
   for (int64_t d = 0; d < dim; ++d) has_nan |= row[d] != row[d];
@@ -258,8 +273,8 @@ bool prepare_queries(const AttendArgs& args, const WorkItem& item, int64_t store
       const int64_t at = item.seq * args.q.stride_seq + head * args.q.stride_head + token * args.q.stride_token;
       if (!load_query(args, at, row)) return false;
       for (int64_t d = 0; d < stored; d += kLanes) Element::put(load(row + d), d, stored, weights);
-      const int64_t seq_len = args.kv.kv_len[item.seq];
-      s.visible_R[r - item.row_begin] = args.causal ? seq_len - args.q.q_len + 1 + token : seq_len;
+      s.visible_begin_R[r - item.row_begin] = args.visible_begin(item.seq, token);
+      s.visible_end_R[r - item.row_begin] = args.visible_end(item.seq, token);
     }
   }
   return true;
@@ -267,39 +282,45 @@ bool prepare_queries(const AttendArgs& args, const WorkItem& item, int64_t store
 
 // Points the tile at panels: the page's own, or a copy in scratch where the page holds rows or the tile holds tokens
 // that must not be read (an open page, padding).
-template <int kPair>
+template <DType kDType>
 void stage(const Arena& arena, Tile& tile, Scratch& s) {
   const bool whole = tile.valid_begin == tile.begin && tile.valid_end == tile.end && tile.end % kBlockTokens == 0;
   if (whole && arena.packing == Packing::kPanels) return;
-  const BlockShape shape(arena);
-  for (int64_t t = tile.begin, at = 0; t < tile.end; t += kBlockTokens, at += shape.block_bytes()) {
+  const BlockShape<kDType> k(arena.head_dim), v(arena.v_head_dim);
+  char *k_to = s.k_tile, *v_to = s.v_tile;
+  for (int64_t t = tile.begin; t < tile.end; t += kBlockTokens, k_to += k.block_bytes(), v_to += v.block_bytes()) {
     const int64_t begin = min64(max64(tile.valid_begin - t, 0), kBlockTokens);
     const int64_t end = max64(min64(tile.valid_end - t, kBlockTokens), begin);
     if (arena.packing == Packing::kPanels) {
-      copy_block<kPair>(shape, {tile.k + at, tile.v + at}, begin, end, {s.k_tile + at, s.v_tile + at});
+      copy_k(k, tile.k + (k_to - s.k_tile), begin, end, k_to);
+      copy_v(v, tile.v + (v_to - s.v_tile), begin, end, v_to);
       continue;
     }
     if (end - begin < kBlockTokens) {
-      std::memset(s.k_tile + at, 0, shape.block_bytes());
-      std::memset(s.v_tile + at, 0, shape.block_bytes());
+      std::memset(k_to, 0, k.block_bytes());
+      std::memset(v_to, 0, v.block_bytes());
     }
-    const int64_t from = (t - tile.begin + begin) * shape.row_bytes();
-    put_k(shape, tile.k + from, shape.row_bytes(), begin, end, s.k_tile + at);
-    put_v<kPair>(shape, tile.v + from, shape.row_bytes(), begin, end, s.v_tile + at);
+    const int64_t from = t - tile.begin + begin;
+    put_k(k, tile.k + from * k.row_bytes(), k.row_bytes(), begin, end, k_to);
+    put_v(v, tile.v + from * v.row_bytes(), v.row_bytes(), begin, end, v_to);
   }
   tile.k = s.k_tile;
   tile.v = s.v_tile;
 }
 
-// Scales and masks the scores of row r in place; their maximum.
-float mask_row(float scale, const Tile& tile, int64_t num_tokens, int64_t r, Scratch& s) {
+// Dot products of row r -> scores that follow the rule, in place, -inf where the row does not see a token; their
+// maximum.
+template <bool kHasCap>
+float score_row(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_t r, Scratch& s) {
   float* const score = s.score_RT + r * kTileTokens;
-  const int64_t begin = tile.valid_begin - tile.begin, end = min64(tile.valid_end, s.visible_R[r]) - tile.begin;
+  const int64_t begin = max64(tile.valid_begin, s.visible_begin_R[r]) - tile.begin;
+  const int64_t end = min64(tile.valid_end, s.visible_end_R[r]) - tile.begin;
   const char* run = s.ahead.take(num_tokens / 4, tile.k);
   Vec tile_max = splat(-INFINITY);
   for (int64_t t = 0; t < num_tokens; t += kLanes) {
     ask(run, kLanes / 4);
-    Vec x = load(score + t) * scale;
+    Vec x = load(score + t) * rule.scale;
+    if constexpr (kHasCap) x = tanh(x / rule.softcap) * rule.softcap;
     if (t < begin || t + kLanes > end) x = keep_lanes(x, begin - t, end - t);
     store(score + t, x);
     tile_max = max(x, tile_max);
@@ -323,9 +344,13 @@ float raise_maximum(float highest, int64_t stored, int64_t r, const Rows& rows) 
 // Scores of a tile -> probabilities relative to each row's running maximum, as weights of V. Step by step over all
 // rows: each step is a chain of dependent instructions, and those of different rows overlap.
 template <class Element>
-void softmax(float scale, const Tile& tile, int64_t num_tokens, int64_t stored, const Rows& rows, Scratch& s) {
+void softmax(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_t stored, const Rows& rows,
+             Scratch& s) {
   float base_R[kMaxHeadRows];
-  for (int64_t r = 0; r < rows.num; ++r) base_R[r] = mask_row(scale, tile, num_tokens, r, s);
+  for (int64_t r = 0; r < rows.num; ++r) {
+    base_R[r] = rule.softcap == 0.0f ? score_row<false>(rule, tile, num_tokens, r, s)
+                                     : score_row<true>(rule, tile, num_tokens, r, s);
+  }
   for (int64_t r = 0; r < rows.num; ++r) base_R[r] = raise_maximum(base_R[r], stored, r, rows);
   for (int64_t r = 0; r < rows.num; ++r) {
     float *const score = s.score_RT + r * kTileTokens, *const sum = rows.sum_RL + r * kLanes;
@@ -344,16 +369,16 @@ void softmax(float scale, const Tile& tile, int64_t num_tokens, int64_t stored, 
 
 template <class Element, class QueryElement>
 void attend_tile(const AttendArgs& args, Tile tile, const Rows& rows, Scratch& s) {
-  constexpr int kPair = Element::kPair;
-  const int64_t stored = padded(args.kv.arena.head_dim);
+  constexpr int64_t kPair = pair_of(Element::kDType), kRowBytes = 16 * lane_bytes<Element>();
+  const int64_t k_stored = padded(args.kv.arena.head_dim), v_stored = padded(args.kv.arena.v_head_dim);
   const int64_t num_blocks = (tile.end - tile.begin + 15) / 16, num_tokens = num_blocks * 16;
-  stage<kPair>(args.kv.arena, tile, s);
+  stage<Element::kDType>(args.kv.arena, tile, s);
   for (int64_t r = 0; r < rows.num; ++r) std::memset(s.score_RT + r * kTileTokens, 0, num_tokens * 4);
-  const Panel k{tile.k, 64, stored / kPair * 64, stored / kPair, num_blocks};
-  product<QueryElement>(k, {rows.q_RD, stored}, {s.score_RT, kTileTokens}, rows.num, s.ahead);
-  softmax<Element>(args.scale, tile, num_tokens, stored, rows, s);
-  const Panel v{tile.v, stored * 4, 64, num_tokens / kPair, stored / 16};
-  product<Element>(v, {s.p_RT, kTileTokens}, {rows.out_RD, stored}, rows.num, s.ahead);
+  const Panel k{tile.k, kRowBytes, k_stored / kPair * kRowBytes, k_stored / kPair, num_blocks};
+  product<QueryElement>(k, {rows.q_RD, k_stored}, {s.score_RT, kTileTokens}, rows.num, s.ahead);
+  softmax<Element>(args.rule, tile, num_tokens, v_stored, rows, s);
+  const Panel v{tile.v, v_stored / 16 * kRowBytes, kRowBytes, num_tokens / kPair, v_stored / 16};
+  product<Element>(v, {s.p_RT, kTileTokens}, {rows.out_RD, v_stored}, rows.num, s.ahead);
   while (!s.ahead.done()) {
     const char* run = s.ahead.take(16, tile.k);
     ask(run, 16);
@@ -367,14 +392,15 @@ bool locate(const AttendArgs& args, const WorkItem& item, int64_t head, int64_t 
   const int64_t slot = args.kv.table.slot(item.seq, head, begin / arena.page_size);
   if (slot < 0 || slot >= arena.num_slots) return false;
   const int64_t end = min64(begin + min64(kTileTokens, arena.page_size - in_page), item.token_end);
-  const int64_t at = arena.offset(slot, head) + in_page * arena.stored_dim() * item_bytes(arena.dtype);
-  tile = {head, begin, end, max64(begin, item.token_begin), end, arena.k + at, arena.v + at};
+  const HeadSlice from = arena.slice(slot, head, in_page);
+  tile = {head, begin, end, max64(begin, item.token_begin), end, from.k, from.v};
   return true;
 }
 
 template <class Element, class QueryElement>
 Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
-  const int64_t stored = padded(args.kv.arena.head_dim), head_rows = item.head_rows();
+  const Arena& arena = args.kv.arena;
+  const int64_t k_stored = padded(arena.head_dim), v_stored = padded(arena.v_head_dim), head_rows = item.head_rows();
   if (item.token_begin >= item.token_end) return Status::kOk;
   Tile next;
   bool more = true;
@@ -386,11 +412,13 @@ Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
     if (more) {
       const int64_t head = last_head ? item.head_begin : tile.head + 1, begin = last_head ? tile.end : tile.begin;
       if (!locate(args, item, head, begin, next)) return Status::kSlotOutOfRange;
-      const int64_t bytes = (next.end - next.begin) * args.kv.arena.stored_dim() * item_bytes(args.kv.arena.dtype);
-      s.ahead = {next.k, next.k + bytes, next.v, next.v + bytes};
+      const int64_t num_tokens = next.end - next.begin;
+      s.ahead = {next.k, next.k + num_tokens * arena.k_token_bytes(), next.v,
+                 next.v + num_tokens * arena.v_token_bytes()};
     }
     const int64_t row = (tile.head - item.head_begin) * head_rows;
-    const Rows rows{s.q_RD + row * stored, s.out_RD + row * stored, s.max_R + row, s.sum_RL + row * kLanes, head_rows};
+    const Rows rows{s.q_RD + row * k_stored, s.out_RD + row * v_stored, s.max_R + row, s.sum_RL + row * kLanes,
+                    head_rows};
     attend_tile<Element, QueryElement>(args, tile, rows, s);
   }
   return Status::kOk;
@@ -399,8 +427,8 @@ Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
 template <class Element, class QueryElement>
 Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
   Scratch s;
-  const int64_t num_rows = item.num_rows(), dim = args.kv.arena.head_dim, stored = padded(dim);
-  if (!prepare_queries<QueryElement>(args, item, stored, s)) return Status::kNanInQuery;
+  const int64_t num_rows = item.num_rows(), dim = args.kv.arena.v_head_dim, stored = padded(dim);
+  if (!prepare_queries<QueryElement>(args, item, padded(args.kv.arena.head_dim), s)) return Status::kNanInQuery;
   std::memset(s.out_RD, 0, num_rows * stored * 4);
   std::memset(s.sum_RL, 0, num_rows * kLanes * 4);
   for (int64_t r = 0; r < num_rows; ++r) s.max_R[r] = -INFINITY;
@@ -416,6 +444,7 @@ Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, 
 
 Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
   if (args.kv.arena.dtype == DType::kFloat32) return attend_item_as<Float32, Float32>(args, item, out, lse);
+  if (args.kv.arena.dtype == DType::kFloat16) return attend_item_as<Float16, Float16>(args, item, out, lse);
 #if defined(__AVX512BF16__)
   if (item.head_rows() >= kMinDotRows) {
     if (args.q.dtype == DType::kBFloat16) return attend_item_as<Bf16Dot<true>, Bf16Dot<false>>(args, item, out, lse);

@@ -9,19 +9,22 @@
 
 namespace tandem {
 
-// Partial results over disjoint tokens, each out [num_rows][dim] and lse [num_rows], contiguous.
+// Partial results over disjoint tokens, each out [num_rows][dim] and lse [num_rows], contiguous; a row is
+// [num_seqs][num_heads][q_len].
 struct Partials {
   std::vector<const float*> out, lse;
   int64_t num_rows, dim;
+  int64_t num_heads, q_len;
 };
 
-// Where attention goes: out [num_seqs][num_heads][q_len][head_dim], strides in elements, head_dim contiguous, float32
-// or rounded to bf16; lse [num_seqs][num_heads][q_len], contiguous, natural log, or nullptr where nobody asks.
+// Where attention goes: out [num_seqs][num_heads][q_len][v_head_dim], strides in elements, v_head_dim contiguous,
+// float32 or rounded; lse [num_seqs][num_heads][q_len], contiguous, natural log, or nullptr where nobody asks.
 struct Output {
   void* out;
   DType dtype;
   int64_t stride_seq, stride_head, stride_token;
   float* lse;
+  const float* sink_logit;  // [num_heads], see `merge`; or nullptr
 };
 
 // Whether the queries' tokens can be the last ones of a run: it lies inside its table and every sequence has the same
@@ -30,7 +33,9 @@ bool ends_with_queries(const AttendArgs& run);
 
 // Attention over all runs together. Runs differ in `kv` and `causal` alone; their tokens are disjoint.
 Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to);
-void merge(WorkerPool& pool, const Partials& parts, float* out, float* lse);
+
+// sink_logit: [num_heads] or nullptr: one more logit in the denominator of every row of a head, which has no value.
+void merge(WorkerPool& pool, const Partials& parts, const float* sink_logit, float* out, float* lse);
 
 struct Isa {
   const KernelTable* kernels;

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attend.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -106,19 +108,50 @@ inline Vec exp_nonpositive(Vec x) {
   return x < -87.0f ? Vec{} : (x == x ? y : x);
 }
 
+// tanh to a relative error of 8 * 2^-24: near 0, where 1 - exp would cancel, Cephes' tanhf polynomial.
+inline Vec tanh(Vec x) {
+  const Vec size = max(x, -x), square = x * x;
+  const Vec e = exp_nonpositive(size * -2.0f);
+  const Vec far = (1.0f - e) / (1.0f + e);
+  Vec p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square + -5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square + -3.33332819422e-1f;
+  p = p * square * x + x;
+  return size < 0.625f ? p : (x < 0.0f ? -far : far);
+}
+
 inline float as_float(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
 }
 
+// kLanes numbers of float16, exactly: subnormal ones, infinities and NaN too.
+inline Vec widen_half(const void* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  const IVec bits = __builtin_convertvector(halves, IVec), size = bits & 0x7FFF;
+  const Vec subnormal = __builtin_convertvector(size, Vec) * 5.9604644775390625e-8f;  // 2^-24
+  const IVec rebias = size >= 0x7C00 ? (IVec{} + (224 << 23)) : (IVec{} + (112 << 23));
+  const IVec normal = (size << 13) + rebias;
+  return (Vec)((size < 0x400 ? (IVec)subnormal : normal) | (bits & 0x8000) << 16);
+#endif
+}
+
 // ---- Elements: how a panel of K or V is multiplied ---------------------------------------------------------------
-// A panel row holds 16 lanes of `kPair` neighbours. `mac` adds to each lane the dot product of its neighbours with a
-// weight of as many numbers, broadcast. Scores: lanes are tokens, weights are q. Output: lanes are dims, weights are
-// probabilities. `put` stores numbers [i, i + kLanes) of a row of n weights; n is a multiple of 16.
+// A panel row holds 16 lanes of the kPair neighbours of kDType. `mac` adds to each lane the dot product of its
+// neighbours with a weight of as many numbers, broadcast. Scores: lanes are tokens, weights are q. Output: lanes are
+// dims, weights are probabilities. `put` stores numbers [i, i + kLanes) of a row of n weights; n is a multiple of 16.
 
 struct Float32 {
-  static constexpr int kPair = 1;
+  static constexpr DType kDType = DType::kFloat32;
   static constexpr bool kIsDot = false;
   using Panel = Vec;
   using Weight = Vec;
@@ -128,10 +161,15 @@ struct Float32 {
   static Vec mac(Vec acc, Panel m, Weight w) { return acc + m * w; }
 };
 
+struct Float16 : Float32 {
+  static constexpr DType kDType = DType::kFloat16;
+  static Panel panel(const char* p) { return widen_half(p); }
+};
+
 // Without dot-product instructions: a bf16 is the upper half of a float32, so a pair becomes two vectors by a shift
 // and a mask, and two multiply-adds in float32 follow.
 struct Bf16Wide {
-  static constexpr int kPair = 2;
+  static constexpr DType kDType = DType::kBFloat16;
   static constexpr bool kIsDot = false;
   struct Panel {
     Vec even, odd;
@@ -155,7 +193,7 @@ struct Bf16Wide {
 // (a bf16 q), kSplit = false leaves the second instruction out.
 template <bool kSplit>
 struct Bf16Dot {
-  static constexpr int kPair = 2;
+  static constexpr DType kDType = DType::kBFloat16;
   static constexpr bool kIsDot = true, kIsSplit = kSplit;
   using Panel = __m512bh;
   struct Weight {
@@ -186,8 +224,8 @@ struct Bf16Dot {
 // ---- Moves ---------------------------------------------------------------------------------------------------------
 
 // Transposes a 16 x 16 tile of 4-byte words; strides in bytes.
-inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
 #if defined(__AVX512F__)
+inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(src + i * src_stride);
   for (int i = 0; i < 16; i += 2) {
@@ -211,37 +249,41 @@ inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t 
     b[i + 12] = _mm512_shuffle_i32x4(ab_high, cd_high, 0xDD);
   }
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(dst + i * dst_stride, b[i]);
+}
 #elif defined(__AVX2__)
-  for (int bi = 0; bi < 16; bi += 8) {
-    for (int bj = 0; bj < 16; bj += 8) {
-      __m256i a[8], b[8];
-      for (int i = 0; i < 8; ++i) {
-        a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + (bi + i) * src_stride + bj * 4));
-      }
-      for (int i = 0; i < 8; i += 2) {
-        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-      }
-      for (int i = 0; i < 8; i += 4) {
-        a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
-      }
-      for (int i = 0; i < 4; ++i) {
-        b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-        b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-      }
-      for (int i = 0; i < 8; ++i) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + (bj + i) * dst_stride + bi * 4), b[i]);
-      }
+inline void transpose8(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
+  __m256i a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i * src_stride));
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+    b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i * dst_stride), b[i]);
+}
+
+inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = 0; j < 16; j += 8) {
+      transpose8(src + i * src_stride + j * 4, src_stride, dst + j * dst_stride + i * 4, dst_stride);
     }
   }
+}
 #else
+inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
   for (int i = 0; i < 16; ++i) {
     for (int j = 0; j < 16; ++j) std::memcpy(dst + j * dst_stride + i * 4, src + i * src_stride + j * 4, 4);
   }
-#endif
 }
+#endif
 
 }  // namespace tandem::TANDEM_ISA

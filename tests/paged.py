@@ -1,14 +1,14 @@
 """Builders of poisoned pages: whatever a kernel must not read is NaN, whatever slot it must not look up is wild."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tandemkv.kernels import cpu
-from tandemkv.types import Arena, Packing, PagedKV, PageLayout
+from tandemkv.types import Arena, Packing, PagedKV, PageLayout, ScoreRule
 
 WILD_SLOTS = (2**31 - 1, -1)
 NUM_SPARE_SLOTS = 3
@@ -26,10 +26,17 @@ class Shape:
     kv_start: tuple[int, ...]
     q_len: int = 1
     causal: bool = False
+    v_head_dim: int | None = None
+    softcap: float | None = None
+    window: int | None = None
 
     @property
     def scale(self) -> float:
         return 1 / math.sqrt(self.head_dim)
+
+    @property
+    def rule(self) -> ScoreRule:
+        return ScoreRule(self.scale, self.softcap, self.window)
 
     @property
     def num_q_heads(self) -> int:
@@ -56,19 +63,26 @@ def build(
     """Normally distributed q, K and V of a shape, behind poisoned pages."""
     generator = torch.Generator().manual_seed(seed)
     kv_start, kv_len = torch.tensor(shape.kv_start), torch.tensor(shape.kv_len)
-    dims = (len(shape.kv_len), shape.num_kv_heads, max(shape.kv_len), shape.head_dim)
-    k, v = (torch.randn(dims, generator=generator).to(dtype) for _ in range(2))
+    dims = (len(shape.kv_len), shape.num_kv_heads, max(shape.kv_len))
+    k = torch.randn((*dims, shape.head_dim), generator=generator).to(dtype)
+    v = torch.randn((*dims, shape.v_head_dim or shape.head_dim), generator=generator).to(dtype)
     q_dims = (len(shape.kv_len), shape.num_q_heads, shape.q_len, shape.head_dim)
     q = torch.randn(q_dims, generator=generator).to(q_dtype)
-    kv = paginate(k, v, PageLayout(dtype, shape.page_size, packing), kv_start, kv_len, seed)
-    return Case(q, kv, k, v, visible_tokens(kv_start, kv_len, shape.q_len, dims[2], shape.causal))
+    visible = visible_tokens(kv_start, kv_len, shape.q_len, dims[2], shape.causal, shape.window)
+    # Tokens that no query sees are poisoned like those that do not exist.
+    first = kv_start if shape.window is None else (kv_len - shape.q_len + 1 - shape.window).clamp(min=kv_start)
+    kv = paginate(k, v, PageLayout(dtype, shape.page_size, packing), first, kv_len, seed)
+    return Case(q, replace(kv, kv_start=kv_start), k, v, visible)
 
 
-def visible_tokens(kv_start: Tensor, kv_len: Tensor, q_len: int, num_tokens: int, causal: bool) -> Tensor:
+def visible_tokens(
+    kv_start: Tensor, kv_len: Tensor, q_len: int, num_tokens: int, causal: bool, window: int | None = None
+) -> Tensor:
     """bool `[num_seqs, q_len, num_tokens]`: the rule of `kernels.attend`, for dense K and V."""
     token = torch.arange(num_tokens)
     ends = kv_len[:, None] - (q_len - 1 - torch.arange(q_len) if causal else torch.zeros(q_len, dtype=torch.int64))
-    return (token >= kv_start[:, None, None]) & (token < ends[:, :, None])
+    begins = kv_start[:, None] if window is None else (ends - window).clamp(min=kv_start[:, None])
+    return (token >= begins[:, :, None]) & (token < ends[:, :, None])
 
 
 def paginate(
@@ -79,7 +93,7 @@ def paginate(
     kv_len: Tensor | None = None,
     seed: int = 0,
 ) -> PagedKV:
-    """Pages of dense k and v `[num_seqs, num_kv_heads, num_tokens, head_dim]`, at random slots.
+    """Pages of dense k and v `[num_seqs, num_kv_heads, num_tokens, head_dim, v's own]`, at random slots.
 
     Every head has slots of its own, so a head that is read through the table of another is NaN; so are tokens outside
     [kv_start, kv_len), other heads' slices of a slot and spare slots. Table entries that are not needed are wild.
@@ -89,7 +103,8 @@ def paginate(
     kv_len = torch.full((num_seqs,), num_tokens) if kv_len is None else kv_len
     num_pages = -(-num_tokens // layout.page_size) + 1
     num_slots = num_seqs * num_heads * num_pages + NUM_SPARE_SLOTS
-    rows = poisoned_arena(PageLayout(layout.dtype, layout.page_size, "rows"), num_slots, num_heads, head_dim)
+    rows_layout = PageLayout(layout.dtype, layout.page_size, "rows")
+    rows = poisoned_arena(rows_layout, num_slots, num_heads, head_dim, v.shape[3])
     slots = torch.randperm(num_slots, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
     table = torch.empty((num_seqs, num_heads, num_pages), dtype=torch.int32)
     for i, wild in enumerate(WILD_SLOTS):
@@ -105,9 +120,11 @@ def paginate(
     return PagedKV(repacked(rows, layout.packing), table, kv_start, kv_len)
 
 
-def poisoned_arena(layout: PageLayout, num_slots: int, num_kv_heads: int, head_dim: int) -> Arena:
+def poisoned_arena(
+    layout: PageLayout, num_slots: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None
+) -> Arena:
     """An arena of nothing but NaN."""
-    arena = Arena.allocate(layout, num_slots, num_kv_heads, head_dim)
+    arena = Arena.allocate(layout, num_slots, num_kv_heads, head_dim, v_head_dim=v_head_dim)
     arena.k.fill_(math.nan)
     arena.v.fill_(math.nan)
     return arena
@@ -118,7 +135,7 @@ def repacked(rows: Arena, packing: Packing) -> Arena:
     if packing == rows.layout.packing:
         return rows
     layout = PageLayout(rows.layout.dtype, rows.layout.page_size, packing)
-    arena = poisoned_arena(layout, rows.num_slots, rows.num_kv_heads, rows.head_dim)
+    arena = poisoned_arena(layout, rows.num_slots, rows.num_kv_heads, rows.head_dim, rows.v_head_dim)
     every_slot = list(range(rows.num_slots))
     cpu.move_pages(rows, arena, every_slot, every_slot)
     return arena

@@ -346,7 +346,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "quantised": (spoil_config(quantization_config={"quant_method": "gptq"}), "quantised weights"),
     "float16": (spoil_config(dtype="float16"), "torch.float16, which is not supported: give --dtype bfloat16"),
     "head_dim": (spoil_config(head_dim=320), "head_dim 320"),
-    "group": (spoil_config(num_attention_heads=64, num_key_value_heads=2, head_dim=16), "32 query heads per KV head"),
+    "group": (
+        spoil_config(num_attention_heads=4, num_key_value_heads=3, head_dim=16),
+        "1.33333 query heads per KV head",
+    ),
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "has no tokenizer: none of tokenizer.json"),
     "tokenizer cut": (write("tokenizer.json", b'{"version'), "tokenizer.json is not JSON"),
     "tokenizer of nonsense": (write("tokenizer.json", b'{"model": 5}'), "tokenizer.json is corrupt"),

@@ -6,12 +6,16 @@ roundoff of float32, the relative error r of a weight has these terms:
 scores   A = |scale| * max_t sum_d |q_d k_td| bounds every score and every sum inside its dot product. head_dim
          products summed in float32 cost A `sum_error(head_dim)`; rounding `scale` and the product with it, 2 A u;
          q multiplied as bf16 parts, A `Rounding.query`.
+cap      where scores are capped, cap tanh(s / cap): tanh passes an error of s on at most as it is, and adds 8 u (the
+         kernel's), 3 u (the rounded cap twice, the product) and that of s / cap, 1 u: 12 u of a score, which is at most
+         C = min(A, cap). C takes the place of A below.
 maxima   H = A + ln n bounds scores, maxima and lse. A score less the maximum, which is itself a rounded score, and the
          lse of a chunk: 4 H u.
 exp      `Rounding.exp`.
 sums     n probabilities, and n products with V, are summed in float32; each tile of 64 tokens may rescale what was
          summed before it (8 roundings): `sum_error(n + n / 8)`.
-merges   each weighs, adds and divides (8 u) and rounds two lse (2 H u).
+merges   each weighs, adds and divides (8 u) and rounds two lse (2 H u). A sink's logit is one more part, without a
+         value, and counts in H.
 
 lse is off by at most r and its own rounding, out by (e^(2 r) - 1) * sum_t w_t |v_td| (numerator and denominator), by
 `Rounding.weight` of the same sum and by `Rounding.out`. Nothing else may differ: one token out of a hundred, 1 % of the
@@ -24,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tandemkv.types import Partial
+from tandemkv.types import Partial, ScoreRule
 
 U = 2.0**-24
 TINY = 1e-30  # what denormals flushed to zero, and weights below exp(-87), may lose in absolute terms
@@ -67,24 +71,38 @@ def sum_error(num_terms: float) -> float:
 
 
 def attend_bound(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, rounding: Rounding = FLOAT32, num_merges: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    rule: ScoreRule | float,
+    rounding: Rounding = FLOAT32,
+    num_merges: int = 0,
 ) -> Bound:
     """Bound for attention of q `[S, Hq, Q, D]` over k, v `[S, Hkv, T, D]` where `visible` `[S, Q, T]` says so.
 
+    rule: a number is a scale; a window has to stand in `visible`.
     num_merges: how often partial results of this attention were merged afterwards.
     """
+    scale, cap = (rule.scale, rule.softcap) if isinstance(rule, ScoreRule) else (rule, None)
     group_size = q.shape[1] // k.shape[1]
     hidden = ~visible.unsqueeze(1)
     k, v = (x.double().repeat_interleave(group_size, 1) for x in (k, v))
     scores = (scale * (q.double() @ k.mT)).masked_fill(hidden, -math.inf)
     magnitude = (abs(scale) * (q.double().abs() @ k.abs().mT)).masked_fill(hidden, 0.0)
     largest = magnitude.amax(-1) if k.shape[2] else torch.zeros(q.shape[:3], dtype=torch.float64)
+    largest_score = largest
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)  # of hidden ones: -cap, and hidden again
+        scores = scores.masked_fill(hidden, -math.inf)
+        largest_score = largest.clamp(max=cap)
     lse = torch.logsumexp(scores, -1)
     mass = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse).unsqueeze(-1)) @ v.abs()
     num_tokens = max(int(visible.sum(-1).max()), 1)
-    height = largest + math.log(num_tokens)  # bounds every score, maximum and lse on the way
+    height = largest_score + math.log(num_tokens)  # bounds every score, maximum and lse on the way
     relative = (
         largest * (sum_error(q.shape[3]) + 2 * U + rounding.query)
+        + (0.0 if cap is None else largest_score * 12 * U)
         + height * 4 * U
         + rounding.exp
         + sum_error(num_tokens * 1.125)
@@ -93,8 +111,11 @@ def attend_bound(
     return _bound(relative, mass, height, rounding)
 
 
-def merge_bound(parts: list[Partial]) -> Bound:
-    """Bound for any order of merging float32 parts that are taken as exact."""
+def merge_bound(parts: list[Partial], sink_logit: Tensor | None = None) -> Bound:
+    """Bound for any order of merging float32 parts that are taken as exact, and a sink's logit at last."""
+    if sink_logit is not None:
+        sink = sink_logit[:, None].expand_as(parts[0].lse)
+        parts = [*parts, Partial(torch.zeros_like(parts[0].out), sink)]
     lses = torch.stack([part.lse.double() for part in parts])
     lse = torch.logsumexp(lses, 0)
     weights = torch.exp(lses - torch.where(lse == -math.inf, 0.0, lse))

@@ -32,32 +32,63 @@ inline uint16_t bf16_bits(float value) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+// As its definition says: 2^-14 and more have 11 significant bits, smaller ones are multiples of 2^-24.
+inline float float16_value(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float size = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                             : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  if (exponent == 31) size = fraction == 0 ? INFINITY : kNan;
+  return bits >> 15 == 0 ? size : -size;
+}
+
+inline uint16_t float16_bits(float value) {
+  if (value != value) return 0x7E00;
+  const double size = std::abs(static_cast<double>(value));
+  int exponent = size < std::ldexp(1.0, -14) ? -14 : std::ilogb(size);
+  double steps = size < 1e6 ? std::nearbyint(std::ldexp(size, 10 - exponent)) : 2048.0;  // ties to even
+  if (steps == 2048.0) {
+    steps = 1024.0;
+    ++exponent;
+  }
+  uint16_t bits = static_cast<uint16_t>(steps);  // below 1024: subnormal
+  if (steps >= 1024.0) bits = static_cast<uint16_t>((exponent + 15) * 1024 + steps - 1024.0);
+  if (size >= 65520.0) bits = 0x7C00;
+  return static_cast<uint16_t>(bits | (std::signbit(value) ? 0x8000 : 0));
+}
+
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+
+inline std::string dtype_name(DType dtype) {
+  return dtype == DType::kFloat32 ? "float32" : dtype == DType::kBFloat16 ? "bfloat16" : "float16";
+}
+
 inline void store_element(char* at, DType dtype, float value) {
   if (dtype == DType::kFloat32) {
     std::memcpy(at, &value, sizeof value);
   } else {
-    const uint16_t bits = bf16_bits(value);
+    const uint16_t bits = dtype == DType::kBFloat16 ? bf16_bits(value) : float16_bits(value);
     std::memcpy(at, &bits, sizeof bits);
   }
 }
 
 // What an element of this dtype holds after `value` was stored in it.
 inline float rounded(DType dtype, float value) {
-  return dtype == DType::kFloat32 ? value : bf16_value(bf16_bits(value));
+  if (dtype == DType::kFloat32) return value;
+  return dtype == DType::kBFloat16 ? bf16_value(bf16_bits(value)) : float16_value(float16_bits(value));
 }
 
 // Byte offset of one element inside a head's slice (attend.h, Packing).
 inline int64_t k_offset(const Arena& arena, int64_t token, int64_t d) {
-  const int64_t bytes = item_bytes(arena.dtype), pair = 4 / bytes;
+  const int64_t bytes = item_bytes(arena.dtype), pair = arena.dtype == DType::kBFloat16 ? 2 : 1;
   if (arena.packing == Packing::kRows) return (token * arena.head_dim + d) * bytes;
-  const int64_t block = token / 16 * 16 * arena.stored_dim();
+  const int64_t block = token / 16 * 16 * arena.stored(arena.head_dim);
   return (block + (d / pair * 16 + token % 16) * pair + d % pair) * bytes;
 }
 
 inline int64_t v_offset(const Arena& arena, int64_t token, int64_t d) {
-  const int64_t bytes = item_bytes(arena.dtype), pair = 4 / bytes;
-  if (arena.packing == Packing::kRows) return (token * arena.head_dim + d) * bytes;
-  return ((token / pair * arena.stored_dim() + d) * pair + token % pair) * bytes;
+  const int64_t bytes = item_bytes(arena.dtype), pair = arena.dtype == DType::kBFloat16 ? 2 : 1;
+  if (arena.packing == Packing::kRows) return (token * arena.v_head_dim + d) * bytes;
+  return ((token / pair * arena.stored(arena.v_head_dim) + d) * pair + token % pair) * bytes;
 }
 
 // An arena and its memory, exactly as large as it must be, every element a NaN.
@@ -66,12 +97,11 @@ struct OwnedArena {
   Arena arena;
 
   explicit OwnedArena(const Arena& shape) : arena(shape) {
-    k.resize(arena.num_slots * arena.page_bytes());
-    v.resize(k.size());
-    for (size_t i = 0; i < k.size(); i += item_bytes(arena.dtype)) {
-      store_element(&k[i], arena.dtype, kNan);
-      store_element(&v[i], arena.dtype, kNan);
-    }
+    const int64_t num_tokens = arena.num_slots * arena.num_kv_heads * arena.page_size, bytes = item_bytes(arena.dtype);
+    k.resize(num_tokens * arena.k_token_bytes());
+    v.resize(num_tokens * arena.v_token_bytes());
+    for (size_t i = 0; i < k.size(); i += bytes) store_element(&k[i], arena.dtype, kNan);
+    for (size_t i = 0; i < v.size(); i += bytes) store_element(&v[i], arena.dtype, kNan);
     arena.k = k.data();
     arena.v = v.data();
   }
@@ -88,9 +118,9 @@ inline std::vector<int32_t> shuffled_slots(int64_t num_slots, std::mt19937& rand
 }
 
 inline std::string shape_name(const KernelTable& kernels, const Arena& arena) {
-  return std::string(kernels.name) + (arena.dtype == DType::kFloat32 ? " float32" : " bfloat16") +
+  return std::string(kernels.name) + " " + dtype_name(arena.dtype) +
          (arena.packing == Packing::kRows ? " rows" : " panels") + " head_dim " + std::to_string(arena.head_dim) +
-         " page_size " + std::to_string(arena.page_size);
+         ", " + std::to_string(arena.v_head_dim) + " page_size " + std::to_string(arena.page_size);
 }
 
 // The instruction sets this machine has.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -16,17 +17,18 @@ namespace {
 constexpr int64_t kNumSeqs = 2, kNumKvHeads = 3, kNumPages = 4;
 constexpr char kUntouched = 0x5A;
 
-// K and V [num_seqs][num_kv_heads][num_tokens][head_dim] of random bits, NaNs among them. Rows lie `gap` bytes apart,
+// K and V [num_seqs][num_kv_heads][num_tokens][head_dim, v_head_dim] of random bits, NaNs among them. Rows lie apart,
 // K's and V's gaps differ, and the gaps are never touched.
 struct Tokens {
-  int64_t row_bytes, num_tokens, k_row, v_row;
+  int64_t k_bytes, v_bytes, num_tokens, k_row, v_row;
   std::vector<char> k, v;
 
   Tokens(const Arena& arena, int64_t num_tokens)
-      : row_bytes(arena.head_dim * item_bytes(arena.dtype)),
+      : k_bytes(arena.head_dim * item_bytes(arena.dtype)),
+        v_bytes(arena.v_head_dim * item_bytes(arena.dtype)),
         num_tokens(num_tokens),
-        k_row(row_bytes + 8),
-        v_row(row_bytes + 4),
+        k_row(k_bytes + 8),
+        v_row(v_bytes + 4),
         k(kNumSeqs * kNumKvHeads * num_tokens * k_row, kUntouched),
         v(kNumSeqs * kNumKvHeads * num_tokens * v_row, kUntouched) {}
 
@@ -46,8 +48,8 @@ struct Tokens {
   }
   void randomize(std::mt19937& random) {
     for_each_row([&](int64_t seq, int64_t head, int64_t token) {
-      for (int64_t i = 0; i < row_bytes; ++i) k_at(seq, head, token)[i] = static_cast<char>(random());
-      for (int64_t i = 0; i < row_bytes; ++i) v_at(seq, head, token)[i] = static_cast<char>(random());
+      for (int64_t i = 0; i < k_bytes; ++i) k_at(seq, head, token)[i] = static_cast<char>(random());
+      for (int64_t i = 0; i < v_bytes; ++i) v_at(seq, head, token)[i] = static_cast<char>(random());
     });
   }
   // The view whose first token is `token`.
@@ -67,29 +69,35 @@ struct Fixture {
   Tokens tokens;
   int64_t num_tokens;
 
-  static Arena shape(DType dtype, Packing packing, int64_t page_size, int64_t head_dim) {
+  static Arena shape(DType dtype, Packing packing, int64_t page_size, int64_t head_dim, int64_t v_head_dim) {
     const int64_t num_slots = kNumSeqs * kNumKvHeads * kNumPages + 3;
-    return {nullptr, nullptr, dtype, packing, num_slots, kNumKvHeads, page_size, head_dim};
+    return {nullptr, nullptr, dtype, packing, num_slots, kNumKvHeads, page_size, head_dim, v_head_dim};
   }
 
-  Fixture(DType dtype, Packing packing, int64_t page_size, int64_t head_dim)
-      : pages(shape(dtype, packing, page_size, head_dim)),
+  explicit Fixture(const Arena& shape)
+      : pages(shape),
         slots(shuffled_slots(pages.arena.num_slots, random)),
         table{slots.data(), kNumKvHeads * kNumPages, kNumPages},
-        tokens(pages.arena, kNumPages * page_size),
-        num_tokens(kNumPages * page_size) {
+        tokens(pages.arena, kNumPages * shape.page_size),
+        num_tokens(kNumPages * shape.page_size) {
     tokens.randomize(random);
+  }
+
+  // The first of them, which a table of all sequences and heads names.
+  std::vector<int32_t> used_slots(const std::vector<int32_t>& slots) const {
+    return {slots.begin(), slots.begin() + kNumSeqs * kNumKvHeads * kNumPages};
   }
 };
 
-// Calls body(fixture) for every dtype, packing, page_size and head_dim.
+// Calls body(fixture) for every dtype, packing and page_size, and pairs of head_dim and v_head_dim.
 template <class Body>
 void for_each_shape(const KernelTable& kernels, const Body& body) {
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+  const std::pair<int64_t, int64_t> dims[] = {{2, 2}, {8, 64}, {64, 64}, {80, 1}, {33, 35}, {255, 256}};
+  for (const DType dtype : kDTypes) {
     for (const Packing packing : {Packing::kRows, Packing::kPanels}) {
       for (const int64_t page_size : {16, 48, 64}) {
-        for (const int64_t head_dim : {2, 8, 64, 80, 256}) {
-          Fixture f(dtype, packing, page_size, head_dim);
+        for (const auto& [head_dim, v_head_dim] : dims) {
+          Fixture f(Fixture::shape(dtype, packing, page_size, head_dim, v_head_dim));
           current_case() = shape_name(kernels, f.pages.arena);
           body(f);
         }
@@ -98,21 +106,30 @@ void for_each_shape(const KernelTable& kernels, const Body& body) {
   }
 }
 
+// Calls visit(element of K or V in the arena, what it must hold) for every element of a token, padding included.
+template <class Visit>
+void for_each_element(Fixture& f, const Arena& arena, const PageTable& table, int64_t seq, int64_t head, int64_t token,
+                      const Visit& visit) {
+  static const char zeros[4] = {};
+  const int64_t bytes = item_bytes(arena.dtype), in_page = token % arena.page_size;
+  const HeadSlice slice = arena.slice(table.slot(seq, head, token / arena.page_size), head);
+  for (int64_t d = 0; d < arena.stored(arena.head_dim); ++d) {
+    visit(slice.k + k_offset(arena, in_page, d),
+          d < arena.head_dim ? f.tokens.k_at(seq, head, token) + d * bytes : zeros);
+  }
+  for (int64_t d = 0; d < arena.stored(arena.v_head_dim); ++d) {
+    visit(slice.v + v_offset(arena, in_page, d),
+          d < arena.v_head_dim ? f.tokens.v_at(seq, head, token) + d * bytes : zeros);
+  }
+}
+
 // `arena` holds tokens [0, num_tokens) of the table exactly as attend.h says, its padding 0.
 void check_stored(Fixture& f, const Arena& arena, const PageTable& table, int64_t num_tokens) {
-  const int64_t bytes = item_bytes(arena.dtype);
-  const char zeros[4] = {};
   f.tokens.for_each_row([&](int64_t seq, int64_t head, int64_t token) {
     if (token >= num_tokens) return;
-    const int64_t at = arena.offset(table.slot(seq, head, token / arena.page_size), head);
-    const int64_t in_page = token % arena.page_size;
-    for (int64_t d = 0; d < arena.stored_dim(); ++d) {
-      const bool pad = d >= arena.head_dim;
-      const char* k = pad ? zeros : f.tokens.k_at(seq, head, token) + d * bytes;
-      const char* v = pad ? zeros : f.tokens.v_at(seq, head, token) + d * bytes;
-      CHECK(std::memcmp(arena.k + at + k_offset(arena, in_page, d), k, bytes) == 0, "K", seq, head, token, d);
-      CHECK(std::memcmp(arena.v + at + v_offset(arena, in_page, d), v, bytes) == 0, "V", seq, head, token, d);
-    }
+    for_each_element(f, arena, table, seq, head, token, [&](const char* found, const char* right) {
+      CHECK(std::memcmp(found, right, item_bytes(arena.dtype)) == 0, seq, head, token);
+    });
   });
 }
 
@@ -120,12 +137,13 @@ void check_stored(Fixture& f, const Arena& arena, const PageTable& table, int64_
 void check_gather(WorkerPool& pool, const KernelTable& kernels, Fixture& f, const Arena& arena, const PageTable& table,
                   int64_t begin, int64_t end) {
   Tokens back(arena, end - begin);
-  const Status status = gather(pool, kernels, arena, table, kNumSeqs, begin, end, back.rows_from(0));
+  const TokenRange tokens{table, kNumSeqs, begin, end};
+  const Status status = copy_tokens(pool, kernels, arena, tokens, back.rows_from(0), Direction::kGather);
   CHECK(status == Status::kOk, begin, end);
   Tokens expected(arena, end - begin);
   expected.for_each_row([&](int64_t seq, int64_t head, int64_t token) {
-    std::memcpy(expected.k_at(seq, head, token), f.tokens.k_at(seq, head, begin + token), back.row_bytes);
-    std::memcpy(expected.v_at(seq, head, token), f.tokens.v_at(seq, head, begin + token), back.row_bytes);
+    std::memcpy(expected.k_at(seq, head, token), f.tokens.k_at(seq, head, begin + token), back.k_bytes);
+    std::memcpy(expected.v_at(seq, head, token), f.tokens.v_at(seq, head, begin + token), back.v_bytes);
   });
   CHECK(back.k == expected.k, "K", begin, end);
   CHECK(back.v == expected.v, "V", begin, end);
@@ -140,13 +158,18 @@ void check_gathers(WorkerPool& pool, const KernelTable& kernels, Fixture& f, con
   for (const auto& [begin, end] : runs) check_gather(pool, kernels, f, arena, table, begin, end);
 }
 
+Status append_run(WorkerPool& pool, const KernelTable& kernels, Fixture& f, const PageTable& table, int64_t begin,
+                  int64_t end) {
+  const TokenRange tokens{table, kNumSeqs, begin, end};
+  return copy_tokens(pool, kernels, f.pages.arena, tokens, f.tokens.rows_from(begin), Direction::kAppend);
+}
+
 // Appends all tokens in runs of odd lengths, as decoding and prefill chunks do.
 void append_in_runs(WorkerPool& pool, const KernelTable& kernels, Fixture& f) {
   const int64_t lengths[] = {1, 5, 40, 1, 0, 17, 31};
   for (int64_t begin = 0, i = 0; begin < f.num_tokens; ++i) {
     const int64_t end = std::min(begin + lengths[i % 7], f.num_tokens);
-    CHECK(append(pool, kernels, f.pages.arena, f.table, kNumSeqs, begin, end, f.tokens.rows_from(begin)) ==
-          Status::kOk);
+    CHECK(append_run(pool, kernels, f, f.table, begin, end) == Status::kOk);
     begin = end;
   }
 }
@@ -160,11 +183,12 @@ void round_trip() {
       check_gathers(pool, *kernels, f, f.pages.arena, f.table);
       for (const Packing packing : {Packing::kRows, Packing::kPanels}) {
         if (packing == Packing::kRows && f.pages.arena.packing == Packing::kPanels) continue;
-        OwnedArena far(Fixture::shape(f.pages.arena.dtype, packing, f.pages.arena.page_size, f.pages.arena.head_dim));
+        Arena shape = f.pages.arena;
+        shape.packing = packing;
+        OwnedArena far(shape);
         const std::vector<int32_t> far_slots = shuffled_slots(far.arena.num_slots, f.random);
         const PageTable far_table{far_slots.data(), f.table.stride_seq, f.table.stride_head};
-        const int64_t num_pages = kNumSeqs * kNumKvHeads * kNumPages;
-        CHECK(move_pages(pool, *kernels, f.pages.arena, far.arena, f.slots.data(), far_slots.data(), num_pages) ==
+        CHECK(move_pages(pool, *kernels, f.pages.arena, far.arena, f.used_slots(f.slots), f.used_slots(far_slots)) ==
               Status::kOk);
         check_stored(f, far.arena, far_table, f.num_tokens);
         check_gathers(pool, *kernels, f, far.arena, far_table);
@@ -179,24 +203,38 @@ void append_touches_only_its_run() {
   for (const KernelTable* kernels : available_kernels()) {
     for_each_shape(*kernels, [&](Fixture& f) {
       const Arena& arena = f.pages.arena;
-      const OwnedArena untouched(arena);
       const int64_t begin = arena.page_size - 3, end = arena.page_size + 18, bytes = item_bytes(arena.dtype);
-      CHECK(append(pool, *kernels, arena, f.table, kNumSeqs, begin, end, f.tokens.rows_from(begin)) == Status::kOk);
-      std::vector<char> k = untouched.k, v = untouched.v;
+      CHECK(append_run(pool, *kernels, f, f.table, begin, end) == Status::kOk);
+      OwnedArena expected(arena);
       f.tokens.for_each_row([&](int64_t seq, int64_t head, int64_t token) {
         if (token < begin || token >= end) return;
-        const int64_t at = arena.offset(f.table.slot(seq, head, token / arena.page_size), head);
-        const int64_t in_page = token % arena.page_size;
-        for (int64_t d = 0; d < arena.stored_dim(); ++d) {
-          const char zeros[4] = {};
-          const bool pad = d >= arena.head_dim;
-          std::memcpy(&k[at + k_offset(arena, in_page, d)], pad ? zeros : f.tokens.k_at(seq, head, token) + d * bytes,
-                      bytes);
-          std::memcpy(&v[at + v_offset(arena, in_page, d)], pad ? zeros : f.tokens.v_at(seq, head, token) + d * bytes,
-                      bytes);
-        }
+        for_each_element(f, expected.arena, f.table, seq, head, token,
+                         [&](char* at, const char* right) { std::memcpy(at, right, bytes); });
       });
-      CHECK(f.pages.k == k && f.pages.v == v);
+      CHECK(f.pages.k == expected.k && f.pages.v == expected.v);
+    });
+  }
+}
+
+// Inside one arena, as copy on write does: the copies are right, the sources stay, other slots stay poisoned.
+void moves_inside_one_arena() {
+  WorkerPool pool(2);
+  for (const KernelTable* kernels : available_kernels()) {
+    for_each_shape(*kernels, [&](Fixture& f) {
+      const Arena& arena = f.pages.arena;
+      const std::vector<int32_t> from = {f.slots[0], f.slots[5]}, to = {f.slots.end()[-1], f.slots.end()[-2]};
+      append_in_runs(pool, *kernels, f);
+      OwnedArena expected(arena);
+      expected.k = f.pages.k;
+      expected.v = f.pages.v;
+      const int64_t k_page = arena.num_kv_heads * arena.page_size * arena.k_token_bytes();
+      const int64_t v_page = arena.num_kv_heads * arena.page_size * arena.v_token_bytes();
+      for (size_t i = 0; i < from.size(); ++i) {
+        std::copy_n(&f.pages.k[from[i] * k_page], k_page, &expected.k[to[i] * k_page]);
+        std::copy_n(&f.pages.v[from[i] * v_page], v_page, &expected.v[to[i] * v_page]);
+      }
+      CHECK(move_pages(pool, *kernels, arena, arena, from, to) == Status::kOk);
+      CHECK(f.pages.k == expected.k && f.pages.v == expected.v);
     });
   }
 }
@@ -215,14 +253,12 @@ void wild_entries() {
       slots[1 * table.stride_seq + 2 * table.stride_head + 2] = wild;  // page 2 of the last sequence and head
       Tokens back(f.pages.arena, 3 * size);
       const Tokens empty = back;
-      const auto append_run = [&](int64_t begin, int64_t end) {
-        return append(pool, kernels, f.pages.arena, table, kNumSeqs, begin, end, f.tokens.rows_from(begin));
-      };
       const auto gather_run = [&](int64_t begin, int64_t end) {
-        return gather(pool, kernels, f.pages.arena, table, kNumSeqs, begin, end, back.rows_from(0));
+        const TokenRange tokens{table, kNumSeqs, begin, end};
+        return copy_tokens(pool, kernels, f.pages.arena, tokens, back.rows_from(0), Direction::kGather);
       };
       for (const int64_t begin : {size, 2 * size, 3 * size - 1}) {
-        CHECK(append_run(begin, 3 * size) == Status::kSlotOutOfRange, wild, begin);
+        CHECK(append_run(pool, kernels, f, table, begin, 3 * size) == Status::kSlotOutOfRange, wild, begin);
         CHECK(gather_run(begin, 3 * size) == Status::kSlotOutOfRange, wild, begin);
       }
       CHECK(f.pages.k == untouched.k && f.pages.v == untouched.v, wild);
@@ -235,17 +271,17 @@ void wild_entries() {
 void wild_moves() {
   WorkerPool pool(2);
   const KernelTable& kernels = *available_kernels().front();
-  Fixture f(DType::kBFloat16, Packing::kRows, 16, 64);
-  OwnedArena far(Fixture::shape(DType::kBFloat16, Packing::kPanels, 16, 64));
+  Fixture f(Fixture::shape(DType::kBFloat16, Packing::kRows, 16, 64, 64));
+  OwnedArena far(Fixture::shape(DType::kBFloat16, Packing::kPanels, 16, 64, 64));
   const OwnedArena untouched(far.arena);
-  const int32_t good[] = {0, 1};
+  const std::vector<int32_t> good = {0, 1};
   for (const int32_t wild : {kWildSlots[0], kWildSlots[1], kWildSlots[2], static_cast<int32_t>(far.arena.num_slots)}) {
-    const int32_t bad[] = {0, wild};
-    CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, good, bad, 2) == Status::kSlotOutOfRange, wild);
-    CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, bad, good, 2) == Status::kSlotOutOfRange, wild);
+    const std::vector<int32_t> bad = {0, wild};
+    CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, good, bad) == Status::kSlotOutOfRange, wild);
+    CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, bad, good) == Status::kSlotOutOfRange, wild);
   }
   CHECK(far.k == untouched.k && far.v == untouched.v);
-  CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, nullptr, nullptr, 0) == Status::kOk);
+  CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, {}, {}) == Status::kOk);
 }
 
 }  // namespace
@@ -255,6 +291,7 @@ int main(int argc, char** argv) {
   using namespace tandem;
   return run_tests({{"round trip", round_trip},
                     {"append touches only its run", append_touches_only_its_run},
+                    {"moves inside one arena", moves_inside_one_arena},
                     {"wild entries", wild_entries},
                     {"wild moves", wild_moves}},
                    argc, argv);

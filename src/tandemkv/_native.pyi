@@ -4,6 +4,7 @@ from enum import Enum
 class DType(Enum):
     float32 = 0
     bfloat16 = 1
+    float16 = 2
 
 class Packing(Enum):
     rows = 0
@@ -32,6 +33,7 @@ class Arena:
         num_kv_heads: int,
         page_size: int,
         head_dim: int,
+        v_head_dim: int,
     ) -> None: ...
 
 class Rows:
@@ -49,15 +51,27 @@ class Run:
         kv_len: int,
     ) -> None: ...
 
+class ScoreRule:
+    def __init__(self, scale: float, softcap: float | None, window: int | None) -> None: ...
+
+class Output:
+    def __init__(self, out: Rows, lse: int = 0, sink_logit: int = 0) -> None: ...
+
 def isas() -> list[tuple[str, str]]: ...
 def attend(
-    pool: WorkerPool, isa: str, runs: Sequence[Run], q: Rows, scale: float, causal: bool, out: Rows, lse: int
+    pool: WorkerPool, isa: str, runs: Sequence[Run], q: Rows, rule: ScoreRule, causal: bool, to: Output
 ) -> Status: ...
 def append_and_attend(
-    pool: WorkerPool, isa: str, runs: Sequence[Run], q: Rows, k: Rows, v: Rows, scale: float, out: Rows
+    pool: WorkerPool, isa: str, runs: Sequence[Run], q: Rows, k: Rows, v: Rows, rule: ScoreRule, to: Output
 ) -> Status: ...
 def merge(
-    pool: WorkerPool, outs: Sequence[int], lses: Sequence[int], num_rows: int, dim: int, out: int, lse: int
+    pool: WorkerPool,
+    outs: Sequence[int],
+    lses: Sequence[int],
+    shape: tuple[int, ...],
+    sink_logit: int,
+    out: int,
+    lse: int,
 ) -> None: ...
 def append(
     pool: WorkerPool, isa: str, arena: Arena, table: int, table_strides: tuple[int, int], begin: int, k: Rows, v: Rows

@@ -13,7 +13,6 @@ BLOCK_TOKENS = 16
 """Tokens of one KV head that are scored, packed and masked together."""
 
 MAX_HEAD_DIM = 256
-MAX_GROUP_SIZE = 16
 
 Packing = Literal["rows", "panels"]
 
@@ -21,7 +20,7 @@ Packing = Literal["rows", "panels"]
 class Partial(NamedTuple):
     """Attention of some queries over a subset of a sequence's tokens.
 
-    out: float32 `[num_seqs, num_q_heads, q_len, head_dim]`, normalised over the subset.
+    out: float32 `[num_seqs, num_q_heads, q_len, v_head_dim]`, normalised over the subset.
     lse: float32 `[num_seqs, num_q_heads, q_len]`, the **natural** log of the sum of `exp(scale * q.k)`.
     The empty subset is `out = 0, lse = -inf`: the identity of `merge`.
     """
@@ -45,12 +44,14 @@ class ScoreRule:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        if not abs(self.scale) <= torch.finfo(torch.float32).max:
-            raise InputError(f"scale must be finite, got {self.scale}")
-        if self.softcap is not None and not 0 < self.softcap <= torch.finfo(torch.float32).max:
-            raise InputError(f"softcap must be positive and finite, or None, got {self.softcap}")
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
-            raise InputError(f"window must be a whole number of tokens, at least 1, or None, got {self.window}")
+        normal = torch.finfo(torch.float32)
+        if not _is_number(self.scale) or not abs(self.scale) <= normal.max:
+            raise InputError(f"scale must be finite, got {self.scale!r}")
+        softcap, window = self.softcap, self.window
+        if softcap is not None and not (_is_number(softcap) and normal.tiny <= softcap <= normal.max):
+            raise InputError(f"softcap must be positive and finite, or None, got {softcap!r}")
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+            raise InputError(f"window must be a whole number of tokens, at least 1, or None, got {window!r}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PageLayout:
     """How a head's slice of a page lies in memory; a property of a pool and of saved files, not of a processor.
 
     rows:   `[token][dim]`, as the model wrote it.
-    panels: ready for dot products of `pair` neighbours (2 in bf16, 1 in float32): K as
+    panels: ready for dot products of `pair` neighbours (2 in bf16, 1 in float32 and float16): K as
             `[block of 16 tokens][dim / pair][16][pair]`, V as `[token / pair][dim][pair]`, dim padded to 16 with zeros.
     """
 
@@ -67,21 +68,26 @@ class PageLayout:
     packing: Packing = "rows"
 
     def __post_init__(self) -> None:
-        if self.dtype not in (torch.float32, torch.bfloat16):
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(
-                f"pages hold float32 or bfloat16, got {self.dtype}: load the model with dtype=torch.bfloat16"
+                f"pages hold float32, bfloat16 or float16, got {self.dtype}: load the model with dtype=torch.bfloat16"
             )
         if self.packing not in get_args(Packing):
             raise InputError(f"packing must be one of {get_args(Packing)}, got {self.packing!r}")
         if not isinstance(self.page_size, int) or self.page_size < BLOCK_TOKENS or self.page_size % BLOCK_TOKENS:
             raise InputError(f"page_size must be a multiple of {BLOCK_TOKENS}, got {self.page_size}")
 
+    @property
+    def pair(self) -> int:
+        """Neighbours that panels keep together: bf16 has dot products of two."""
+        return 2 if self.dtype == torch.bfloat16 else 1
+
     def stored_dim(self, head_dim: int) -> int:
         """Elements that one token of one head takes."""
         return head_dim if self.packing == "rows" else -(-head_dim // 16) * 16
 
     def page_bytes(self, num_kv_heads: int, head_dim: int) -> int:
-        """Bytes of one page of K, and as many of V."""
+        """Bytes of one page of K or of V whose rows have this many elements."""
         return num_kv_heads * self.page_size * self.stored_dim(head_dim) * self.dtype.itemsize
 
 
@@ -89,42 +95,57 @@ class PageLayout:
 class Arena:
     """A pair of K and V arenas with equal slots: the same slot in both is one page of one layer.
 
-    k, v: `[num_slots, num_kv_heads, page_size, stored_dim]`, contiguous; in panels the last two are one packed run.
+    k, v: `[num_slots, num_kv_heads, page_size, stored_dim]`, contiguous, where stored_dim is that of head_dim for k
+        and of v_head_dim (head_dim where it is None) for v; in panels the last two are one packed run.
     """
 
     k: Tensor
     v: Tensor
     layout: PageLayout
     head_dim: int
+    v_head_dim: int = None  # type: ignore[assignment]  # an int from __post_init__ on
 
     def __post_init__(self) -> None:
-        if self.k.shape != self.v.shape or not (self.k.is_contiguous() and self.v.is_contiguous()):
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
+        alike = self.k.shape[:-1] == self.v.shape[:-1]
+        if not alike or not (self.k.is_contiguous() and self.v.is_contiguous()):
             raise InputError(f"k and v arenas must be contiguous and alike, got {self.k.shape} and {self.v.shape}")
         if self.k.device != self.v.device:
             raise InputError(f"k and v arenas must lie on one device, got {self.k.device} and {self.v.device}")
         if not self.k.dtype == self.v.dtype == self.layout.dtype:
             raise InputError(f"arena dtypes {self.k.dtype}, {self.v.dtype} do not fit the layout's {self.layout.dtype}")
-        expected = (self.layout.page_size, self.layout.stored_dim(self.head_dim))
-        if self.k.shape[2:] != expected:
-            raise InputError(f"arena slices must be {expected} for {self.layout}, got {tuple(self.k.shape[2:])}")
+        for x, dim in ((self.k, self.head_dim), (self.v, self.v_head_dim)):
+            expected = (self.layout.page_size, self.layout.stored_dim(dim))
+            if x.shape[2:] != expected:
+                raise InputError(f"arena slices must be {expected} for {self.layout}, got {tuple(x.shape[2:])}")
 
     @staticmethod
     def allocate(
-        layout: PageLayout, num_slots: int, num_kv_heads: int, head_dim: int, device: torch.device | str = "cpu"
+        layout: PageLayout,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str = "cpu",
+        *,
+        v_head_dim: int | None = None,
     ) -> "Arena":
-        """Uninitialised arenas. Host memory is only taken when a page is first written."""
-        shape = (num_slots, num_kv_heads, layout.page_size, layout.stored_dim(head_dim))
-        k = torch.empty(shape, dtype=layout.dtype, device=device)
-        v = torch.empty(shape, dtype=layout.dtype, device=device)
-        return Arena(k, v, layout, head_dim)
+        """Uninitialised arenas; v_head_dim is head_dim where it is None. Host memory is taken by the first write."""
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        shape = (num_slots, num_kv_heads, layout.page_size)
+        k, v = (
+            torch.empty((*shape, layout.stored_dim(dim)), dtype=layout.dtype, device=device)
+            for dim in (head_dim, v_head_dim)
+        )
+        return Arena(k, v, layout, head_dim, v_head_dim)
 
     def check_tokens(self, num_seqs: int, k: Tensor, v: Tensor) -> None:
-        """InputError unless k and v are `[num_seqs, num_kv_heads, num_tokens, head_dim]`, as these pages hold them."""
+        """InputError unless k is `[num_seqs, num_kv_heads, num_tokens, head_dim]`, v accordingly with v_head_dim."""
         if not (isinstance(k, Tensor) and isinstance(v, Tensor)):
             raise InputError(f"k and v must be tensors, got {type(k).__name__} and {type(v).__name__}")
         num_tokens = k.shape[2] if k.dim() == 4 else "num_tokens"
-        expected = (num_seqs, self.num_kv_heads, num_tokens, self.head_dim)
-        for name, x in (("k", k), ("v", v)):
+        for name, x, dim in (("k", k, self.head_dim), ("v", v, self.v_head_dim)):
+            expected = (num_seqs, self.num_kv_heads, num_tokens, dim)
             if x.shape != expected or x.dtype != self.layout.dtype or x.device != self.k.device:
                 raise InputError(
                     f"{name} must be {self.layout.dtype} [{', '.join(map(str, expected))}] on {self.k.device}, "
@@ -161,6 +182,16 @@ class PagedKV:
     page_table: Tensor
     kv_start: Tensor
     kv_len: Tensor
+
+    def __post_init__(self) -> None:
+        tensors = self.page_table, self.kv_start, self.kv_len
+        if not isinstance(self.arena, Arena) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            got = ", ".join(type(value).__name__ for value in (self.arena, *tensors))
+            raise InputError(f"PagedKV takes an Arena and the tensors page_table, kv_start and kv_len, got {got}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def parse_bytes(size: int | str) -> int:

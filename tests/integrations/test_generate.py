@@ -1,6 +1,6 @@
 """Every family generates over a tiered cache what stock generates with eager attention, while most KV is far."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -202,10 +202,11 @@ def test_one_model_with_two_caches_in_turn() -> None:
         assert_far(cache)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", sorted(models.FAMILIES))
-def test_bf16(family: str) -> None:
-    """Prompt and answer of stock are fed to both; ours is no farther from float64 than four times stock in bf16."""
-    stock = models.FAMILIES[family]().bfloat16()
+def test_sixteen_bits(family: str, dtype: torch.dtype) -> None:
+    """Prompt and answer are fed to both; ours is no farther from float64 than four times stock in the same dtype."""
+    stock = models.FAMILIES[family]().to(dtype)
     ours = attached(stock)
     cache, ids = tiered(ours), models.random_ids(2, 120)
     with torch.no_grad():
@@ -214,7 +215,24 @@ def test_bf16(family: str) -> None:
         pieces = [ours(ids[:, :100], past_key_values=cache).logits[:, -1:]]
         pieces += [ours(ids[:, i : i + 1], past_key_values=cache).logits for i in range(100, 119)]
     assert (torch.cat(pieces, 1).double() - truth).abs().max() <= 4 * stock_error
-    assert cache.kv.spec.dtype == torch.bfloat16
+    assert cache.kv.spec.dtype == dtype
+    assert_far(cache)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: models.opt(hidden_size=68, word_embed_proj_dim=68),
+        lambda: models.llama(hidden_size=68, num_attention_heads=17, num_key_value_heads=1),
+    ],
+    ids=["head_dim of 17", "17 query heads per KV head"],
+)
+def test_odd_heads_and_large_groups(build: Callable[[], Any]) -> None:
+    stock = build()
+    ours = attached(stock)
+    cache, ids = tiered(ours), models.random_ids(2, 110)
+    expected = generate(stock, ids)
+    assert_agrees(stock, expected, generate(ours, ids, past_key_values=cache))
     assert_far(cache)
 
 

@@ -19,7 +19,8 @@ from tandemkv.types import Packing, PagedKV, PageLayout, Partial, ScoreRule
 from tests.paged import WILD_SLOTS, Case, Shape, build, paginate, poisoned_arena
 from tests.tolerances import Bound, U, assert_within, attend_bound, kernel_rounding
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPE_PAIRS = [(kv, q) for kv in DTYPES for q in DTYPES if kv == q or torch.float32 in (kv, q)]
 PACKINGS: tuple[Packing, ...] = ("rows", "panels")
 ISAS = [
     pytest.param(isa, marks=pytest.mark.skipif(missing != "", reason=f"{isa}: this machine lacks {missing}"))
@@ -27,7 +28,7 @@ ISAS = [
 ]
 RUNNABLE = [isa for isa, missing in cpu.available_isas().items() if not missing]
 
-# Every page size, head_dim and kind of group; lengths around the ends of blocks, tiles, pages and chunks.
+# Every page size, head_dim, kind of group and rule; lengths around the ends of blocks, tiles, pages and chunks.
 COVER = {
     "one-token": Shape(64, 2, 4, 128, kv_len=(1,), kv_start=(0,)),
     "ragged": Shape(64, 2, 4, 128, kv_len=(129, 64, 1, 193), kv_start=(0, 3, 0, 190)),
@@ -45,6 +46,21 @@ COVER = {
     "causal-prefill": Shape(64, 2, 1, 128, kv_len=(37,), kv_start=(0,), q_len=37, causal=True),
     "causal-padded": Shape(64, 1, 3, 64, kv_len=(70, 9, 6), kv_start=(68, 0, 6), q_len=6, causal=True),
     "several-queries": Shape(64, 2, 3, 96, kv_len=(30, 0), kv_start=(0, 0), q_len=4),
+    "groups-of-17": Shape(16, 2, 17, 24, kv_len=(50, 9), kv_start=(3, 0), q_len=2, causal=True),
+    "groups-of-48": Shape(64, 1, 48, 128, kv_len=(70,), kv_start=(0,)),
+    "groups-of-71": Shape(48, 2, 71, 64, kv_len=(49,), kv_start=(1,)),
+    "v-is-narrower": Shape(64, 2, 4, 192, kv_len=(129, 64), kv_start=(0, 3), v_head_dim=128),
+    "v-is-wider": Shape(16, 3, 2, 17, kv_len=(40,), kv_start=(5,), q_len=3, causal=True, v_head_dim=250),
+    "v-of-one": Shape(16, 2, 2, 64, kv_len=(40,), kv_start=(5,), v_head_dim=1),
+    "odd-head-dim": Shape(48, 2, 3, 65, kv_len=(97, 30), kv_start=(7, 0), v_head_dim=67),
+    "head-dim-1": Shape(16, 2, 5, 1, kv_len=(40,), kv_start=(1,)),
+    "head-dim-255": Shape(64, 1, 6, 255, kv_len=(70,), kv_start=(0,)),
+    "softcap": Shape(16, 2, 3, 64, kv_len=(50, 5), kv_start=(0, 2), q_len=2, causal=True, softcap=0.7),
+    "window": Shape(16, 2, 3, 64, kv_len=(90, 33, 5), kv_start=(0, 20, 2), q_len=4, causal=True, window=19),
+    "window-of-one": Shape(64, 2, 4, 80, kv_len=(130, 64), kv_start=(0, 64), causal=True, window=1),
+    "capped-window": Shape(
+        48, 1, 20, 31, kv_len=(150,), kv_start=(0,), q_len=9, causal=True, softcap=3.0, window=49, v_head_dim=40
+    ),
     "nothing": Shape(16, 2, 2, 64, kv_len=(5, 0, 20), kv_start=(5, 0, 30)),
 }
 
@@ -52,28 +68,42 @@ COVER = {
 @lru_cache(maxsize=4)  # the instruction set varies fastest
 def expected(shape: Shape, dtype: torch.dtype, packing: Packing, q_dtype: torch.dtype) -> tuple[Case, Partial, Bound]:
     case = build(shape, dtype, packing, q_dtype)
-    bound = attend_bound(case.q, case.k, case.v, case.visible, shape.scale, kernel_rounding(dtype))
-    return case, reference.attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=shape.causal), bound
+    bound = attend_bound(case.q, case.k, case.v, case.visible, shape.rule, kernel_rounding(dtype))
+    return case, reference.attend(case.q, case.kv, rule=shape.rule, causal=shape.causal), bound
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("q_dtype", DTYPES, ids=["q-float32", "q-bfloat16"])
+@pytest.mark.parametrize(("dtype", "q_dtype"), DTYPE_PAIRS, ids=str)
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", COVER)
-def test_equals_the_reference(name: str, dtype: torch.dtype, packing: Packing, q_dtype: torch.dtype, isa: str) -> None:
+def test_equals_the_reference(name: str, packing: Packing, dtype: torch.dtype, q_dtype: torch.dtype, isa: str) -> None:
     shape = COVER[name]
     case, truth, bound = expected(shape, dtype, packing, q_dtype)
-    assert_within(attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=shape.causal, isa=isa), truth, bound)
+    assert_within(attend(case.q, case.kv, rule=shape.rule, causal=shape.causal, isa=isa), truth, bound)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("group_size", range(1, 17))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", range(1, 19))
 def test_every_group_size(group_size: int, dtype: torch.dtype, isa: str) -> None:
     shape = Shape(16, 2, group_size, 32, kv_len=(67,), kv_start=(0,), q_len=1 + group_size % 2, causal=True)
     case, truth, bound = expected(shape, dtype, "panels", torch.float32)
-    assert_within(attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=True, isa=isa), truth, bound)
+    assert_within(attend(case.q, case.kv, rule=shape.rule, causal=True, isa=isa), truth, bound)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_head_dim(dtype: torch.dtype, packing: Packing) -> None:
+    """K has every width from 1 to 256, V another one."""
+    for head_dim in range(1, 257):
+        v_head_dim = 1 + (head_dim * 37) % 256
+        shape = Shape(16, 1, 2, head_dim, kv_len=(21,), kv_start=(2,), v_head_dim=v_head_dim)
+        case = build(shape, dtype, packing, dtype)
+        scores = (shape.scale * (case.q.double() @ case.k.double().mT)).masked_fill(~case.visible[:, None], -math.inf)
+        truth = Partial(torch.softmax(scores, -1) @ case.v.double(), torch.logsumexp(scores, -1))
+        bound = attend_bound(case.q, case.k, case.v, case.visible, shape.rule, kernel_rounding(dtype))
+        for isa in RUNNABLE:
+            assert_within(attend(case.q, case.kv, rule=shape.rule, isa=isa), truth, bound)
 
 
 @st.composite
@@ -81,33 +111,37 @@ def shapes(draw: st.DrawFn) -> Shape:
     """Any legal shape that the token-by-token reference reads in a few milliseconds."""
     num_seqs = draw(st.integers(1, 3))
     tokens = st.lists(st.integers(0, 80), min_size=num_seqs, max_size=num_seqs)
+    causal = draw(st.booleans())
     return Shape(
         page_size=draw(st.sampled_from((16, 48, 64))),
         num_kv_heads=draw(st.integers(1, 3)),
-        group_size=draw(st.sampled_from((1, 2, 3, 4, 7, 8, 11, 13, 16))),
-        head_dim=2 * draw(st.integers(1, 128)),
+        group_size=draw(st.sampled_from((1, 2, 3, 4, 7, 8, 11, 13, 16, 19))),
+        head_dim=draw(st.integers(1, 256)),
         kv_len=tuple(draw(tokens)),
         kv_start=tuple(start // 2 for start in draw(tokens)),
         q_len=draw(st.integers(1, 5)),
-        causal=draw(st.booleans()),
+        causal=causal,
+        v_head_dim=draw(st.one_of(st.none(), st.integers(1, 256))),
+        softcap=draw(st.one_of(st.none(), st.sampled_from((0.1, 1.0, 50.0)))),
+        window=draw(st.one_of(st.none(), st.integers(1, 90))) if causal else None,
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(shapes(), st.sampled_from(DTYPES), st.sampled_from(PACKINGS), st.sampled_from(DTYPES), st.integers(0, 2**31))
 def test_any_shape(shape: Shape, dtype: torch.dtype, packing: Packing, q_dtype: torch.dtype, seed: int) -> None:
     case = build(shape, dtype, packing, q_dtype, seed)
-    truth = reference.attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=shape.causal)
-    bound = attend_bound(case.q, case.k, case.v, case.visible, shape.scale, kernel_rounding(dtype))
+    truth = reference.attend(case.q, case.kv, rule=shape.rule, causal=shape.causal)
+    bound = attend_bound(case.q, case.k, case.v, case.visible, shape.rule, kernel_rounding(dtype))
     for isa in RUNNABLE:
-        assert_within(attend(case.q, case.kv, rule=ScoreRule(shape.scale), causal=shape.causal, isa=isa), truth, bound)
+        assert_within(attend(case.q, case.kv, rule=shape.rule, causal=shape.causal, isa=isa), truth, bound)
 
 
 # ---- Edges ----
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_queries_that_see_nothing_get_the_identity(dtype: torch.dtype, isa: str) -> None:
     """Empty runs, kv_start behind kv_len, and the padded rows of a left-padded causal chunk."""
     shape = Shape(16, 2, 2, 64, kv_len=(0, 20, 20, 20), kv_start=(0, 20, 30, 17), q_len=5, causal=True)
@@ -121,7 +155,7 @@ def test_queries_that_see_nothing_get_the_identity(dtype: torch.dtype, isa: str)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("logit", [1e4, -1e4])
 def test_equal_huge_logits_are_a_mean(logit: float, dtype: torch.dtype, isa: str) -> None:
     num_tokens = 100
@@ -137,7 +171,7 @@ def test_equal_huge_logits_are_a_mean(logit: float, dtype: torch.dtype, isa: str
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_huge_logits(dtype: torch.dtype, isa: str) -> None:
     """Logits spread over about +-1e4, rising and falling along the run: the running maximum moves by thousands."""
     shape = Shape(16, 1, 4, 8, kv_len=(100,), kv_start=(0,))
@@ -148,6 +182,36 @@ def test_random_huge_logits(dtype: torch.dtype, isa: str) -> None:
     assert truth.lse.abs().max() > 1e4
     bound = attend_bound(q, case.k, case.v, case.visible, 0.25, kernel_rounding(dtype))
     assert_within(Partial(out, lse), truth, bound)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_every_float16_number_is_read_as_it_is(packing: Packing, isa: str) -> None:
+    """Subnormal ones, infinities and NaN too. Of one token, lse is q.k and out is v."""
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    rows = poisoned_arena(PageLayout(torch.float16, 16), 2**12, 1, 1)
+    arena = poisoned_arena(PageLayout(torch.float16, 16, packing), 2**12, 1, 1)
+    rows.k.view(-1)[:], rows.v.view(-1)[:] = numbers, numbers
+    every_slot = list(range(2**12))
+    cpu.move_pages(rows, arena, every_slot, every_slot)
+    token = torch.arange(2**16)
+    table = (token // 16).int().reshape(-1, 1, 1)
+    runs = PagedKV(arena, table, token % 16, token % 16 + 1)
+    for q in (torch.ones(2**16, 1, 1, 1), torch.ones(2**16, 1, 1, 1).half()):
+        out, lse = attend(q, runs, rule=ScoreRule(1.0), isa=isa)
+        known = numbers.isfinite()  # an infinite score is no number of weight
+        assert torch.equal(out.flatten()[known], numbers.float()[known])
+        assert torch.equal(lse.flatten()[known], numbers.float()[known])
+        assert lse.flatten()[numbers.isnan()].isnan().all()
+    ones = torch.ones(1, 1, 1, 1).half()
+    run = paginate(ones, ones, PageLayout(torch.float16, 16, packing))
+    q = numbers[known].reshape(1, 1, -1, 1)
+    assert torch.equal(attend(q, run, rule=ScoreRule(1.0), isa=isa).lse.flatten(), numbers[known].float())
+    rows.k.fill_(0.0)
+    cpu.move_pages(rows, arena, every_slot, every_slot)
+    out, _ = attend(torch.ones(2**16, 1, 1, 1), runs, rule=ScoreRule(1.0), isa=isa)
+    assert torch.equal(out.flatten()[~numbers.isnan()], numbers.float()[~numbers.isnan()])
+    assert out.flatten()[numbers.isnan()].isnan().all()
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +259,7 @@ def test_a_wild_slot_in_use_is_a_broken_invariant(token: int, wild: int | str, i
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_in_q_is_refused_even_where_nothing_is_read(dtype: torch.dtype, isa: str) -> None:
     case = build(Shape(16, 2, 9, 64, kv_len=(0, 40), kv_start=(0, 0), q_len=2), dtype, q_dtype=dtype)
     for seq in range(2):
@@ -230,7 +294,7 @@ def test_nan_in_k_comes_out_as_nan_not_as_nothing(isa: str) -> None:
 # ---- Strides ----
 
 
-@pytest.mark.parametrize("q_dtype", DTYPES, ids=["q-float32", "q-bfloat16"])
+@pytest.mark.parametrize("q_dtype", DTYPES, ids=str)
 def test_strided_queries_give_the_same_bits(q_dtype: torch.dtype) -> None:
     shape = Shape(16, 2, 3, 64, kv_len=(40, 17), kv_start=(0, 5), q_len=3, causal=True)
     case = build(shape, q_dtype=q_dtype)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
 from tests.paged import Shape, build, paginate
 
 Call = tuple[Tensor, PagedKV]
+LAYOUT = PageLayout(torch.float32, 16)
 CASE = build(Shape(16, 2, 2, 64, kv_len=(40, 33), kv_start=(0, 3)))  # tables of 4 pages: 64 tokens
 
 
@@ -25,8 +27,8 @@ def change_kv(**fields: object) -> Callable[[], Call]:
     return lambda: (CASE.q, replace(CASE.kv, **fields))  # type: ignore[arg-type]
 
 
-def arena_of(head_dim: int, device: str = "cpu") -> Callable[[], Call]:
-    arena = Arena.allocate(PageLayout(torch.float32, 16), 4, 2, head_dim, device)
+def arena_of(head_dim: int, device: str = "cpu", v_head_dim: int | None = None) -> Callable[[], Call]:
+    arena = Arena.allocate(PageLayout(torch.float32, 16), 4, 2, head_dim, device, v_head_dim=v_head_dim)
     return lambda: (torch.zeros(2, 4, 1, head_dim), replace(CASE.kv, arena=arena))
 
 
@@ -37,18 +39,16 @@ def heads_of_q(num_q_heads: int) -> Callable[[], Call]:
 table, kv_len = CASE.kv.page_table, CASE.kv.kv_len
 REFUSED: dict[str, tuple[Callable[[], Call], type[TandemError], str]] = {
     "q on another device": (change_q(CASE.q.to("meta")), InputError, "queries in host memory, got meta"),
-    "q of fp16": (
-        change_q(CASE.q.half()),
+    "q of float64": (
+        change_q(CASE.q.double()),
         UnsupportedError,
-        "float32 or bfloat16, got torch.float16: load the model with",
+        "float32, bfloat16 or float16, got torch.float64: load the model with",
     ),
-    "q of float64": (change_q(CASE.q.double()), UnsupportedError, "float32 or bfloat16, got torch.float64"),
     "q of three dims": (change_q(CASE.q[0]), InputError, r"expected q \[.*, 64\], got \[4, 1, 64\]"),
     "q of another head_dim": (change_q(CASE.q[..., :32]), InputError, r"expected q \[.*, 64\], got \[2, 4, 1, 32\]"),
     "no query": (change_q(CASE.q[:, :, :0]), InputError, r"q_len must be at least 1, got \[2, 4, 0, 64\]"),
-    "group of 17": (heads_of_q(34), UnsupportedError, "1 to 16 times the 2 KV heads, got 34"),
-    "group of 1.5": (heads_of_q(3), UnsupportedError, "1 to 16 times the 2 KV heads, got 3"),
-    "group of 0": (heads_of_q(0), UnsupportedError, "1 to 16 times the 2 KV heads, got 0"),
+    "group of 1.5": (heads_of_q(3), InputError, "must be a multiple of the 2 KV heads, got 3"),
+    "group of 0": (heads_of_q(0), InputError, "must be a multiple of the 2 KV heads, got 0"),
     "table of int64": (change_kv(page_table=table.long()), InputError, r"int32 \[2, 2, num_pages\].*got torch.int64"),
     "table of two dims": (
         change_kv(page_table=table[0]),
@@ -85,8 +85,9 @@ REFUSED: dict[str, tuple[Callable[[], Call], type[TandemError], str]] = {
     "kv_len strided": (change_kv(kv_len=kv_len.repeat_interleave(2)[::2]), InputError, "kv_len must be contiguous"),
     "kv_len on another device": (change_kv(kv_len=kv_len.to("meta")), InputError, "kv_len must be .* on meta"),
     "arena on another device": (arena_of(64, "meta"), InputError, "arenas in host memory, got meta"),
-    "odd head_dim": (arena_of(65), UnsupportedError, "head_dim must be even and at most 256, got 65"),
-    "head_dim of 258": (arena_of(258), UnsupportedError, "head_dim must be even and at most 256, got 258"),
+    "head_dim of 257": (arena_of(257), UnsupportedError, "head_dim must be 1 to 256, got 257"),
+    "v_head_dim of 257": (arena_of(64, v_head_dim=257), UnsupportedError, "v_head_dim must be 1 to 256, got 257"),
+    "v_head_dim of 0": (arena_of(64, v_head_dim=0), UnsupportedError, "v_head_dim must be 1 to 256, got 0"),
 }
 
 
@@ -175,6 +176,39 @@ def test_what_is_no_tensor_or_run() -> None:
             attend(q, kv, rule=ScoreRule(1.0))  # type: ignore[arg-type]
 
 
+def test_what_is_no_rule_pool_or_flag() -> None:
+    """Each with a message of its own, not the first attribute that a number lacks."""
+    rule = ScoreRule(1.0)
+    wrong: Any
+    for wrong in (0.5, None, "plain"):
+        with pytest.raises(InputError, match=r"rule must be a ScoreRule, such as ScoreRule\(scale=0.125\), got"):
+            attend(CASE.q, CASE.kv, rule=wrong)
+    for wrong in ("yes", 1, None):
+        with pytest.raises(InputError, match="causal must be True or False, got"):
+            attend(CASE.q, CASE.kv, rule=rule, causal=wrong)
+    for wrong in (2, "all", object()):
+        with pytest.raises(InputError, match=r"pool must be a WorkerPool, such as WorkerPool\(2\), or None, got"):
+            attend(CASE.q, CASE.kv, rule=rule, pool=wrong)
+    k = torch.zeros(2, 2, 1, 64)
+    kv = replace(CASE.kv, kv_len=torch.tensor([40, 40]))
+    with pytest.raises(InputError, match="rule must be a ScoreRule"):
+        append_and_attend(CASE.q, k, k, kv, rule=0.5, pool=cpu.single_thread())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="pool must be a WorkerPool"):
+        append_and_attend(CASE.q, k, k, kv, rule=rule, pool=2)  # type: ignore[arg-type]
+
+
+def test_a_run_is_made_of_an_arena_and_tensors() -> None:
+    wrong: tuple[dict[str, Any], ...] = (
+        {"page_table": [[0]]},
+        {"kv_start": [0, 0]},
+        {"kv_len": 3},
+        {"arena": CASE.kv.arena.k},
+    )
+    for fields in wrong:
+        with pytest.raises(InputError, match="PagedKV takes an Arena and the tensors page_table, kv_start and kv_len"):
+            replace(CASE.kv, **fields)
+
+
 def test_no_gradient_is_dropped() -> None:
     q = CASE.q.clone().requires_grad_()
     with pytest.raises(UnsupportedError, match="no gradient flows through paged attention"):
@@ -184,9 +218,12 @@ def test_no_gradient_is_dropped() -> None:
 
 
 def test_runs_are_alike() -> None:
-    other = paginate(torch.zeros(2, 2, 20, 66), torch.zeros(2, 2, 20, 66), PageLayout(torch.float32, 16))
-    with pytest.raises(InputError, match=r"runs must have one head_dim and as many KV heads, got .* 64.* and .* 66"):
-        attend(CASE.q, CASE.kv, other, rule=ScoreRule(1.0))
+    k = torch.zeros(2, 2, 20, 64)
+    for dims in ((66, 64), (64, 66)):
+        other = paginate(k[..., :1].expand(-1, -1, -1, dims[0]), k[..., :1].expand(-1, -1, -1, dims[1]), LAYOUT)
+        message = rf"\(num_kv_heads, head_dim, v_head_dim\), got \(2, 64, 64\) and \(2, {dims[0]}, {dims[1]}\)"
+        with pytest.raises(InputError, match=message):
+            attend(CASE.q, CASE.kv, other, rule=ScoreRule(1.0))
     with pytest.raises(InputError, match="at least one run"):
         attend(CASE.q, rule=ScoreRule(1.0))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tandemkv.errors import InputError, UnsupportedError
+from tandemkv import kernels
+from tandemkv.errors import InputError
 from tandemkv.kernels import cpu, reference
 from tandemkv.types import Arena, Packing, PageLayout
 from tests.paged import poisoned_arena, repacked
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PACKINGS: list[Packing] = ["rows", "panels"]
 NUM_HEADS, NUM_PAGES, NUM_SLOTS = 3, 3, 11
 
@@ -25,13 +27,16 @@ def tables(num_seqs: int) -> Tensor:
     return order[: num_seqs * NUM_PAGES].reshape(num_seqs, 1, NUM_PAGES).expand(-1, NUM_HEADS, -1)
 
 
-def tokens_of(num_seqs: int, num_tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    k, v = (torch.randn(num_seqs, NUM_HEADS, num_tokens, head_dim).to(dtype) for _ in range(2))
+def tokens_of(
+    num_seqs: int, num_tokens: int, head_dim: int, dtype: torch.dtype, v_head_dim: int | None = None
+) -> tuple[Tensor, Tensor]:
+    k, v = (torch.randn(num_seqs, NUM_HEADS, num_tokens, dim).to(dtype) for dim in (head_dim, v_head_dim or head_dim))
     return k, v
 
 
 def read_back(arena: Arena, table: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    k, v = torch.full((2, table.shape[0], NUM_HEADS, end - begin, arena.head_dim), 7.0, dtype=arena.layout.dtype)
+    shape = (table.shape[0], NUM_HEADS, end - begin)
+    k, v = (torch.full((*shape, dim), 7.0, dtype=arena.layout.dtype) for dim in (arena.head_dim, arena.v_head_dim))
     cpu.gather(arena, table, begin, k, v)
     return k, v
 
@@ -41,7 +46,8 @@ def read_back(arena: Arena, table: Tensor, begin: int, end: int) -> tuple[Tensor
     st.sampled_from(DTYPES),
     st.sampled_from([("rows", "rows"), ("rows", "panels"), ("panels", "panels")]),
     st.sampled_from([16, 48, 64]),
-    st.integers(1, 40).map(lambda n: 2 * n),
+    st.integers(1, 80),
+    st.integers(1, 80),
     st.integers(1, 3),
     st.data(),
 )
@@ -50,6 +56,7 @@ def test_append_move_gather_is_the_identity(
     packings: tuple[Packing, Packing],
     page_size: int,
     head_dim: int,
+    v_head_dim: int,
     num_seqs: int,
     data: st.DataObject,
 ) -> None:
@@ -58,9 +65,9 @@ def test_append_move_gather_is_the_identity(
     first, last = sorted(data.draw(st.integers(0, NUM_PAGES * page_size)) for _ in range(2))
     cuts = sorted({first, last, *data.draw(st.lists(st.integers(first, last), max_size=3))})
     begin, end = sorted(data.draw(st.integers(first, last)) for _ in range(2))
-    source = poisoned_arena(PageLayout(dtype, page_size, appended_to), NUM_SLOTS, NUM_HEADS, head_dim)
+    source = poisoned_arena(PageLayout(dtype, page_size, appended_to), NUM_SLOTS, NUM_HEADS, head_dim, v_head_dim)
     table = tables(num_seqs)
-    k, v = tokens_of(num_seqs, last - first, head_dim, dtype)
+    k, v = tokens_of(num_seqs, last - first, head_dim, dtype, v_head_dim)
     for a, b in pairwise(cuts):
         cpu.append(source, table, a, k[:, :, a - first : b - first], v[:, :, a - first : b - first])
     got_k, got_v = read_back(repacked(source, packing), table, begin, end)
@@ -82,7 +89,7 @@ def test_append_touches_nothing_else(begin: int, end: int, packing: Packing, dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [2, 18, 64, 80])
+@pytest.mark.parametrize("head_dim", [1, 2, 18, 33, 64, 80])
 def test_panels_are_what_the_reference_reads(head_dim: int, dtype: torch.dtype) -> None:
     rows = poisoned_arena(PageLayout(dtype, 48), 2, NUM_HEADS, head_dim)
     rows.k.normal_()
@@ -239,24 +246,19 @@ def test_gather_refuses_targets_that_it_could_not_fill() -> None:
             cpu.gather(ARENA, TABLE, 0, k, v)
 
 
-def test_odd_head_dim_is_not_supported() -> None:
-    arena = Arena.allocate(PageLayout(torch.float32, 16), NUM_SLOTS, NUM_HEADS, 9)
-    with pytest.raises(UnsupportedError, match="head_dim must be even and at most 256, got 9"):
-        cpu.append(arena, TABLE, 0, GOOD[..., :9], GOOD[..., :9])
-
-
-ARENA_LIKE = {
+ARENA_LIKE: dict[str, tuple[Any, ...]] = {
     "page_size": (PageLayout(torch.float32, 32), NUM_HEADS, 10),
     "dtype": (PageLayout(torch.bfloat16, 16), NUM_HEADS, 10),
     "heads": (PageLayout(torch.float32, 16), 2, 10),
-    "head_dim": (PageLayout(torch.float32, 16), NUM_HEADS, 12),
+    "head_dim": (PageLayout(torch.float32, 16), NUM_HEADS, 12, 10),
+    "v_head_dim": (PageLayout(torch.float32, 16), NUM_HEADS, 10, 12),
 }
 
 
 @pytest.mark.parametrize("differs_in", ARENA_LIKE)
 def test_move_pages_refuses_unlike_arenas(differs_in: str) -> None:
-    layout, num_heads, head_dim = ARENA_LIKE[differs_in]
-    other = Arena.allocate(layout, 2, num_heads, head_dim)
+    layout, num_heads, head_dim, *v_head_dim = ARENA_LIKE[differs_in]
+    other = Arena.allocate(layout, 2, num_heads, head_dim, v_head_dim=next(iter(v_head_dim), None))
     with pytest.raises(InputError, match="arenas differ in more than packing"):
         cpu.move_pages(ARENA, other, [0], [0])
 
@@ -267,3 +269,61 @@ def test_move_pages_refuses_to_unpack_and_uneven_slots() -> None:
         cpu.move_pages(panels, ARENA, [0], [0])
     with pytest.raises(InputError, match="1 source slots and 2 target slots: expected as many"):
         cpu.move_pages(ARENA, panels, [0], [0, 1])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moves_inside_one_arena(dtype: torch.dtype, packing: Packing) -> None:
+    """Copy on write: the copy is the page, its source and every other slot stay."""
+    rows = poisoned_arena(PageLayout(dtype, 16), 6, NUM_HEADS, 33, 20)
+    for x in (rows.k, rows.v):
+        x[:3].normal_()
+    arena = repacked(rows, packing)
+    before = arena.k.clone(), arena.v.clone()
+    cpu.move_pages(arena, arena, [2, 0], [5, 3], cpu.WorkerPool(2))
+    for x, was in zip((arena.k, arena.v), before, strict=True):
+        assert torch.equal(x[[5, 3]], was[[2, 0]])
+        assert torch.equal(x[:3], was[:3])
+        assert torch.equal(x[4].nan_to_num(7.0), was[4].nan_to_num(7.0))
+
+
+MOVES = {
+    "a target twice": ([0, 1], [4, 4], r"written once by a move, got target slots \[4, 4\]"),
+    "a target that is a source": ([0, 1], [4, 0], r"either read or written by a move, got \[0\] as source and target"),
+    "a page onto itself": ([3], [3], r"either read or written by a move, got \[3\] as source and target"),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_moves_that_overlap_are_refused(name: str) -> None:
+    source_slots, target_slots, message = MOVES[name]
+    arena = poisoned_arena(PageLayout(torch.float32, 16), 6, 1, 8)
+    again = Arena(arena.k, arena.v, arena.layout, 8)
+    for target in (arena, again):
+        with pytest.raises(InputError, match=message):
+            cpu.move_pages(arena, target, source_slots, target_slots)
+
+
+def test_a_target_named_twice_is_refused_between_arenas_too() -> None:
+    other = Arena.allocate(ARENA.layout, 4, NUM_HEADS, 10)
+    with pytest.raises(InputError, match=r"written once by a move, got target slots \[2, 2\]"):
+        cpu.move_pages(ARENA, other, [0, 1], [2, 2])
+
+
+def test_what_is_no_arena_table_or_slot_is_refused() -> None:
+    for move in (cpu.append, cpu.gather):
+        with pytest.raises(InputError, match="pages lie in an Arena, got Tensor"):
+            move(ARENA.k, TABLE, 0, GOOD, GOOD)  # type: ignore[arg-type]
+        wrong: tuple[tuple[Any, Any], ...] = ((TABLE.tolist(), 0), (TABLE, 0.5), (TABLE, None))
+        for table, begin in wrong:
+            with pytest.raises(InputError, match="expected a page_table tensor and a whole number begin, got"):
+                move(ARENA, table, begin, GOOD, GOOD)
+        with pytest.raises(InputError, match="k and v must be tensors, got list"):
+            move(ARENA, TABLE, 0, GOOD.tolist(), GOOD)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="pool must be a WorkerPool"):
+            move(ARENA, TABLE, 0, GOOD, GOOD, 2)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="pages lie in an Arena, got Arena, PageLayout"):
+        kernels.move_pages(ARENA, ARENA.layout, [0], [1])  # type: ignore[arg-type]
+    for slots in (torch.tensor([0]), [0.5], 0):
+        with pytest.raises(InputError, match="slots must be a list of whole numbers, got"):
+            cpu.move_pages(ARENA, ARENA, slots, [1])  # type: ignore[arg-type]

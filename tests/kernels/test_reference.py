@@ -13,19 +13,21 @@ from tests.paged import Shape, build, poisoned_arena
 SHAPES = {
     "ragged": Shape(16, 2, 3, 24, kv_len=(40, 17), kv_start=(0, 5)),
     "causal": Shape(48, 1, 4, 10, kv_len=(50, 9), kv_start=(20, 2), q_len=5, causal=True),
+    "v-of-another-width": Shape(16, 2, 3, 24, kv_len=(40, 17), kv_start=(0, 5), v_head_dim=9),
+    "window": Shape(16, 1, 4, 10, kv_len=(50, 9), kv_start=(20, 2), q_len=5, causal=True, window=7),
     "prefill": Shape(64, 2, 1, 64, kv_len=(30,), kv_start=(0,), q_len=30, causal=True),
 }
 
 
 @pytest.mark.parametrize("packing", ["rows", "panels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_equals_torch_in_float64(name: str, dtype: torch.dtype, packing: Packing) -> None:
     shape = SHAPES[name]
     q, kv, k, v, visible = build(shape, dtype, packing)
     q, k, v = q.double(), k.double(), v.double()
     mask = visible.unsqueeze(1)
-    got = reference.attend(q, kv, rule=ScoreRule(shape.scale), causal=shape.causal)
+    got = reference.attend(q, kv, rule=shape.rule, causal=shape.causal)
     out = scaled_dot_product_attention(q, k, v, mask, scale=shape.scale, enable_gqa=True)
     scores = shape.scale * q @ k.repeat_interleave(shape.group_size, 1).mT
     lse = torch.logsumexp(scores.masked_fill(~mask, -math.inf), -1)
@@ -48,6 +50,19 @@ def test_queries_that_see_nothing_get_the_identity() -> None:
     out, lse = reference.attend(case.q, case.kv, rule=ScoreRule(1.0), causal=True)
     assert (lse == -math.inf).tolist() == [[[True] * 3] * 2] * 3 + [[[True, True, False]] * 2]
     assert (out[lse == -math.inf] == 0).all()
+
+
+def test_float16_panels_are_read_as_their_definition_says() -> None:
+    """K `[block][dim][16]`, V `[token][dim]`, of another width, dims padded to 16."""
+    k, v = torch.randn(32, 19).half(), torch.randn(32, 5).half()
+    arena = poisoned_arena(PageLayout(torch.float16, 32, "panels"), 1, 1, 19, 5)
+    flat_k, flat_v = arena.k.view(-1), arena.v.view(-1)
+    for t in range(32):
+        flat_k[(t // 16) * 16 * 32 + torch.arange(19) * 16 + t % 16] = k[t]
+        flat_v[t * 16 + torch.arange(5)] = v[t]
+    got_k, got_v = reference.read_tokens(arena, torch.tensor([0]), 0, 0, 32)
+    assert torch.equal(got_k, k)
+    assert torch.equal(got_v, v)
 
 
 def test_panels_are_read_as_their_definition_says() -> None:

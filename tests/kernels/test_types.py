@@ -1,12 +1,15 @@
 """The nouns check themselves: sizes, layouts, arenas."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tandemkv.errors import InputError, TandemError
-from tandemkv.types import Arena, Packing, PageLayout, format_bytes, parse_bytes
+from tandemkv.types import Arena, Packing, PageLayout, ScoreRule, format_bytes, parse_bytes
 
 SIZES = {
     0: 0,
@@ -63,9 +66,10 @@ def test_format_and_parse_agree_to_the_digits_shown(num_bytes: int) -> None:
     assert abs(parse_bytes(format_bytes(num_bytes)) - num_bytes) <= 0.0051 * max(num_bytes, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8], ids=str)
-def test_pages_hold_float32_or_bfloat16(dtype: torch.dtype) -> None:
-    with pytest.raises(InputError, match=f"float32 or bfloat16, got {dtype}: load the model with dtype=torch.bfloat16"):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_pages_hold_three_dtypes(dtype: torch.dtype) -> None:
+    message = f"float32, bfloat16 or float16, got {dtype}: load the model with dtype=torch.bfloat16"
+    with pytest.raises(InputError, match=message):
         PageLayout(dtype)
 
 
@@ -93,6 +97,44 @@ def test_what_a_page_takes(packing: Packing, head_dim: int, stored_dim: int) -> 
     assert arena.k.dtype == arena.v.dtype == torch.bfloat16
     assert (arena.num_slots, arena.num_kv_heads, arena.head_dim) == (5, 3, head_dim)
     assert arena.num_bytes == 2 * 5 * layout.page_bytes(3, head_dim)
+
+
+def test_v_may_have_another_width() -> None:
+    layout = PageLayout(torch.float16, 16, "panels")
+    arena = Arena.allocate(layout, 5, 3, 65, v_head_dim=17)
+    assert (arena.k.shape, arena.v.shape) == ((5, 3, 16, 80), (5, 3, 16, 32))
+    assert (arena.head_dim, arena.v_head_dim) == (65, 17)
+    assert arena.num_bytes == 5 * (layout.page_bytes(3, 65) + layout.page_bytes(3, 17))
+    k, v = torch.zeros(2, 3, 4, 65).half(), torch.zeros(2, 3, 4, 17).half()
+    arena.check_tokens(2, k, v)
+    with pytest.raises(
+        InputError, match=r"v must be torch.float16 \[2, 3, 4, 17\].* got torch.float16 \[2, 3, 4, 65\]"
+    ):
+        arena.check_tokens(2, k, k)
+    with pytest.raises(InputError, match=r"arena slices must be \(16, 80\) for .* got \(16, 32\)"):
+        Arena(arena.k, arena.v, layout, 65)
+
+
+RULES: dict[str, tuple[dict[str, Any], str]] = {
+    "no scale": ({"scale": None}, "scale must be finite, got None"),
+    "a scale of text": ({"scale": "1"}, "scale must be finite, got '1'"),
+    "a cap of 0": ({"softcap": 0.0}, "softcap must be positive and finite, or None, got 0.0"),
+    "a negative cap": ({"softcap": -1.0}, "softcap must be positive and finite, or None, got -1.0"),
+    "a cap that is 0 in float32": ({"softcap": 1e-46}, "softcap must be positive and finite, or None, got 1e-46"),
+    "an infinite cap": ({"softcap": math.inf}, "softcap must be positive and finite, or None, got inf"),
+    "a cap of NaN": ({"softcap": math.nan}, "softcap must be positive and finite, or None, got nan"),
+    "a cap that is a flag": ({"softcap": True}, "softcap must be positive and finite, or None, got True"),
+    "a window of 0": ({"window": 0}, "window must be a whole number of tokens, at least 1, or None, got 0"),
+    "a window of 1.5": ({"window": 1.5}, "window must be a whole number of tokens, at least 1, or None, got 1.5"),
+    "a window that is a flag": ({"window": True}, "window must be a whole number of tokens, .* got True"),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_refuse(name: str) -> None:
+    fields, message = RULES[name]
+    with pytest.raises(InputError, match=message):
+        ScoreRule(**({"scale": 1.0} | fields))
 
 
 def test_layouts_are_equal_by_value_and_arenas_by_identity() -> None:

@@ -28,16 +28,18 @@ def attend(
 ) -> Partial:
     """Exact attention of q over the tokens `[kv_start, kv_len)` of each sequence's page table, in all runs together.
 
-    q: float32 or bfloat16 `[num_seqs, num_q_heads, q_len, head_dim]` in host memory. Query heads are 1 to 16 times the
-        KV heads, grouped: query head h reads KV head h // group_size. head_dim is even and at most 256.
+    q: float32, bfloat16 or float16 `[num_seqs, num_q_heads, q_len, head_dim]` in host memory. Query heads are a
+        multiple of the KV heads, grouped: query head h reads KV head h // group_size. Dims are at most 256.
     runs: disjoint tokens, such as older ones in one pair of arenas and newer ones in another: one call is cheaper than
         one each and a `merge`.
+    rule: a window needs `causal` and one run; tokens that no query sees are not read.
     causal: the queries are the last tokens of the last run: query i of q_len sees its tokens below
         `kv_len - q_len + 1 + i`, and all tokens of the other runs; without it all see all.
     pool: threads to use; without one, the caller's.
     isa: force an instruction set by name (`tandemkv doctor` lists them); without one, the fastest.
 
-    A query that sees nothing (an empty run, padding) gets out 0 and lse -inf. Accumulates in float32.
+    A query that sees nothing (an empty run, padding) gets out 0 and lse -inf. out is
+    `[num_seqs, num_q_heads, q_len, v_head_dim]`. Accumulates in float32.
     Raises InputError for shapes, dtypes or devices that do not fit and for NaN in q, UnsupportedError for a q that
     requires a gradient.
     """
@@ -47,18 +49,26 @@ def attend(
 
 
 def append_and_attend(
-    q: Tensor, k: Tensor, v: Tensor, *runs: PagedKV, rule: ScoreRule, pool: "WorkerPool"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *runs: PagedKV,
+    rule: ScoreRule,
+    pool: "WorkerPool",
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
     """`append` k and v as the last q_len tokens of the last run, then `attend` from them, causally, over all runs.
 
     One call, because after a short context calls cost more than reading.
-    q as in `attend`; k, v: `[num_seqs, num_kv_heads, q_len, head_dim]` in the arena's dtype; kv_len of the last run,
-    equal for all sequences, counts them already. Returns `[num_seqs, q_len, num_q_heads, head_dim]` in q's dtype,
-    contiguous, rounded once. Raises as `attend` and `append` do; where attention fails, the tokens are written.
+    q, rule as in `attend`; k, v as in `append`, q_len tokens; kv_len of the last run, equal for all sequences, counts
+    them already. sink_logit as in `merge`. Returns `[num_seqs, q_len, num_q_heads, v_head_dim]` in q's dtype,
+    contiguous, rounded once. Raises as `attend`, `append` and `merge` do; where attention fails, tokens are written.
     """
     from tandemkv.kernels import cpu
 
-    return cpu.append_and_attend(q, k, v, runs, rule=rule, pool=pool)
+    if sink_logit is not None:
+        _check_sink_logit(sink_logit, q)
+    return cpu.append_and_attend(q, k, v, runs, rule=rule, pool=pool, sink_logit=sink_logit)
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, first_query: int | None = None) -> Partial:
@@ -76,36 +86,29 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, first_quer
     return torch_ops.attend_dense(q, k, v, rule=rule, first_query=first_query)
 
 
-def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None) -> Partial:
+def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None, *, sink_logit: Tensor | None = None) -> Partial:
     """Attention over the union of disjoint subsets, from the attention over each: an exact log-sum-exp merge.
 
     Associative, commutative (up to rounding), safe for huge logits; the empty subset is its identity, and a row that
     is empty in all parts stays empty. Parts are merged in the order given: the same parts give the same bits.
-    Raises InputError where there is no part, or shapes, dtypes or devices differ.
+    sink_logit: float32 `[num_q_heads]` on the parts' device, for the last merge alone: one more logit in every
+        denominator, which has no value (GPT-OSS, 2508.10925): out is multiplied by sigmoid(lse - sink_logit), lse
+        becomes logaddexp(lse, sink_logit). -inf is none.
+    Raises InputError where there is no part, or shapes, dtypes or devices do not fit, or sink_logit is NaN or inf.
     """
-    if not parts:
-        raise InputError("merge needs at least one part; the empty subset is out = 0, lse = -inf")
+    _check_parts(parts)
     first = parts[0]
-    for part in parts:
-        if not isinstance(part, Partial):
-            raise InputError(f"merge takes a list of Partials, got {type(part).__name__} in it")
-        if part.out.shape != first.out.shape or part.lse.shape != first.out.shape[:-1]:
-            got = f"{list(part.out.shape)} and {list(part.lse.shape)}"
-            raise InputError(f"parts must be alike: expected out {list(first.out.shape)} and its lse, got {got}")
-        if part.out.dtype != torch.float32 or part.lse.dtype != torch.float32:
-            raise InputError(f"a Partial is float32, got out {part.out.dtype} and lse {part.lse.dtype}")
-        devices = {first.out.device, part.out.device, part.lse.device}
-        if len(devices) > 1:
-            raise InputError(f"parts must lie on one device, got {sorted(map(str, devices))}")
-    if len(parts) == 1:
+    if sink_logit is not None:
+        _check_sink_logit(sink_logit, first.out)
+    if len(parts) == 1 and sink_logit is None:
         return first
     if first.out.device.type == "cpu":
         from tandemkv.kernels import cpu
 
-        return cpu.merge(list(parts), pool)
+        return cpu.merge(parts, pool, sink_logit)
     from tandemkv.kernels import torch_ops
 
-    return torch_ops.merge(parts)
+    return torch_ops.merge(parts, sink_logit)
 
 
 def append(
@@ -113,7 +116,7 @@ def append(
 ) -> None:
     """Write k and v as tokens `begin...` of the page table's run; on a GPU into an arena of rows.
 
-    k, v: `[num_seqs, num_kv_heads, num_tokens, head_dim]` in the arena's dtype, on its device.
+    k: `[num_seqs, num_kv_heads, num_tokens, head_dim]` in the arena's dtype, on its device; v with v_head_dim.
     """
     _backend_of(arena).append(arena, page_table, begin, k, v, pool)
 
@@ -128,14 +131,48 @@ def gather(
 def move_pages(
     source: Arena, target: Arena, source_slots: list[int], target_slots: list[int], pool: "WorkerPool | None" = None
 ) -> None:
-    """Copy whole pages into the slots of an arena in host memory; pages of rows are packed where it holds panels."""
+    """Copy whole pages into the slots of an arena in host memory; pages of rows are packed where it holds panels.
+
+    Both may be one arena. Raises InputError where a target slot is named twice or is a source of the same arena.
+    """
     from tandemkv.kernels import cpu
 
-    if source.k.device.type != "cpu":
+    if isinstance(source, Arena) and source.k.device.type != "cpu":
         index = torch.tensor(source_slots, device=source.k.device)
-        source = Arena(source.k[index].cpu(), source.v[index].cpu(), source.layout, source.head_dim)
+        source = Arena(source.k[index].cpu(), source.v[index].cpu(), source.layout, source.head_dim, source.v_head_dim)
         source_slots = list(range(len(source_slots)))
     cpu.move_pages(source, target, source_slots, target_slots, pool)
+
+
+def _check_parts(parts: Sequence[Partial]) -> None:
+    if not isinstance(parts, (list, tuple)) or isinstance(parts, Partial):
+        raise InputError(f"merge takes a list of Partials, got {type(parts).__name__}")
+    if not parts:
+        raise InputError("merge needs at least one part; the empty subset is out = 0, lse = -inf")
+    first = parts[0]
+    for part in parts:
+        if not isinstance(part, Partial):
+            raise InputError(f"merge takes a list of Partials, got {type(part).__name__} in it")
+        if part.out.shape != first.out.shape or part.lse.shape != first.out.shape[:-1]:
+            got = f"{list(part.out.shape)} and {list(part.lse.shape)}"
+            raise InputError(f"parts must be alike: expected out {list(first.out.shape)} and its lse, got {got}")
+        if part.out.dtype != torch.float32 or part.lse.dtype != torch.float32:
+            raise InputError(f"a Partial is float32, got out {part.out.dtype} and lse {part.lse.dtype}")
+        devices = {first.out.device, part.out.device, part.lse.device}
+        if len(devices) > 1:
+            raise InputError(f"parts must lie on one device, got {sorted(map(str, devices))}")
+
+
+def _check_sink_logit(sink_logit: Tensor, x: Tensor) -> None:
+    """InputError unless it fits queries or out `[num_seqs, num_q_heads, q_len, ...]`."""
+    if not isinstance(sink_logit, Tensor) or not isinstance(x, Tensor):
+        raise InputError(f"sink_logit must be a tensor, got {type(sink_logit).__name__}")
+    expected = x.shape[1:2]
+    if sink_logit.dtype != torch.float32 or sink_logit.shape != expected or sink_logit.device != x.device:
+        got = f"{sink_logit.dtype} {list(sink_logit.shape)} on {sink_logit.device}"
+        raise InputError(f"sink_logit must be torch.float32 {list(expected)} on {x.device}, got {got}")
+    if not bool((sink_logit < torch.inf).all()):
+        raise InputError(f"sink_logit must be finite or -inf, got {sink_logit.tolist()}")
 
 
 def _check_dense(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, first_query: int | None) -> None:

@@ -4,7 +4,7 @@ nanobind would copy a non-contiguous output and throw the result away, and a DLP
 dtypes and strides are checked here, before any pointer is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError, UnavailableError, UnsupportedError
-from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, Arena, PagedKV, Partial, ScoreRule
+from tandemkv.types import MAX_HEAD_DIM, Arena, PagedKV, Partial, ScoreRule
 
 try:
     from tandemkv import _native
@@ -22,7 +22,11 @@ except ImportError as error:  # doctor prints this reason
     ) from error
 
 WorkerPool = _native.WorkerPool
-_DTYPES = {torch.float32: _native.DType.float32, torch.bfloat16: _native.DType.bfloat16}
+_DTYPES = {
+    torch.float32: _native.DType.float32,
+    torch.bfloat16: _native.DType.bfloat16,
+    torch.float16: _native.DType.float16,
+}
 # What does not change between calls is checked and handed to C++ once, and kept beside its addresses and sizes: the key
 # owns the tensors, but `resize_`, `set_` or `share_memory_` would move what they hold.
 Addresses = tuple[int, ...]
@@ -65,59 +69,72 @@ def attend(
     isa: str | None = None,
 ) -> Partial:
     """See `tandemkv.kernels.attend`."""
-    _check_query(q, runs, rule)
+    if not isinstance(causal, bool):
+        raise InputError(f"causal must be True or False, got {causal!r}")
+    _check_query(q, runs)
+    native_rule = _native_rule(rule, causal, len(runs))
     q = _dense(q)
-    out = torch.empty(q.shape, dtype=torch.float32, device="cpu")  # whatever the default device is
+    shape = (*q.shape[:3], runs[0].arena.v_head_dim)
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the default device is
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
     status = _native.attend(
-        pool or single_thread(),
+        _pool(pool),
         resolve_isa(isa),
         [_native_run(kv) for kv in runs],
         _rows(q),
-        rule.scale,
+        native_rule,
         causal,
-        _rows(out),
-        lse.data_ptr(),
+        _native.Output(_rows(out), lse.data_ptr()),
     )
     _raise_for(status, runs)
     return Partial(out, lse)
 
 
 def append_and_attend(
-    q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], *, rule: ScoreRule, pool: WorkerPool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: Sequence[PagedKV],
+    *,
+    rule: ScoreRule,
+    pool: WorkerPool,
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
-    """See `tandemkv.kernels.append_and_attend`."""
-    _check_query(q, runs, rule)
+    """See `tandemkv.kernels.append_and_attend`; sink_logit is checked there."""
+    _check_query(q, runs)
+    native_rule = _native_rule(rule, True, len(runs))
     runs[-1].arena.check_tokens(q.shape[0], k, v)
     if k.shape[2] != q.shape[2]:
         raise InputError(f"q, k and v must be of the same tokens, got {q.shape[2]} of q and {k.shape[2]} of k")
     q, k, v = _dense(q), _dense(k), _dense(v)
-    num_seqs, num_q_heads, q_len, head_dim = q.shape
-    out = torch.empty((num_seqs, q_len, num_q_heads, head_dim), dtype=q.dtype, device="cpu")
+    sink_logit = None if sink_logit is None else sink_logit.contiguous()
+    num_seqs, num_q_heads, q_len, _ = q.shape
+    out = torch.empty((num_seqs, q_len, num_q_heads, runs[-1].arena.v_head_dim), dtype=q.dtype, device="cpu")
     status = _native.append_and_attend(
-        pool,
+        _pool(pool),
         resolve_isa(),
         [_native_run(kv) for kv in runs],
         _rows(q),
         _rows(k),
         _rows(v),
-        rule.scale,
-        _rows(out.transpose(1, 2)),
+        native_rule,
+        _native.Output(_rows(out.transpose(1, 2)), 0, _address(sink_logit)),
     )
     _raise_for(status, runs)
     return out
 
 
-def merge(parts: list[Partial], pool: WorkerPool | None = None) -> Partial:
-    """See `tandemkv.kernels.merge`."""
+def merge(parts: Sequence[Partial], pool: WorkerPool | None = None, sink_logit: Tensor | None = None) -> Partial:
+    """See `tandemkv.kernels.merge`; parts and sink_logit are checked there."""
     parts = [Partial(part.out.contiguous(), part.lse.contiguous()) for part in parts]
+    sink_logit = None if sink_logit is None else sink_logit.contiguous()
     out, lse = torch.empty_like(parts[0].out), torch.empty_like(parts[0].lse)
     _native.merge(
-        pool or single_thread(),
+        _pool(pool),
         [part.out.data_ptr() for part in parts],
         [part.lse.data_ptr() for part in parts],
-        lse.numel(),
-        out.shape[-1],
+        out.shape,
+        _address(sink_logit),
         out.data_ptr(),
         lse.data_ptr(),
     )
@@ -127,10 +144,7 @@ def merge(parts: list[Partial], pool: WorkerPool | None = None) -> Partial:
 def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
     """See `tandemkv.kernels.append`."""
     _check_rows(arena, page_table, begin, k, v)
-    k, v = _dense(k), _dense(v)
-    table, strides = page_table.data_ptr(), (page_table.stride(0), page_table.stride(1))
-    workers = pool or single_thread()
-    _raise_for(_native.append(workers, resolve_isa(), _native_arena(arena), table, strides, begin, _rows(k), _rows(v)))
+    _copy_tokens(_native.append, arena, page_table, begin, _dense(k), _dense(v), pool)
 
 
 def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
@@ -138,26 +152,30 @@ def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, p
     _check_rows(arena, page_table, begin, k, v)
     if k.stride(3) != 1 or v.stride(3) != 1 or k.is_neg() or v.is_neg():
         raise InputError("gather writes into tensors whose head_dim is contiguous")
-    table, strides = page_table.data_ptr(), (page_table.stride(0), page_table.stride(1))
-    workers = pool or single_thread()
-    _raise_for(_native.gather(workers, resolve_isa(), _native_arena(arena), table, strides, begin, _rows(k), _rows(v)))
+    _copy_tokens(_native.gather, arena, page_table, begin, k, v, pool)
 
 
 def move_pages(
     source: Arena, target: Arena, source_slots: list[int], target_slots: list[int], pool: WorkerPool | None = None
 ) -> None:
     """See `tandemkv.kernels.move_pages`; both arenas in host memory."""
+    _check_arenas(source, target)
+    for slots in (source_slots, target_slots):
+        if not isinstance(slots, list) or not all(isinstance(slot, int) for slot in slots):
+            raise InputError(f"slots must be a list of whole numbers, got {slots!r}")
     if len(source_slots) != len(target_slots):
         raise InputError(f"{len(source_slots)} source slots and {len(target_slots)} target slots: expected as many")
     if source.layout.packing not in ("rows", target.layout.packing):
         raise InputError(f"move_pages packs rows into panels, not {source.layout.packing} into {target.layout.packing}")
-    same = (source.layout.dtype, source.layout.page_size, source.num_kv_heads, source.head_dim)
-    if same != (target.layout.dtype, target.layout.page_size, target.num_kv_heads, target.head_dim):
-        raise InputError(f"arenas differ in more than packing: {source.layout} and {target.layout}")
-    status = _native.move_pages(
-        pool or single_thread(), resolve_isa(), _native_arena(source), _native_arena(target), source_slots, target_slots
-    )
-    _raise_for(status)
+    shapes = [
+        (arena.layout.dtype, arena.layout.page_size, arena.num_kv_heads, arena.head_dim, arena.v_head_dim)
+        for arena in (source, target)
+    ]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"arenas differ in more than packing: {shapes[0]} and {shapes[1]}")
+    _check_disjoint(source, target, source_slots, target_slots)
+    arenas = _native_arena(source), _native_arena(target)
+    _raise_for(_native.move_pages(_pool(pool), resolve_isa(), *arenas, source_slots, target_slots))
 
 
 def read_gbps(pool: WorkerPool, buffer: Tensor) -> float:
@@ -173,8 +191,9 @@ def _native_arena(arena: Arena) -> _native.Arena:
         return known[1]
     if arena.k.device.type != "cpu":
         raise InputError(f"the CPU kernel reads arenas in host memory, got {arena.k.device}")
-    if not 2 <= arena.head_dim <= MAX_HEAD_DIM or arena.head_dim % 2:
-        raise UnsupportedError(f"head_dim must be even and at most {MAX_HEAD_DIM}, got {arena.head_dim}")
+    for name, dim in (("head_dim", arena.head_dim), ("v_head_dim", arena.v_head_dim)):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise UnsupportedError(f"{name} must be 1 to {MAX_HEAD_DIM}, got {dim}")
     native = _native.Arena(
         *addresses,
         _DTYPES[arena.layout.dtype],
@@ -183,6 +202,7 @@ def _native_arena(arena: Arena) -> _native.Arena:
         arena.num_kv_heads,
         arena.layout.page_size,
         arena.head_dim,
+        arena.v_head_dim,
     )
     _arenas[arena] = addresses, native
     return native
@@ -208,13 +228,23 @@ def _native_run(kv: PagedKV) -> _native.Run:
     return run
 
 
-def _check_query(q: Tensor, runs: Sequence[PagedKV], rule: ScoreRule) -> None:
+def _native_rule(rule: ScoreRule, causal: bool, num_runs: int) -> _native.ScoreRule:
+    if not isinstance(rule, ScoreRule):
+        raise InputError(f"rule must be a ScoreRule, such as ScoreRule(scale=0.125), got {rule!r}")
+    if rule.window is not None and (not causal or num_runs != 1):
+        raise InputError(
+            "a window counts back from causal queries over one run: expected causal=True and 1 run, got "
+            f"causal={causal} and {num_runs}"
+        )
+    # No table has 2^62 tokens, and C++ counts in 64 bits.
+    return _native.ScoreRule(rule.scale, rule.softcap, None if rule.window is None else min(rule.window, 2**62))
+
+
+def _check_query(q: Tensor, runs: Sequence[PagedKV]) -> None:
     if not runs:
         raise InputError("attend needs at least one run of tokens; an empty one gives the identity of merge")
     if not isinstance(q, Tensor) or not all(isinstance(kv, PagedKV) for kv in runs):
         raise InputError(f"expected a tensor q and runs of PagedKV, got {_types_of(q, *runs)}")
-    if rule.softcap is not None or rule.window is not None:
-        raise UnsupportedError("the CPU kernel has neither soft caps nor windows yet")
     if q.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError("no gradient flows through paged attention: use torch.no_grad()")
     arena = runs[0].arena
@@ -222,25 +252,21 @@ def _check_query(q: Tensor, runs: Sequence[PagedKV], rule: ScoreRule) -> None:
         raise InputError(f"the CPU kernel attends queries in host memory, got {q.device}")
     if q.dtype not in _DTYPES:
         raise UnsupportedError(
-            f"queries must be float32 or bfloat16, got {q.dtype}: load the model with dtype=torch.bfloat16"
+            f"queries must be float32, bfloat16 or float16, got {q.dtype}: load the model with dtype=torch.bfloat16"
         )
     if q.dim() != 4 or q.shape[3] != arena.head_dim:
         raise InputError(f"expected q [num_seqs, num_q_heads, q_len, {arena.head_dim}], got {list(q.shape)}")
     if q.shape[2] < 1:
         raise InputError(f"q_len must be at least 1, got {list(q.shape)}")
-    group_size, rest = divmod(q.shape[1], arena.num_kv_heads)
-    if rest or not 1 <= group_size <= MAX_GROUP_SIZE:
-        raise UnsupportedError(
-            f"query heads must be 1 to {MAX_GROUP_SIZE} times the {arena.num_kv_heads} KV heads, got {q.shape[1]}"
-        )
+    if arena.num_kv_heads < 1 or q.shape[1] < 1 or q.shape[1] % arena.num_kv_heads:
+        raise InputError(f"query heads must be a multiple of the {arena.num_kv_heads} KV heads, got {q.shape[1]}")
     for kv in runs:
         if kv.page_table.shape[:1] != q.shape[:1]:
             got = list(kv.page_table.shape)
             raise InputError(f"page_table must be [{q.shape[0]}, {arena.num_kv_heads}, num_pages] as q is, got {got}")
-        if (kv.arena.head_dim, kv.arena.num_kv_heads) != (arena.head_dim, arena.num_kv_heads):
-            raise InputError(
-                f"runs must have one head_dim and as many KV heads, got {arena.k.shape[1:]} and {kv.arena.k.shape[1:]}"
-            )
+        first, other = ((a.num_kv_heads, a.head_dim, a.v_head_dim) for a in (arena, kv.arena))
+        if first != other:
+            raise InputError(f"runs must have one (num_kv_heads, head_dim, v_head_dim), got {first} and {other}")
 
 
 def _types_of(*values: object) -> str:
@@ -258,13 +284,58 @@ def _check_table(arena: Arena, page_table: Tensor, num_seqs: int) -> None:
         raise InputError("page_table must be contiguous along its pages")
 
 
+def _check_arenas(*arenas: Arena) -> None:
+    if not all(isinstance(arena, Arena) for arena in arenas):
+        raise InputError(f"pages lie in an Arena, got {_types_of(*arenas)}")
+
+
+def _check_disjoint(source: Arena, target: Arena, source_slots: list[int], target_slots: list[int]) -> None:
+    """Pages are copied by several threads, in no order."""
+    targets = set(target_slots)
+    if len(targets) < len(target_slots):
+        raise InputError(f"a page can be written once by a move, got target slots {target_slots}")
+    if source.k.data_ptr() == target.k.data_ptr() and not targets.isdisjoint(source_slots):
+        both = sorted(targets & set(source_slots))
+        raise InputError(
+            f"inside one arena a slot is either read or written by a move, got {both} as source and target"
+        )
+
+
 def _check_rows(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> None:
-    num_seqs = page_table.shape[0] if page_table.dim() == 3 else k.shape[0]
+    _check_arenas(arena)
+    if not isinstance(page_table, Tensor) or not isinstance(begin, int):
+        raise InputError(f"expected a page_table tensor and a whole number begin, got {_types_of(page_table, begin)}")
+    num_seqs = page_table.shape[0] if page_table.dim() else 0
     arena.check_tokens(num_seqs, k, v)
     _check_table(arena, page_table, num_seqs)
     end = begin + k.shape[2]
     if begin < 0 or end > page_table.shape[2] * arena.layout.page_size:
         raise InputError(f"tokens [{begin}, {end}) lie outside a table of {page_table.shape[2]} pages")
+
+
+def _copy_tokens(
+    copy: Callable[..., _native.Status],
+    arena: Arena,
+    page_table: Tensor,
+    begin: int,
+    k: Tensor,
+    v: Tensor,
+    pool: WorkerPool | None,
+) -> None:
+    table, strides = page_table.data_ptr(), (page_table.stride(0), page_table.stride(1))
+    _raise_for(copy(_pool(pool), resolve_isa(), _native_arena(arena), table, strides, begin, _rows(k), _rows(v)))
+
+
+def _pool(pool: WorkerPool | None) -> WorkerPool:
+    if pool is None:
+        return single_thread()
+    if not isinstance(pool, WorkerPool):
+        raise InputError(f"pool must be a WorkerPool, such as WorkerPool(2), or None, got {pool!r}")
+    return pool
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _rows(x: Tensor) -> _native.Rows:

@@ -55,10 +55,12 @@ def empty_partial(q: Tensor, v_head_dim: int) -> Partial:
     )
 
 
-def merge(parts: Sequence[Partial]) -> Partial:
+def merge(parts: Sequence[Partial], sink_logit: Tensor | None = None) -> Partial:
     """See `tandemkv.kernels.merge`."""
     lses = torch.stack([part.lse for part in parts])
     lse = torch.logsumexp(lses, 0)
+    if sink_logit is not None:
+        lse = torch.logaddexp(lse, sink_logit[:, None])
     weights = torch.exp(lses - torch.where(lse == -math.inf, 0.0, lse))
     out = torch.zeros_like(parts[0].out)
     for weight, part in zip(weights, parts, strict=True):
