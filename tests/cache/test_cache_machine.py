@@ -312,7 +312,7 @@ class CacheMachine(RuleBasedStateMachine):
     def no_page_is_counted_that_nobody_has(self, member: Member) -> None:
         near, far = (asdict(tier) for tier in member.cache.use())
         used = [layer.used_slots() for layer in member.layers]
-        num_near, num_far = (len(torch.cat(slots).unique()) for slots in zip(*used, strict=True))
+        num_near, num_far = (len(torch.unique(torch.cat(slots))) for slots in zip(*used, strict=True))
         assert near["used_bytes"] == num_near * self.spec.near_page_bytes <= near["capacity_bytes"]
         assert num_far * self.spec.far_page_bytes <= far["used_bytes"] <= far["capacity_bytes"]
         if not any(layer.num_far_pages for layer in member.layers):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.mark.parametrize("family", sorted(models.FAMILIES))
 def test_generate_on_cuda(family: str) -> None:
     """A left-padded batch in float32, against eager on the same device."""
-    stock = models.FAMILIES[family]().cuda()
+    stock = models.build(family).cuda()
     ours = attached(stock)
     cache: Any = tiered(ours)
     ids, mask = (x.cuda() for x in models.left_padded([120, 3, 61]))

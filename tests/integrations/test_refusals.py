@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 import tandemkv.integrations.transformers as tandem
 from tandemkv import machine
@@ -19,7 +28,7 @@ from tests.integrations.agreement import attached, generate, tiered
 
 HELD = 70
 IDS = models.random_ids(1, 90)
-TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 11}
+TINY = {"num_hidden_layers": 1, "vocab_size": 11}
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +84,13 @@ def no_forward(model: Any) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=11)), "GPT2LMHeadModel.*'gpt2'"),
-        (lambda: MistralForCausalLM(MistralConfig(intermediate_size=8, **TINY)), "MistralForCausalLM.*'mistral'"),
-        (lambda: models.qwen2(use_sliding_window=True, max_window_layers=1, sliding_window=8), "sliding"),
-        (lambda: models.qwen3(layer_types=["full_attention", "sliding_attention"], sliding_window=8), "sliding"),
+        (lambda: BloomForCausalLM(BloomConfig(hidden_size=16, n_head=2, n_layer=1, vocab_size=11)), "Bloom.*ALiBi"),
+        (lambda: MptForCausalLM(MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=11)), "Mpt.*ALiBi"),
+        (lambda: FalconForCausalLM(FalconConfig(hidden_size=16, num_attention_heads=2, **TINY)), "Falcon.*of its own"),
+        (lambda: MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=11)), "'mamba'"),
         (lambda: models.llama(head_dim=260), "LlamaForCausalLM has head_dim 260"),
     ],
-    ids=["gpt2", "mistral", "sliding-qwen2", "sliding-qwen3", "large-head"],
+    ids=["bloom", "mpt", "falcon", "mamba", "large-head"],
 )
 def test_unsupported_models_are_refused_by_name(build: Callable[[], Any], message: str) -> None:
     model = build()

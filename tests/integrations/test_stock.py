@@ -8,19 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 import tandemkv.integrations.transformers as tandem
+from tandemkv.integrations.transformers.cache import IMPLEMENTATIONS
 from tests import models
 from tests.integrations.agreement import attached, generate, tiered
 
 PADDED = models.left_padded([30, 4, 17])
 
 
-@pytest.fixture(scope="module", params=sorted(models.FAMILIES))
+@pytest.fixture(scope="module", params=models.VARIED)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A stock model with sdpa, which an attached model falls back to, and its attached twin."""
-    stock = models.FAMILIES[request.param]()
+    stock = models.build(request.param)
     stock.set_attn_implementation("sdpa")
     return stock, attached(stock)
 
@@ -92,11 +93,11 @@ def test_the_stock_mask_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPa
     ours = attached(models.llama())
     made = []
 
-    def counted(**kwargs: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         made.append(1)
-        return sdpa_mask(**kwargs)
+        return eager_mask(*args, **kwargs)
 
-    monkeypatch.setattr(tandem, "sdpa_mask", counted)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "eager", counted)
     ids, mask = PADDED
     with torch.no_grad():
         ours(ids, attention_mask=mask)
@@ -112,7 +113,7 @@ def test_detach_restores(implementation: str) -> None:
     expected = generate(model, ids).logits
     assert tandem.attach(model) is model
     assert tandem.attach(model) is model  # once more changes nothing
-    assert model.config._attn_implementation == tandem.IMPLEMENTATION
+    assert model.config._attn_implementation == IMPLEMENTATIONS[implementation]
     assert tandem.detach(model) is model
     assert tandem.detach(model) is model
     assert model.config._attn_implementation == implementation

@@ -89,7 +89,7 @@ def test_no_sink_is_the_identity(num_parts: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", MERGES)
 def test_rows_that_see_nothing_give_all_to_the_sink(name: str) -> None:
-    empty = torch_ops.empty_partial(torch.zeros(2, 3, 1, 8))
+    empty = torch_ops.empty_partial(torch.zeros(2, 3, 1, 8), 8)
     sink = torch.tensor([0.5, -math.inf, 1e4])
     out, lse = MERGES[name]([empty, empty], sink)
     assert (out == 0).all()

@@ -77,7 +77,7 @@ class PagePool:
         """One reference less for every time a slot appears; returns the slots that nobody refers to any more."""
         slots = slots.flatten()
         self._counts.index_add_(0, slots, torch.full_like(slots, -1))
-        freed: list[int] = slots[self._counts[slots] == 0].unique().tolist()
+        freed: list[int] = torch.unique(slots[self._counts[slots] == 0]).tolist()
         self._returned += freed
         return freed
 

@@ -15,7 +15,9 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, first_quer
     kv_len, group_size = k.shape[2], num_q_heads // k.shape[1]
     if kv_len == 0 or q_len == 0:
         return empty_partial(q, v.shape[3])
-    sees = None if _all_seen(q_len, kv_len, first_query, rule) else _sees(q_len, kv_len, first_query, rule, q.device)
+    sees = None
+    if first_query is not None and not _all_seen(q_len, kv_len, first_query, rule):
+        sees = _sees(q_len, kv_len, first_query, rule, q.device)
     if rule.softcap is None and first_query == 0 and q_len == kv_len and (rule.window is None or rule.window >= kv_len):
         # torch's causal mask is per query token, so query heads cannot become rows; a chunk's K and V are small.
         out, lse = _flash(
@@ -32,10 +34,8 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, first_quer
     return Partial(out, lse)
 
 
-def _all_seen(q_len: int, kv_len: int, first_query: int | None, rule: ScoreRule) -> bool:
+def _all_seen(q_len: int, kv_len: int, first_query: int, rule: ScoreRule) -> bool:
     """Whether every query sees every token."""
-    if first_query is None:
-        return rule.window is None
     return first_query >= kv_len - 1 and (rule.window is None or rule.window >= first_query + q_len)
 
 

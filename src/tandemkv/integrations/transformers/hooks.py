@@ -14,8 +14,63 @@ from tandemkv.integrations.transformers.cache import IMPLEMENTATIONS, TieredCach
 from tandemkv.integrations.transformers.masks import make_mask, stock_mask_of
 from tandemkv.types import MAX_HEAD_DIM
 
-FAMILIES = ("llama", "opt", "qwen2", "qwen3")
+FAMILIES = (
+    "afmoe",
+    "apertus",
+    "arcee",
+    "biogpt",
+    "bitnet",
+    "cohere",
+    "cohere2",
+    "cwm",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "exaone4",
+    "flex_olmo",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "gpt_oss",
+    "granite",
+    "granitemoe",
+    "helium",
+    "hunyuan_v1_dense",
+    "jais2",
+    "lfm2",
+    "llama",
+    "ministral",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "opt",
+    "persimmon",
+    "phi",
+    "phi3",
+    "phimoe",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
 """`model_type` of every family that is tested; others are refused until a test row exists for them."""
+
+_ALIBI = ("bloom", "mpt")
+_OWN_ATTENTION = ("falcon", "gptj", "codegen", "gpt_neo")
 
 MakeCache = Callable[[PreTrainedConfig], TieredCache]
 
@@ -37,7 +92,8 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
         AttentionInterface.register(name, partial(attend, stock))
         AttentionMaskInterface.register(name, partial(make_mask, stock))
     before = model.config._attn_implementation
-    model.set_attn_implementation(IMPLEMENTATIONS.get(before, IMPLEMENTATIONS["sdpa"]))
+    if before not in IMPLEMENTATIONS.values():  # another model with this config may be attached
+        model.set_attn_implementation(IMPLEMENTATIONS.get(before, IMPLEMENTATIONS["sdpa"]))
     stock_prepare = model._prepare_cache_for_generation
     model._prepare_cache_for_generation = MethodType(partial(_prepare_cache, stock_prepare, make_cache), model)
     stock_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
@@ -56,8 +112,12 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 def _refuse_unsupported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
+    name = f"{type(model).__name__} (model_type {config.model_type!r})"
+    if config.model_type in _ALIBI:
+        raise UnsupportedError(f"{name} adds a bias of distance to its scores (ALiBi): not supported")
+    if config.model_type in _OWN_ATTENTION:
+        raise UnsupportedError(f"{name} computes attention in code of its own, which no cache can take part in")
     if config.model_type not in FAMILIES:
-        name = f"{type(model).__name__} (model_type {config.model_type!r})"
         raise UnsupportedError(f"{name} is not supported yet; supported: {', '.join(FAMILIES)}")
     num_kv_heads, head_dim = kv_shape(config)
     if head_dim > MAX_HEAD_DIM or config.num_attention_heads % num_kv_heads:
