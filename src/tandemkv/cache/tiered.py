@@ -173,8 +173,11 @@ class KVCache:
         if num_tokens >= self.spec.page_size:  # a prompt; asking Linux takes 100 us, too long for every token
             self._require_memory(num_seqs, needed)
         self._the_store.is_settled = False
-        windowed = enumerate(self._layers) if num_tokens > chunk_tokens else ()  # one chunk can be cropped away
-        past = {i: layer.fork() for i, layer in windowed if layer.window is not None}
+        past = {}
+        for index, layer in enumerate(self._layers) if num_tokens > chunk_tokens else ():  # one chunk can be cropped
+            if layer.window is not None:
+                layer.evict()  # what the window has left behind already need not be kept twice
+                past[index] = layer.fork()
         self._step = _Step(begin, begin + num_tokens, past)
 
     def end_step(self) -> None:
