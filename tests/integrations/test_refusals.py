@@ -1,6 +1,5 @@
 """What cannot be served is refused by name, once, and the cache goes on: its books are right and a good call works."""
 
-import copy
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -141,7 +140,7 @@ def test_a_cache_made_for_another_shape(stock: Any, ours: Any, cache: tandem.Tie
     other = attached(models.llama(num_key_value_heads=4))
     with (
         unharmed(stock, ours, cache),
-        pytest.raises(InputError, match=r"k must be torch.float32 \[1, 2, 20, 16\]"),
+        pytest.raises(InputError, match=r"holds 2 heads of 16 and 16 .* got 4 heads of 16"),
         torch.no_grad(),
     ):
         other(IDS[:, HELD:], past_key_values=cache)
@@ -209,13 +208,6 @@ def test_more_positions_than_the_model_has(stock: Any, ours: Any, cache: tandem.
 # -- calls that are not supported --------------------------------------------------------------------------------------
 
 
-def test_beams_are_refused(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
-    with unharmed(stock, ours, cache), pytest.raises(UnsupportedError, match="beam_search is not"), no_forward(ours):
-        generate(ours, IDS, past_key_values=cache, num_beams=2)
-    with pytest.raises(UnsupportedError, match="num_beams=1"):
-        cache.reorder_cache(torch.tensor([0]))
-
-
 def zeros_at(*positions: int) -> Tensor:
     mask = torch.ones(1, 90, dtype=torch.long)
     mask[0, list(positions)] = 0
@@ -229,11 +221,11 @@ def zeros_at(*positions: int) -> Tensor:
         ({"attention_mask": zeros_at(0, 2)}, UnsupportedError, "only left padding is supported"),
         ({"attention_mask": torch.ones(1, 1, 20, 90) > 0}, UnsupportedError, "not ready-made 4D masks"),
         ({"attention_mask": torch.ones(1, 20)}, InputError, r"cover all tokens.*expected \[1, 90\], got \[1, 20\]"),
-        ({"softcap": 30.0}, UnsupportedError, "LlamaAttention passes softcap: not supported yet"),
+        ({"position_bias": 30.0}, UnsupportedError, "LlamaAttention passes position_bias: not supported yet"),
         ({"is_causal": False}, UnsupportedError, "is_causal=False"),
         ({"output_attentions": True}, UnsupportedError, "output_attentions"),
     ],
-    ids=["right", "hole", "4d", "short", "softcap", "bidirectional", "attentions"],
+    ids=["right", "hole", "4d", "short", "bias", "bidirectional", "attentions"],
 )
 def test_arguments_that_are_not_understood(
     stock: Any,
@@ -295,7 +287,7 @@ def test_nan_in_an_embedding_stops_a_long_prompt(stock: Any, ours: Any) -> None:
 
 
 def test_a_forward_that_fails_outside_of_attention(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
-    """The layers differ afterwards; the next call says so, and repairs it."""
+    """Layers have grown that the rest has not seen: whatever happens next to the cache undoes them."""
 
     def fail(*_: Any) -> None:
         raise MemoryError
@@ -305,8 +297,7 @@ def test_a_forward_that_fails_outside_of_attention(stock: Any, ours: Any, cache:
         with pytest.raises(MemoryError):
             ours(IDS[:, HELD:], past_key_values=cache)
         hook.remove()
-        with pytest.raises(CacheError, match="did not reach every layer"):
-            ours(IDS[:, HELD:], past_key_values=cache)
+        assert cache.get_seq_length() == HELD
 
 
 def test_another_batch_size(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
@@ -322,11 +313,11 @@ def test_another_dtype(stock: Any, ours: Any, cache: tandem.TieredCache) -> None
     other = attached(stock).bfloat16()
     with unharmed(stock, ours, cache):
         with (
-            pytest.raises(InputError, match=r"holds torch\.float32 on cpu, got torch\.bfloat16 on cpu"),
+            pytest.raises(InputError, match=r"holds .* torch\.float32 on cpu, got .* torch\.bfloat16 on cpu"),
             torch.no_grad(),
         ):
             other(IDS[:, HELD:], past_key_values=cache)
-        with pytest.raises(InputError, match=r"holds torch\.float32"), no_forward(other):
+        with pytest.raises(InputError, match=r"holds .* torch\.float32"), no_forward(other):
             generate(other, IDS, past_key_values=cache)
 
 
@@ -337,11 +328,6 @@ def test_a_closed_cache(ours: Any, cache: tandem.TieredCache) -> None:
     with pytest.raises(CacheError, match="closed"), torch.no_grad():
         ours(IDS, past_key_values=cache)
     cache.check()
-
-
-def test_a_copy_of_the_cache_is_refused_by_name(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
-    with unharmed(stock, ours, cache), pytest.raises(UnsupportedError, match="copying a TieredCache"):
-        copy.deepcopy(cache)
 
 
 def test_near_tokens_must_be_whole(ours: Any) -> None:

@@ -18,7 +18,7 @@ from tests.integrations.agreement import attached, generate, tiered
 PADDED = models.left_padded([30, 4, 17])
 
 
-@pytest.fixture(scope="module", params=models.VARIED)
+@pytest.fixture(scope="module", params=models.PLAIN)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """A stock model with sdpa, which an attached model falls back to, and its attached twin."""
     stock = models.build(request.param)
