@@ -79,7 +79,7 @@ class AttentionClock:
             self.step_ms[-1] += milliseconds
             return out
 
-        with mock.patch.object(tandem, "extend_and_attend", timed):
+        with mock.patch("tandemkv.integrations.transformers.cache.extend_and_attend", timed):
             yield
 
 
