@@ -43,9 +43,9 @@ inline float float16_value(uint16_t bits) {
 
 inline uint16_t float16_bits(float value) {
   if (value != value) return 0x7E00;
-  const double size = std::abs(static_cast<double>(value));
+  const double size = std::min(std::abs(static_cast<double>(value)), 1e6);  // infinite in float16
   int exponent = size < std::ldexp(1.0, -14) ? -14 : std::ilogb(size);
-  double steps = size < 1e6 ? std::nearbyint(std::ldexp(size, 10 - exponent)) : 2048.0;  // ties to even
+  double steps = std::nearbyint(std::ldexp(size, 10 - exponent));  // ties to even
   if (steps == 2048.0) {
     steps = 1024.0;
     ++exponent;
