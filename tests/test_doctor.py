@@ -56,7 +56,8 @@ def test_json_schema(report: doctor.Report) -> None:
     assert shape["read_bandwidth"] == {"buffer_bytes": int, "speeds": [speed], "missing": str}
     assert set(data["gpus"]) == {"devices", "missing"}
     assert isinstance(data["warnings"], list)
-    assert len(data) == 11
+    assert shape["huge_pages"] == {"enabled": str, "num_bytes": int}
+    assert len(data) == 12
 
 
 def test_the_isa_in_use_is_the_one_that_attend_takes(report: doctor.Report) -> None:
@@ -171,6 +172,7 @@ def test_the_printed_report_holds_every_subject(report: doctor.Report) -> None:
             report,
             memory=machine.Memory(64 * GIB, 60 * GIB, cgroup),
             available=machine.Available(5 * GIB, "cgroup limit"),
+            huge_pages=machine.HugePages("madvise", 2 << 20),
             numa_nodes=(cxl,),
             gpus=doctor.Gpus((), "driver [too] old"),
             warnings=("mend [this]",),
@@ -181,6 +183,7 @@ def test_the_printed_report_holds_every_subject(report: doctor.Report) -> None:
         *(backend.reason for backend in report.backends),
         "8.00 GiB, 3.00 GiB used",
         "5.00 GiB, limited by the cgroup limit",
+        "transparent of 2.00 MiB, enabled: madvise; used by pools in host memory",
         "128.00 GiB, memory only (CXL or HBM), distances 0:50 1:10, 28 GB/s by firmware, 250 ns by firmware",
         f"{report.read_bandwidth.speeds[0].read_gbps:.1f} GB/s over 256.00 MiB",
         "driver [too] old",

@@ -98,6 +98,7 @@ class Report:
     threads: Threads
     memory: machine.Memory
     available: machine.Available
+    huge_pages: machine.HugePages
     numa_nodes: tuple[machine.NumaNode, ...]
     read_bandwidth: ReadBandwidth
     gpus: Gpus
@@ -123,6 +124,7 @@ def collect(probe_bytes: int = PROBE_BYTES) -> Report:
         threads=threads,
         memory=memory,
         available=memory.available,
+        huge_pages=machine.huge_pages(),
         numa_nodes=machine.numa_nodes(),
         read_bandwidth=_read_bandwidth(cpu, native_missing, threads.default_threads, probe_bytes, memory.available),
         gpus=gpus,
@@ -314,8 +316,15 @@ def _memory_rows(report: Report) -> list[tuple[str, str]]:
         ("physical", format_bytes(report.memory.total_bytes)),
         ("cgroup limit", limit),
         ("available", f"{format_bytes(report.available.num_bytes)}, limited by the {report.available.limit}"),
+        ("huge pages", _huge_page_text(report.huge_pages)),
         *(_node_row(node) for node in report.numa_nodes),
     ]
+
+
+def _huge_page_text(huge_pages: machine.HugePages) -> str:
+    size = f" of {format_bytes(huge_pages.num_bytes)}" if huge_pages.num_bytes else ""
+    use = "used by pools in host memory" if huge_pages.used else "not used by pools"
+    return f"transparent{size}, enabled: {huge_pages.enabled}; {use}"
 
 
 def _node_row(node: machine.NumaNode) -> tuple[str, str]:

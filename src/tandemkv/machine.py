@@ -1,9 +1,10 @@
-"""What this machine is: processor, threads, memory and the limits on both, NUMA nodes, and how OpenMP waits.
+"""What this machine is: processor, threads, memory, the limits on both, NUMA nodes, huge pages, how OpenMP waits.
 
 Standard library only: the command line asks before torch is imported. Everything is read from procfs and sysfs below
 `root`, so that a made-up tree answers like a real one. A file that is missing sets no limit.
 """
 
+import ctypes
 import math
 import os
 import platform
@@ -25,6 +26,11 @@ FLAGS = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svebf16"),
 )
 """The processor flags that decide how fast attention can be, in the kernel's spelling (x86, then Arm)."""
+
+HUGE_PAGE_BYTES = 2 << 20
+"""Where kernels have larger ones (32 MiB and more with Arm's larger pages), one token would take that much memory."""
+
+_MADV_HUGEPAGE = 14
 
 _UNLIMITED_BYTES = 1 << 62
 """cgroup v1 writes "no limit" as the largest multiple of the page size in 63 bits, which differs between kernels."""
@@ -106,6 +112,22 @@ class Spin:
     setting: str
 
 
+@dataclass(frozen=True)
+class HugePages:
+    """What Linux says of transparent huge pages (always, madvise, never), their size, and whether our pools use them.
+
+    Where it says nothing, that is never and 0.
+    """
+
+    enabled: str
+    num_bytes: int
+
+    @property
+    def used(self) -> bool:
+        """Whether advice is given and taken."""
+        return self.enabled in ("always", "madvise") and self.num_bytes == HUGE_PAGE_BYTES
+
+
 def processor(root: Path = ROOT) -> Processor:
     """The first processor of /proc/cpuinfo."""
     fields: dict[str, str] = {}
@@ -159,6 +181,28 @@ def numa_nodes(root: Path = ROOT) -> tuple[NumaNode, ...]:
     """The nodes that the kernel lists, by number; empty where it knows nothing of NUMA."""
     paths = {int(path.name[len("node") :]): path for path in (root / "sys/devices/system/node").glob("node[0-9]*")}
     return tuple(_numa_node(node, paths[node], sorted(paths)) for node in sorted(paths))
+
+
+def huge_pages(root: Path = ROOT) -> HugePages:
+    """The machine's setting of transparent huge pages."""
+    settings = root / "sys/kernel/mm/transparent_hugepage"
+    enabled = re.search(r"\[(\w+)\]", _read(settings / "enabled"))
+    num_bytes = _read(settings / "hpage_pmd_size")
+    return HugePages(enabled[1] if enabled else "never", int(num_bytes) if num_bytes.isdigit() else 0)
+
+
+def advise_huge_pages(address: int, num_bytes: int, root: Path = ROOT) -> bool:
+    """Ask Linux for huge pages in the aligned inside of a buffer, without touching it; whether it agreed.
+
+    The buffer is still taken from the machine only as it is written, 2 MiB at a time. Where huge pages are off, or the
+    buffer holds none, nothing happens.
+    """
+    begin = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    end = (address + num_bytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if begin >= end or not huge_pages(root).used:
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE) == 0)
 
 
 def spin(environ: Mapping[str, str] = os.environ) -> Spin:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from tandemkv import machine
 from tandemkv.errors import InputError
 
 BLOCK_TOKENS = 16
@@ -112,10 +113,13 @@ class Arena:
     def allocate(
         layout: PageLayout, num_slots: int, num_kv_heads: int, head_dim: int, device: torch.device | str = "cpu"
     ) -> "Arena":
-        """Uninitialised arenas. Host memory is only taken when a page is first written."""
+        """Uninitialised arenas. Host memory is only taken when a page is first written, as huge pages where allowed."""
         shape = (num_slots, num_kv_heads, layout.page_size, layout.stored_dim(head_dim))
         k = torch.empty(shape, dtype=layout.dtype, device=device)
         v = torch.empty(shape, dtype=layout.dtype, device=device)
+        for x in (k, v):
+            if x.device.type == "cpu":
+                machine.advise_huge_pages(x.data_ptr(), x.nbytes)
         return Arena(k, v, layout, head_dim)
 
     def check_tokens(self, num_seqs: int, k: Tensor, v: Tensor) -> None:
