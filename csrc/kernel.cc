@@ -19,7 +19,7 @@ constexpr int kMaxTileRows = TANDEM_MAX_TILE_ROWS;
 
 #if defined(__AMX_BF16__)
 constexpr int64_t kMinDotRows = 5;  // fewer rows fill too little of a tile: multiply-adds keep up with memory
-#elif defined(__AVX512BF16__)
+#elif defined(TANDEM_BF16_DOT)
 constexpr int64_t kMinDotRows = 1;
 #endif
 
@@ -196,6 +196,8 @@ void product(const Panel& panel, Weights weights, Accumulators acc, int64_t num_
 #endif
 #if TANDEM_MAX_TILE_ROWS > 4
       case 5: product_rows<Element, 5>(panel, w, a, ahead); break;
+#endif
+#if TANDEM_MAX_TILE_ROWS > 5
       case 6: product_rows<Element, 6>(panel, w, a, ahead); break;
 #endif
     }
@@ -416,7 +418,7 @@ Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, 
 
 Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
   if (args.kv.arena.dtype == DType::kFloat32) return attend_item_as<Float32, Float32>(args, item, out, lse);
-#if defined(__AVX512BF16__)
+#if defined(TANDEM_BF16_DOT)
   if (item.head_rows() >= kMinDotRows) {
     if (args.q.dtype == DType::kBFloat16) return attend_item_as<Bf16Dot<true>, Bf16Dot<false>>(args, item, out, lse);
     return attend_item_as<Bf16Dot<true>, Bf16Dot<true>>(args, item, out, lse);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <random>
@@ -159,12 +160,14 @@ Result run_attend(WorkerPool& pool, const KernelTable& kernels, const Problem& p
 //   score     a dot product of head_dim terms, each rounded at most twice as a product and a sum and twice more where
 //             a weight has two parts, then times scale: (4 head_dim + 1) u sum|q k| scale. Where q is float32 and K
 //             bfloat16, q is a high and a low bf16 part, each right to 2^-9 of what is left: 2^-17 covers both.
+//             BFDOT has steps of up to 2 u, but two of them for a pair of terms (head_dim + 2 for each part): no more.
+//             It takes subnormal numbers for 0, which costs 2^-126 a term: nothing beside the exponent's 8 u.
 //   exponent  score - maximum, and the differences of running maxima, which add up to at most twice the largest
 //             |score|, as do those of the parts' lse: 8 u (largest + log tokens + 1).
 //   weight    exp is right to 2 ulp = 4 u; one more for the product, at every tile that raises the maximum, and a tile
 //             holds at least 16 tokens: 5 u (tokens / 16 + 2).
 //   sum       tokens terms, above and below the fraction line: 2 tokens u each, and a few for merge and division;
-//             in bfloat16 V the weights are two bf16 parts: 2^-17.
+//             in bfloat16 V the weights are two bf16 parts: 2^-17. BFDOT: (tokens / 2 + 1) 2 u for each part, the same.
 // An error e in every exponent changes a normalised weight by at most the factor exp(2 e).
 struct Expected {
   std::vector<double> out, out_tolerance;
@@ -274,6 +277,12 @@ void for_each_storage(const Body& body) {
       for (const Packing packing : {Packing::kRows, Packing::kPanels}) body(kv, q, packing);
     }
   }
+}
+
+// The fastest instruction set is the one that the caller says this processor has, so that none is left out unseen.
+void chosen_instruction_set() {
+  const char* expected = std::getenv("TANDEM_EXPECT_ISA");
+  if (expected != nullptr) CHECK(available_kernels().front()->name == std::string(expected), expected);
 }
 
 // Ragged lengths: empty, one token, shorter than q_len, ends and starts inside blocks and pages, and on their edges.
@@ -590,7 +599,8 @@ void merge_against_double() {
 
 int main(int argc, char** argv) {
   using namespace tandem;
-  return run_tests({{"every shape", every_shape},
+  return run_tests({{"chosen instruction set", chosen_instruction_set},
+                    {"every shape", every_shape},
                     {"many queries", many_queries},
                     {"long sequences", long_sequences},
                     {"huge logits", huge_logits},
