@@ -79,7 +79,7 @@ NB_MODULE(_native, m) {
       .value("outside_table", Status::kOutsideTable);
 
   nb::class_<WorkerPool>(m, "WorkerPool")
-      .def(nb::init<int>(), "num_threads"_a)
+      .def(nb::init<int, std::vector<int>>(), "num_threads"_a, "cpus"_a = std::vector<int>())
       .def("rouse", &WorkerPool::rouse)
       .def_prop_ro("num_threads", &WorkerPool::num_threads);
 

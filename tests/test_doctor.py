@@ -48,7 +48,8 @@ def test_json_schema(report: doctor.Report) -> None:
     assert shape["isas"] == shape["backends"] == [choice]
     assert shape["versions"] == dict.fromkeys(("python", "torch", "transformers", "tandemkv"), str)
     assert shape["processor"]["name"] is str
-    assert set(data["threads"]) == {"usable_cpus", "quota_cpus", "torch_threads", "default_threads", "spin"}
+    counts = {"usable_cpus", "quota_cpus", "torch_threads", "default_threads", "pinned_cpus", "spin"}
+    assert set(data["threads"]) == counts
     assert shape["threads"]["spin"] == {"passive": bool, "setting": str}
     assert set(data["memory"]) == {"total_bytes", "free_bytes", "cgroup"}
     assert shape["available"] == {"num_bytes": int, "limit": str}
@@ -152,7 +153,7 @@ def test_a_gpu_that_torch_cannot_use_is_explained_in_torchs_words(monkeypatch: p
 
 
 def threads(quota_cpus: float | None, spin: machine.Spin) -> doctor.Threads:
-    return doctor.Threads(16, quota_cpus, 8, 2, spin)
+    return doctor.Threads(16, quota_cpus, 8, 2, (), spin)
 
 
 def test_warnings_name_the_knob() -> None:

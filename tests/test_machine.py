@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tandemkv import machine
-from tandemkv.errors import UnavailableError
+from tandemkv.errors import InputError, UnavailableError
 
 GIB = 1 << 30
 
@@ -233,6 +233,21 @@ def test_numa_nodes_are_ordered_by_number_and_may_have_gaps(tmp_path: Path) -> N
 
 def test_a_kernel_without_numa_lists_no_node(tmp_path: Path) -> None:
     assert machine.numa_nodes(tmp_path) == ()
+
+
+@pytest.mark.parametrize("value", [None, "0"])
+def test_no_worker_is_pinned_unless_asked(value: str | None) -> None:
+    assert machine.pinned_cpus({} if value is None else {"TANDEMKV_PIN_WORKERS": value}) == ()
+
+
+def test_workers_are_pinned_to_what_this_process_may_use(sixteen_cpus: None) -> None:
+    assert machine.pinned_cpus({"TANDEMKV_PIN_WORKERS": "1"}) == tuple(range(16))
+
+
+@pytest.mark.parametrize("value", ["", "yes", "2", " 1"])
+def test_other_values_of_pinning_are_refused(value: str) -> None:
+    with pytest.raises(InputError, match=f"TANDEMKV_PIN_WORKERS must be 0 or 1, got '{value}'"):
+        machine.pinned_cpus({"TANDEMKV_PIN_WORKERS": value})
 
 
 HUGE = "sys/kernel/mm/transparent_hugepage/"

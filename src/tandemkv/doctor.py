@@ -45,12 +45,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Threads:
-    """Processors that may be used, the cgroup's quota, what torch uses, what we use, and how OpenMP waits."""
+    """Processors that may be used, the cgroup's quota, what torch uses, what we use and where, how OpenMP waits."""
 
     usable_cpus: int
     quota_cpus: float | None
     torch_threads: int
     default_threads: int
+    pinned_cpus: tuple[int, ...]
     spin: machine.Spin
 
 
@@ -171,6 +172,7 @@ def _threads() -> Threads:
         quota_cpus=machine.quota_cpus(),
         torch_threads=torch.get_num_threads(),
         default_threads=min(machine.default_threads(), torch.get_num_threads()),
+        pinned_cpus=machine.pinned_cpus(),
         spin=machine.spin(),
     )
 
@@ -302,9 +304,11 @@ def _thread_rows(threads: Threads) -> list[tuple[str, str]]:
     quota = "no cgroup quota" if threads.quota_cpus is None else f"cgroup quota {threads.quota_cpus:g}"
     waits = "passively" if threads.spin.passive else "[yellow]spinning[/yellow]"
     setting = f" ({escape(threads.spin.setting)})" if threads.spin.setting else ""
+    cpus = " ".join(map(str, threads.pinned_cpus))
     return [
         ("processors", f"{threads.usable_cpus} usable, {quota}"),
         ("threads", f"{threads.default_threads} for attention, {threads.torch_threads} for torch"),
+        ("workers", f"pinned to one processor each: {cpus}" if cpus else f"not pinned; {machine.PIN_VARIABLE}=1 pins"),
         ("OpenMP waits", f"{waits}{setting}; programs of your own set GOMP_SPINCOUNT=0 before torch is imported"),
     ]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from tandemkv.errors import UnavailableError
+from tandemkv.errors import InputError, UnavailableError
 
 ROOT = Path("/")
 
@@ -26,6 +26,8 @@ FLAGS = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svebf16"),
 )
 """The processor flags that decide how fast attention can be, in the kernel's spelling (x86, then Arm)."""
+
+PIN_VARIABLE = "TANDEMKV_PIN_WORKERS"
 
 HUGE_PAGE_BYTES = 2 << 20
 """Where kernels have larger ones (32 MiB and more with Arm's larger pages), one token would take that much memory."""
@@ -153,6 +155,17 @@ def default_threads(root: Path = ROOT) -> int:
     """Threads worth starting: usable processors, but no more than the cgroup quota rounded up; at least 1."""
     quota = quota_cpus(root)
     return usable_cpus() if quota is None else max(1, min(usable_cpus(), math.ceil(quota)))
+
+
+def pinned_cpus(environ: Mapping[str, str] = os.environ) -> tuple[int, ...]:
+    """Processors to pin our threads to, one each: those of this process where TANDEMKV_PIN_WORKERS is 1, else none.
+
+    Raises InputError where it is neither 0 nor 1.
+    """
+    wanted = environ.get(PIN_VARIABLE, "0")
+    if wanted not in ("0", "1"):
+        raise InputError(f"{PIN_VARIABLE} must be 0 or 1, got {wanted!r}")
+    return tuple(sorted(os.sched_getaffinity(0))) if wanted == "1" else ()
 
 
 def memory(root: Path = ROOT) -> Memory:
