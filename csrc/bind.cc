@@ -199,6 +199,20 @@ NB_MODULE(_native, m) {
         return read_gbps(pool, kernels, as<const char>(buffer), num_bytes);
       },
       "pool"_a, "isa"_a, "buffer"_a, "num_bytes"_a);
+
+  m.def(
+      "dot_gops",
+      [](WorkerPool& pool, const std::string& isa) {
+        const KernelTable& kernels = kernels_named(isa);
+        nb::gil_scoped_release release;
+        return dot_gops(pool, kernels);
+      },
+      "pool"_a, "isa"_a);
+
+  m.def(
+      "multiply_adds",
+      [](const std::string& isa, int64_t group_size) { return kernels_named(isa).multiply_adds(group_size); }, "isa"_a,
+      "group_size"_a);
 }
 
 }  // namespace tandem

@@ -166,6 +166,23 @@ def read_gbps(pool: WorkerPool, buffer: Tensor) -> float:
     return _native.read_gbps(pool, resolve_isa(), buffer.data_ptr() + offset, buffer.nbytes - offset)
 
 
+def dot_gops(pool: WorkerPool, isa: str | None = None) -> float:
+    """1e9 multiply-adds per second of the instruction that bf16 products use, from registers alone, on all threads.
+
+    vdpbf16ps in avx512_bf16, bfdot in neon_bf16, else float32 multiply-adds. Best of a few passes of a millisecond.
+    """
+    return _native.dot_gops(pool, resolve_isa(isa))
+
+
+def multiply_adds(group_size: int, isa: str | None = None) -> int:
+    """Multiply-adds that attending to an element of K and one of V costs, in bf16 with one bf16 query per head.
+
+    For each query head of the group one for q.k, and one for p.v, or two where p is a high and a low bf16 part.
+    0 where AMX tiles do them, which `dot_gops` does not measure.
+    """
+    return _native.multiply_adds(resolve_isa(isa), group_size)
+
+
 def _native_arena(arena: Arena) -> _native.Arena:
     addresses = arena.k.data_ptr(), arena.v.data_ptr()
     known = _arenas.get(arena)
