@@ -19,8 +19,9 @@ how to read it:
 
 KV is bf16 with one query token per sequence. Every output is compared with float64 before anything is timed. All take
 turns in one run, so that noise hits all of them, over copies in rotation, so that nothing comes from a cache. Numbers
-are medians. torch's threads sleep between ops (GOMP_SPINCOUNT=0), for ours and for peers; as torch's default is to
-spin, the peers are timed once more that way, at 32:8x128 and 32K, in a process of their own.
+are medians. All of them, the probe too, read memory in huge pages where the machine allows them, as pools have it
+(`tandemkv doctor`). torch's threads sleep between ops (GOMP_SPINCOUNT=0), for ours and for peers; as torch's default is
+to spin, the peers are timed once more that way, at 32:8x128 and 32K, in a process of their own.
 
 A full run takes some ten minutes and 5 GiB (more with the extra peers), appends to benchmarks/results/attend.csv and
 draws attend.png beside it; --quick --save and --groups --save only append.

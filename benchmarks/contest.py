@@ -227,20 +227,25 @@ def prepare(shape: Shape, rules: Rules) -> Contest:
 
 def _lay_out(shape: Shape, rotate_bytes: int, generator: torch.Generator) -> Copies:
     num_copies, num_pages = math.ceil(rotate_bytes / shape.kv_bytes), shape.kv_len // PAGE_SIZE
-    dense = torch.empty((num_copies, 2, 1, shape.num_kv_heads, shape.kv_len, shape.head_dim), dtype=torch.bfloat16)
+    dense = _allocate(num_copies, 2, 1, shape.num_kv_heads, shape.kv_len, shape.head_dim)
     dense[0].normal_(generator=generator)
     dense[1:] = dense[0]
 
     layout, num_slots = PageLayout(torch.bfloat16, PAGE_SIZE, "panels"), num_copies * num_pages
-    memory = torch.empty(
-        (2, num_slots, shape.num_kv_heads, PAGE_SIZE, layout.stored_dim(shape.head_dim)), dtype=torch.bfloat16
-    )
+    memory = _allocate(2, num_slots, shape.num_kv_heads, PAGE_SIZE, layout.stored_dim(shape.head_dim))
     arena = Arena(memory[0], memory[1], layout, shape.head_dim)
     slots = torch.randperm(num_slots, generator=generator).to(torch.int32).view(num_copies, num_pages)
     _pack(dense[0], arena, slots)
     start, end = torch.tensor([0]), torch.tensor([shape.kv_len])
     tables = (row.view(1, 1, num_pages).expand(1, shape.num_kv_heads, num_pages) for row in slots)
     return Copies(dense, [PagedKV(arena, table, start, end) for table in tables], memory)
+
+
+def _allocate(*shape: int) -> Tensor:
+    """In huge pages where the machine allows them, as our pools are: for peers too, so that kernels are compared."""
+    memory = torch.empty(shape, dtype=torch.bfloat16)
+    machine.advise_huge_pages(memory.data_ptr(), memory.nbytes)
+    return memory
 
 
 def _pack(dense: Tensor, arena: Arena, slots: Tensor) -> None:

@@ -186,7 +186,7 @@ def _read_bandwidth(
     if num_bytes < _LEAST_PROBE_BYTES:
         left = f"{format_bytes(available.num_bytes)} left ({available.limit})"
         return ReadBandwidth(0, (), f"needs 4 x {format_bytes(_LEAST_PROBE_BYTES)} of free memory, {left}")
-    buffer = torch.ones(num_bytes, dtype=torch.uint8)  # written, or every page would be the kernel's one page of zeros
+    buffer = cpu.probe_buffer(num_bytes)
     pools = [cpu.WorkerPool(count) for count in sorted({1, num_threads})]
     best = [0.0] * len(pools)
     deadline = time.monotonic() + _PROBE_SECONDS

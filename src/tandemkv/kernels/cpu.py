@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from tandemkv import machine
 from tandemkv.errors import InputError, UnavailableError, UnsupportedError
 from tandemkv.types import MAX_GROUP_SIZE, MAX_HEAD_DIM, Arena, PagedKV, Partial, ScoreRule
 
@@ -158,6 +159,13 @@ def move_pages(
         pool or single_thread(), resolve_isa(), _native_arena(source), _native_arena(target), source_slots, target_slots
     )
     _raise_for(status)
+
+
+def probe_buffer(num_bytes: int) -> Tensor:
+    """Memory for `read_gbps`, as pools have it: in huge pages where allowed."""
+    buffer = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    machine.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+    return buffer.fill_(1)  # or every page would be the kernel's one page of zeros
 
 
 def read_gbps(pool: WorkerPool, buffer: Tensor) -> float:
