@@ -467,6 +467,7 @@ int64_t dot(int64_t num_steps) {
   constexpr int kChains = kMaxTileRows > 3 ? 24 : 12;  // more than latency times rate, no more than registers hold
   alignas(64) uint32_t ones[16];
   for (uint32_t& pair : ones) pair = 0x3F803F80;
+  asm volatile("" : : "r"(ones) : "memory");  // g++ 12 for Arm writes a constant bf16 1 that its assembler refuses
   auto panel = VectorElement::panel(reinterpret_cast<const char*>(ones));
   const auto weight = VectorElement::weight(ones, 0, 1);
   Vec sum[kChains] = {};

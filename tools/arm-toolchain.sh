@@ -23,15 +23,17 @@ download() {
   mkdir -p "$HERE"/{lists/partial,cache/archives/partial,debs,root,bin}
   apt update
   # What is missing on this machine, dependencies included; a simulation needs no root.
-  mapfile -t missing < <(apt install --simulate --no-install-recommends "${PACKAGES[@]}" | awk '$1 == "Inst" {print $2}')
-  ((${#missing[@]})) || missing=("${PACKAGES[@]}")
-  (cd "$HERE/debs" && apt download "${missing[@]}")
+  local plan
+  plan=$(apt install --simulate --no-install-recommends "${PACKAGES[@]}")
+  (cd "$HERE/debs" && apt download $(awk '$1 == "Inst" {print $2}' <<<"$plan"))
   for deb in "$HERE"/debs/*.deb; do dpkg -x "$deb" "$HERE/root"; done
 }
 
-# The cross binutils bring libraries of their own, which the loader does not look for in our folder.
+# The cross binutils bring libraries of their own, which the loader does not look for in our folder. What was installed
+# already was not fetched, and is found on PATH.
 wrap() {
   local program=$1
+  [[ -e $HERE/root/usr/bin/$program ]] || return 0
   printf '#!/bin/sh\nLD_LIBRARY_PATH=%q exec %q "$@"\n' "$HERE/root/usr/lib/$(uname -m)-linux-gnu" \
     "$HERE/root/usr/bin/$program" >"$HERE/bin/$program"
   chmod +x "$HERE/bin/$program"
