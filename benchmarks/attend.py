@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     """Measure, print, save; the exit status."""
     parser = argument_parser("benchmarks.attend", __doc__ or "")
     parser.add_argument("--peers-only", action="store_true", help="the peers' milliseconds at 32:8x128 and 32K as JSON")
-    parser.add_argument("--groups", action="store_true", help="every group size, without peers: 1 to 2 minutes; not saved")
+    parser.add_argument("--groups", action="store_true", help="every group size, without peers; not saved")
     options = parser.parse_args(arguments)
     cases, rules = _cases(options.quick, options.groups)
     try:
