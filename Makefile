@@ -13,16 +13,20 @@ CSRC_TESTS := $(wildcard csrc/tests/*.cc csrc/tests/*.h)
 # A comma that does not separate the arguments of $(call).
 , := ,
 
-# $(call build_native,DIR,FLAGS): the native tests in build/DIR, with the flags of the wheel and FLAGS.
+# $(call build_native,DIR,FLAGS,OPTIONS): the native tests in build/DIR, with the flags of the wheel and FLAGS.
 build_native = $(BIN)/cmake --log-level=WARNING -S . -B build/$(1) -G Ninja \
 	-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DTANDEM_PYTHON=OFF -DTANDEM_NATIVE_TESTS=ON \
-	-DCMAKE_CXX_FLAGS="$(2)" && $(BIN)/cmake --build build/$(1) -- --quiet
-run_native = $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=error --timeout 300
+	-DCMAKE_CXX_FLAGS="$(2)" $(3) && $(BIN)/cmake --build build/$(1) -- --quiet
+# $(call run_native,DIR,SECONDS): a test may take SECONDS, or 300.
+run_native = $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=error --timeout $(or $(2),300)
 
-.PHONY: help setup demo test check format native sanitize clean
+FOR_ARM := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	-DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64-static
+
+.PHONY: help setup demo test check check-arm format native sanitize clean
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -61,6 +65,15 @@ sanitize: $(INSTALLED)  ## the native tests under AddressSanitizer and UBSan, wh
 	$(call build_native,tsan,-O1 -g -fsanitize=thread)
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/worker_pool_test
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/calls_test threads
+
+# Nothing has to be installed for it where Debian's packages can be fetched (tools/arm-toolchain.sh). max has bf16 dot
+# products, so that everything runs there; cortex-a57 has none: there the choice is checked, and one test that attends.
+check-arm: $(INSTALLED)  ## the native tests built for Arm (NEON, with and without bf16) and run by qemu: 3 minutes
+	tools=$$(tools/arm-toolchain.sh) && export PATH=$$tools:$$PATH && \
+	$(call build_native,arm/native,,$(FOR_ARM)) && \
+	QEMU_CPU=max TANDEM_EXPECT_ISA=neon_bf16 $(call run_native,arm/native,900) && \
+	QEMU_CPU=cortex-a57 TANDEM_EXPECT_ISA=neon qemu-aarch64-static build/arm/native/attend_test instruction && \
+	QEMU_CPU=cortex-a57 qemu-aarch64-static build/arm/native/attend_test runs
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist $(INSTALLED)

@@ -17,6 +17,7 @@ from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
 
 PAGE_SIZE = 64
 PROBE_THREADS = (1, 2)
+AFTER_OURS = f"read {PROBE_THREADS[-1]}, after ours"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.num_q_heads}:{self.num_kv_heads}x{self.head_dim} at {self.kv_len / 1024:g}K"
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
 
     @property
     def kv_bytes(self) -> int:
@@ -57,6 +63,8 @@ class Row:
     shape: Shape
     num_threads: int
     read_gbps_by_threads: dict[int, float]
+    dot_gops: float  # 1e9 multiply-adds a second, from registers
+    multiply_adds: int  # for an element of K and one of V; 0 where dot_gops is not what does them
     ours_ms: float
     max_error: float
     peers_ms: dict[str, float]
@@ -65,8 +73,20 @@ class Row:
 
     @property
     def read_gbps(self) -> float:
-        """The limit."""
+        """The limit of memory."""
         return max(self.read_gbps_by_threads.values())
+
+    @property
+    def arithmetic_limit_us(self) -> float | None:
+        """What the multiply-adds of ours take from registers; None where AMX tiles do them."""
+        num_pairs = self.shape.kv_bytes / (2 * torch.bfloat16.itemsize)
+        return num_pairs * self.multiply_adds / self.dot_gops / 1e3 or None
+
+    @property
+    def share_of_limit(self) -> float:
+        """How much ours reaches of the lower limit, that of memory or that of arithmetic."""
+        read_us = self.shape.kv_bytes / self.read_gbps / 1e3
+        return max(read_us, self.arithmetic_limit_us or 0.0) / (self.ours_ms * 1e3)
 
     def gbps(self, ms: float) -> float:
         """The speed of reading K and V once in that time."""
@@ -100,6 +120,8 @@ class Row:
             "read_gbps": self.read_gbps,
             "ours_gbps": self.gbps(self.ours_ms),
             "share_of_read": self.share_of_read(self.ours_ms),
+            "arithmetic_limit_us": self.arithmetic_limit_us,
+            "share_of_limit": self.share_of_limit,
             "probe_at_fault": self.probe_at_fault,
             "ratio_to_fastest_peer": self.ratio_to_fastest_peer,
             "ratio_to_transformers": self.ratio_to_transformers,
@@ -156,7 +178,8 @@ class Contest:
 
         Raises WrongResultError where our own output is wrong; a peer that is wrong, or cannot run, stays out.
         """
-        ours = _ours(self.problem, self.copies.paged, cpu.WorkerPool(num_threads))
+        pool = cpu.WorkerPool(num_threads)
+        ours = _ours(self.problem, self.copies.paged, pool)
         torch.set_num_threads(num_threads)
         max_error = self.judge.error(ours())
         if not max_error <= self.judge.tolerance:
@@ -165,11 +188,18 @@ class Contest:
         # The probe leaves the end of our arena in the cache, so the peers, who read other memory, run before ours.
         probes = {f"read {n}": _probe(n, self.copies.arena, self.rules.rotate_bytes) for n in PROBE_THREADS}
         calls = {name: in_ms(call) for name, call in (*peers.calls.items(), ("ours", ours))}
-        median = medians_in_turn(probes | calls, self.rules.budget_s)
+        probes["dot"] = lambda: cpu.dot_gops(pool)
+        # In one row memory was slower before ours than during it (a share of 1.04): once more after it, and the better.
+        again = {AFTER_OURS: probes[f"read {PROBE_THREADS[-1]}"]}
+        median = medians_in_turn(probes | calls | again, self.rules.budget_s)
+        read_gbps = {n: median[f"read {n}"] for n in PROBE_THREADS}
+        read_gbps[PROBE_THREADS[-1]] = max(read_gbps[PROBE_THREADS[-1]], median[AFTER_OURS])
         return Row(
             shape=self.shape,
             num_threads=num_threads,
-            read_gbps_by_threads={n: median[f"read {n}"] for n in PROBE_THREADS},
+            read_gbps_by_threads=read_gbps,
+            dot_gops=median["dot"],
+            multiply_adds=cpu.multiply_adds(self.shape.group_size),
             ours_ms=median["ours"],
             max_error=max_error,
             peers_ms={name: median[name] for name in peers.calls},
@@ -197,20 +227,25 @@ def prepare(shape: Shape, rules: Rules) -> Contest:
 
 def _lay_out(shape: Shape, rotate_bytes: int, generator: torch.Generator) -> Copies:
     num_copies, num_pages = math.ceil(rotate_bytes / shape.kv_bytes), shape.kv_len // PAGE_SIZE
-    dense = torch.empty((num_copies, 2, 1, shape.num_kv_heads, shape.kv_len, shape.head_dim), dtype=torch.bfloat16)
+    dense = _allocate(num_copies, 2, 1, shape.num_kv_heads, shape.kv_len, shape.head_dim)
     dense[0].normal_(generator=generator)
     dense[1:] = dense[0]
 
     layout, num_slots = PageLayout(torch.bfloat16, PAGE_SIZE, "panels"), num_copies * num_pages
-    memory = torch.empty(
-        (2, num_slots, shape.num_kv_heads, PAGE_SIZE, layout.stored_dim(shape.head_dim)), dtype=torch.bfloat16
-    )
+    memory = _allocate(2, num_slots, shape.num_kv_heads, PAGE_SIZE, layout.stored_dim(shape.head_dim))
     arena = Arena(memory[0], memory[1], layout, shape.head_dim)
     slots = torch.randperm(num_slots, generator=generator).to(torch.int32).view(num_copies, num_pages)
     _pack(dense[0], arena, slots)
     start, end = torch.tensor([0]), torch.tensor([shape.kv_len])
     tables = (row.view(1, 1, num_pages).expand(1, shape.num_kv_heads, num_pages) for row in slots)
     return Copies(dense, [PagedKV(arena, table, start, end) for table in tables], memory)
+
+
+def _allocate(*shape: int) -> Tensor:
+    """In huge pages where the machine allows them, as our pools are: for peers too, so that kernels are compared."""
+    memory = torch.empty(shape, dtype=torch.bfloat16)
+    machine.advise_huge_pages(memory.data_ptr(), memory.nbytes)
+    return memory
 
 
 def _pack(dense: Tensor, arena: Arena, slots: Tensor) -> None:

@@ -138,6 +138,11 @@ struct KernelTable {
   void (*unpack)(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, const TokenRun& to);
   // Reads every byte with plain loads, asking for lines `prefetch_bytes` ahead where that is not 0.
   uint64_t (*read)(const char* data, int64_t num_bytes, int64_t prefetch_bytes);
+  // What bf16 products are made of, from registers alone; how many multiply-adds those were.
+  int64_t (*dot)(int64_t num_steps);
+  // Multiply-adds that an element of K and one of V cost together, in bf16, with a bf16 q: q.k and p.v of all rows of a
+  // head. 0 where tiles do them, which `dot` does not measure.
+  int64_t (*multiply_adds)(int64_t head_rows);
 };
 
 }  // namespace tandem

@@ -94,7 +94,7 @@ NB_MODULE(_native, m) {
       .value("outside_table", Status::kOutsideTable);
 
   nb::class_<WorkerPool>(m, "WorkerPool")
-      .def(nb::init<int>(), "num_threads"_a)
+      .def(nb::init<int, std::vector<int>>(), "num_threads"_a, "cpus"_a = std::vector<int>())
       .def("rouse", &WorkerPool::rouse)
       .def_prop_ro("num_threads", &WorkerPool::num_threads);
 
@@ -219,6 +219,20 @@ NB_MODULE(_native, m) {
         return read_gbps(pool, kernels, as<const char>(buffer), num_bytes);
       },
       "pool"_a, "isa"_a, "buffer"_a, "num_bytes"_a);
+
+  m.def(
+      "dot_gops",
+      [](WorkerPool& pool, const std::string& isa) {
+        const KernelTable& kernels = kernels_named(isa);
+        nb::gil_scoped_release release;
+        return dot_gops(pool, kernels);
+      },
+      "pool"_a, "isa"_a);
+
+  m.def(
+      "multiply_adds",
+      [](const std::string& isa, int64_t group_size) { return kernels_named(isa).multiply_adds(group_size); }, "isa"_a,
+      "group_size"_a);
 }
 
 }  // namespace tandem

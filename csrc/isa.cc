@@ -4,6 +4,9 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace tandem {
@@ -34,6 +37,13 @@ namespace avx512 {
 extern const KernelTable kTable;
 }
 namespace avx2 {
+extern const KernelTable kTable;
+}
+#elif defined(__aarch64__)
+namespace neon_bf16 {
+extern const KernelTable kTable;
+}
+namespace neon {
 extern const KernelTable kTable;
 }
 #endif
@@ -77,6 +87,9 @@ const std::vector<Isa>& isas() {
                                                    {__builtin_cpu_supports("f16c"), "f16c"},
                                                    {__builtin_cpu_supports("fma"), "fma"},
                                                    {__builtin_cpu_supports("bmi2"), "bmi2"}})});
+#elif defined(__aarch64__)
+    found.push_back({&neon_bf16::kTable, (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0 ? "" : "bf16"});
+    found.push_back({&neon::kTable, ""});
 #endif
     found.push_back({&portable::kTable, ""});
     return found;

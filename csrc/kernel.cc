@@ -19,7 +19,7 @@ constexpr int kMaxTileRows = TANDEM_MAX_TILE_ROWS;
 
 #if defined(__AMX_BF16__)
 constexpr int64_t kMinDotRows = 5;  // fewer rows fill too little of a tile: multiply-adds keep up with memory
-#elif defined(__AVX512BF16__)
+#elif defined(TANDEM_BF16_DOT)
 constexpr int64_t kMinDotRows = 1;
 #endif
 
@@ -207,6 +207,8 @@ void product(const Panel& panel, Weights weights, Accumulators acc, int64_t num_
 #endif
 #if TANDEM_MAX_TILE_ROWS > 4
       case 5: product_rows<Element, 5>(panel, w, a, ahead); break;
+#endif
+#if TANDEM_MAX_TILE_ROWS > 5
       case 6: product_rows<Element, 6>(panel, w, a, ahead); break;
 #endif
     }
@@ -445,7 +447,7 @@ Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, 
 Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
   if (args.kv.arena.dtype == DType::kFloat32) return attend_item_as<Float32, Float32>(args, item, out, lse);
   if (args.kv.arena.dtype == DType::kFloat16) return attend_item_as<Float16, Float16>(args, item, out, lse);
-#if defined(__AVX512BF16__)
+#if defined(TANDEM_BF16_DOT)
   if (item.head_rows() >= kMinDotRows) {
     if (args.q.dtype == DType::kBFloat16) return attend_item_as<Bf16Dot<true>, Bf16Dot<false>>(args, item, out, lse);
     return attend_item_as<Bf16Dot<true>, Bf16Dot<true>>(args, item, out, lse);
@@ -473,11 +475,50 @@ uint64_t read(const char* data, int64_t num_bytes, int64_t prefetch_bytes) {
   return bits;
 }
 
+// ---- What limits the products --------------------------------------------------------------------------------------
+
+#if defined(TANDEM_BF16_DOT) && !defined(__AMX_BF16__)
+using VectorElement = Bf16Dot<false>;
+constexpr int64_t kWeightParts = 2;  // of p; a bf16 q is one
+#else
+using VectorElement = Bf16Wide;
+constexpr int64_t kWeightParts = 1;
+#endif
+
+int64_t multiply_adds(int64_t head_rows) {
+#if defined(__AMX_BF16__)
+  if (head_rows >= kMinDotRows) return 0;
+#endif
+  return head_rows * (1 + kWeightParts);
+}
+
+int64_t dot(int64_t num_steps) {
+  constexpr int kChains = kMaxTileRows > 3 ? 24 : 12;  // more than latency times rate, no more than registers hold
+  alignas(64) uint32_t ones[16];
+  for (uint32_t& pair : ones) pair = 0x3F803F80;
+  asm volatile("" : : "r"(ones) : "memory");  // g++ 12 for Arm writes a constant bf16 1 that its assembler refuses
+  auto panel = VectorElement::panel(reinterpret_cast<const char*>(ones));
+  const auto weight = VectorElement::weight(ones, 0, 1);
+  Vec sum[kChains] = {};
+  for (int64_t step = 0; step < num_steps; ++step) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) {
+      hide(panel);  // or equal sums would be computed once, and products that do not change
+      sum[i] = VectorElement::mac(sum[i], panel, weight);
+    }
+  }
+  Vec all{};
+  for (int i = 0; i < kChains; ++i) all += sum[i];
+  volatile float keep = reduce_add(all);  // so that the sums are computed
+  (void)keep;
+  return num_steps * kChains * kLanes * pair_of(VectorElement::kDType);
+}
+
 }  // namespace
 
 #define TANDEM_STRING_(x) #x
 #define TANDEM_STRING(x) TANDEM_STRING_(x)
 extern const KernelTable kTable;
-const KernelTable kTable{TANDEM_STRING(TANDEM_ISA), attend_item, pack, unpack, read};
+const KernelTable kTable{TANDEM_STRING(TANDEM_ISA), attend_item, pack, unpack, read, dot, multiply_adds};
 
 }  // namespace tandem::TANDEM_ISA

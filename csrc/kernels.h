@@ -49,4 +49,8 @@ const std::vector<Isa>& isas();
 // best of them: what no kernel can exceed.
 double read_gbps(WorkerPool& pool, const KernelTable& kernels, const char* buffer, int64_t num_bytes);
 
+// 1e9 multiply-adds per second, of the instruction that bf16 products use, from registers alone, on all threads at
+// once, the best of a few passes of about a millisecond: what no product can exceed, wherever its operands lie.
+double dot_gops(WorkerPool& pool, const KernelTable& kernels);
+
 }  // namespace tandem

@@ -13,6 +13,9 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON) && !defined(TANDEM_PORTABLE)  // every aarch64 has NEON; portable is the text without it
+#define TANDEM_NEON
+#include <arm_neon.h>
 #endif
 
 #if defined(__AMX_BF16__)
@@ -31,6 +34,14 @@
 #define TANDEM_ISA avx2
 #define TANDEM_LANES 8
 #define TANDEM_MAX_TILE_ROWS 3
+#elif defined(TANDEM_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define TANDEM_ISA neon_bf16
+#define TANDEM_LANES 4
+#define TANDEM_MAX_TILE_ROWS 5  // 32 registers: g++ 12 spills 2 of 72 instructions in the loop over k, with 6 rows 18
+#elif defined(TANDEM_NEON)
+#define TANDEM_ISA neon
+#define TANDEM_LANES 4
+#define TANDEM_MAX_TILE_ROWS 4  // a panel row is widened to 8 registers: none spilled, with 5 rows 10
 #else
 #define TANDEM_ISA portable
 #define TANDEM_LANES 4
@@ -59,6 +70,8 @@ inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline float reduce_max(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
+#elif defined(TANDEM_NEON)
+  return vmaxvq_f32((float32x4_t)v);
 #else
   float lanes[kLanes];
   store(lanes, v);
@@ -71,6 +84,8 @@ inline float reduce_max(Vec v) {
 inline float reduce_add(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
+#elif defined(TANDEM_NEON)
+  return vaddvq_f32((float32x4_t)v);
 #else
   float lanes[kLanes];
   store(lanes, v);
@@ -133,6 +148,10 @@ inline Vec widen_half(const void* p) {
   return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#elif defined(TANDEM_NEON)
+  float16x4_t halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return (Vec)vcvt_f32_f16(halves);
 #else
   typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
   Halves halves;
@@ -188,6 +207,7 @@ struct Bf16Wide {
 };
 
 #if defined(__AVX512BF16__)
+#define TANDEM_BF16_DOT
 // A weight is a high and a low bf16 part, so that rounding it costs 2^-17, not 2^-9: q rounded once would put an
 // error of 0.1 on scores of sigma 11. The low parts of p take a fifth of a tile's time; where they are all zero
 // (a bf16 q), kSplit = false leaves the second instruction out.
@@ -219,7 +239,60 @@ struct Bf16Dot {
     return (Vec)sum;
   }
 };
+#elif defined(TANDEM_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define TANDEM_BF16_DOT
+// The same with BFDOT, which adds the two products, and their sum to the accumulator, each time rounding to odd: an
+// error below one unit in the last place (2^-23), of either sign alike, where a multiply-add has half of one.
+// Subnormal numbers count as zero.
+template <bool kSplit>
+struct Bf16Dot {
+  static constexpr DType kDType = DType::kBFloat16;
+  static constexpr bool kIsDot = true, kIsSplit = kSplit;
+  using Panel = bfloat16x8_t;
+  struct Weight {
+    bfloat16x8_t high, low;
+  };
+  static void put(Vec w, int64_t i, int64_t n, uint32_t* out) {
+    char* const high = reinterpret_cast<char*>(out) + 2 * i;
+    const bfloat16x4_t h = vcvt_bf16_f32((float32x4_t)w);
+    std::memcpy(high, &h, sizeof h);
+    if constexpr (kSplit) {
+      const bfloat16x4_t l = vcvt_bf16_f32((float32x4_t)w - vcvt_f32_bf16(h));
+      std::memcpy(high + 2 * n, &l, sizeof l);
+    }
+  }
+  static Panel panel(const char* p) {
+    Panel pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+  }
+  static bfloat16x8_t pair(uint32_t bits) { return vreinterpretq_bf16_u32(vdupq_n_u32(bits)); }
+  static Weight weight(const uint32_t* w, int64_t k, int64_t num_k) {
+    return {pair(w[k]), kSplit ? pair(w[num_k + k]) : bfloat16x8_t{}};
+  }
+  static Vec mac(Vec acc, Panel m, Weight w) {
+    float32x4_t sum = vbfdotq_f32((float32x4_t)acc, m, w.high);
+    if constexpr (kSplit) sum = vbfdotq_f32(sum, m, w.low);
+    return (Vec)sum;
+  }
+};
 #endif
+
+// For all that the compiler knows, the register holds other numbers from here on.
+template <class Register>
+inline void hide(Register& x) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm volatile("" : "+w"(x));
+#else
+  asm volatile("" : "+m"(x));
+#endif
+}
+inline void hide(Bf16Wide::Panel& panel) {
+  hide(panel.even);
+  hide(panel.odd);
+}
 
 // ---- Moves ---------------------------------------------------------------------------------------------------------
 
@@ -275,6 +348,24 @@ inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t 
   for (int i = 0; i < 16; i += 8) {
     for (int j = 0; j < 16; j += 8) {
       transpose8(src + i * src_stride + j * 4, src_stride, dst + j * dst_stride + i * 4, dst_stride);
+    }
+  }
+}
+#elif defined(TANDEM_NEON)
+inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
+  for (int bi = 0; bi < 16; bi += 4) {
+    for (int bj = 0; bj < 16; bj += 4) {
+      uint32x4_t a[4], b[4];
+      for (int i = 0; i < 4; ++i) std::memcpy(&a[i], src + (bi + i) * src_stride + bj * 4, sizeof a[i]);
+      for (int i = 0; i < 4; i += 2) {
+        b[i] = vtrn1q_u32(a[i], a[i + 1]);
+        b[i + 1] = vtrn2q_u32(a[i], a[i + 1]);
+      }
+      for (int j = 0; j < 4; ++j) {
+        const uint64x2_t even = vreinterpretq_u64_u32(b[j % 2]), odd = vreinterpretq_u64_u32(b[2 + j % 2]);
+        const uint64x2_t column = j < 2 ? vtrn1q_u64(even, odd) : vtrn2q_u64(even, odd);
+        std::memcpy(dst + (bj + j) * dst_stride + bi * 4, &column, sizeof column);
+      }
     }
   }
 }

@@ -1,5 +1,7 @@
 #include "worker_pool.h"
 
+#include <pthread.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -7,6 +9,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace tandem {
@@ -23,6 +26,15 @@ inline void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// A processor that was taken from this process meanwhile leaves the thread where it is, as Linux does with pinned
+// threads of a processor that goes offline.
+void pin_this_thread(int cpu) {
+  cpu_set_t only;
+  CPU_ZERO(&only);
+  CPU_SET(cpu, &only);
+  pthread_setaffinity_np(pthread_self(), sizeof only, &only);
 }
 
 }  // namespace
@@ -58,6 +70,15 @@ struct WorkerPool::Crew {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) run_item(i);
   }
 
+  // The crew's next thread; `cpus` outlive it.
+  void hire(const std::vector<int>& cpus) {
+    const size_t number = threads.size() + 1;  // the caller is 0
+    threads.emplace_back([this, &cpus, number] {
+      if (!cpus.empty()) pin_this_thread(cpus[number % cpus.size()]);
+      work();
+    });
+  }
+
   void work() {
     int64_t seen = 0;
     while (true) {
@@ -79,7 +100,8 @@ struct WorkerPool::Crew {
   }
 };
 
-WorkerPool::WorkerPool(int num_threads) : num_threads_(num_threads < 1 ? 1 : num_threads), crew_(new Crew) {}
+WorkerPool::WorkerPool(int num_threads, std::vector<int> cpus)
+    : num_threads_(num_threads < 1 ? 1 : num_threads), cpus_(std::move(cpus)), crew_(new Crew) {}
 
 WorkerPool::~WorkerPool() {
   Crew* const crew = crew_.load();
@@ -116,7 +138,7 @@ void WorkerPool::run(int64_t num_items, const std::function<void(int64_t)>& run_
   }
   Crew& c = crew();
   std::lock_guard<std::mutex> my_turn(c.turn);
-  while (static_cast<int>(c.threads.size()) < num_threads_ - 1) c.threads.emplace_back([&c] { c.work(); });
+  while (static_cast<int>(c.threads.size()) < num_threads_ - 1) c.hire(cpus_);
   {
     std::lock_guard<std::mutex> lock(c.mutex);
     c.job = &run_item;

@@ -4,13 +4,15 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace tandem {
 
 class WorkerPool {
  public:
-  // `num_threads` counts the caller, who works too; the others start with the first job that needs them.
-  explicit WorkerPool(int num_threads);
+  // `num_threads` counts the caller, who works too; the others start with the first job that needs them. Where `cpus`
+  // are given, each of the others runs on one of them alone, the first being left to the caller, who may run anywhere.
+  explicit WorkerPool(int num_threads, std::vector<int> cpus = {});
   ~WorkerPool();
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
@@ -31,6 +33,7 @@ class WorkerPool {
   Crew& crew();
 
   const int num_threads_;
+  const std::vector<int> cpus_;
   std::atomic<Crew*> crew_;
 };
 

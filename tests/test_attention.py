@@ -1,6 +1,9 @@
 """A decode step and a prefill chunk over near and far pages equal dense causal attention, however tokens arrive."""
 
 import math
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from itertools import accumulate
@@ -12,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tandemkv import attention
+from tandemkv import attention, machine
 from tandemkv.attention import decode_step, extend_and_attend, prefill_chunk, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, LayerKV
 from tandemkv.errors import InputError
@@ -345,3 +348,27 @@ def test_dense_attention_agrees_with_the_reference() -> None:
     out, lse = dense_attention(q, k, v, causal_visible(40, 40, kv.kv_start), SCALE)
     torch.testing.assert_close(out, truth.out)
     torch.testing.assert_close(lse, truth.lse)
+
+
+MASKS = """
+import os
+import torch
+from tandemkv.attention import worker_pool
+from tandemkv.kernels import cpu
+torch.set_num_threads(2)
+buffer = torch.ones(64 << 20, dtype=torch.uint8)
+before = set(os.listdir("/proc/self/task"))
+cpu.read_gbps(worker_pool(), buffer)
+started = set(os.listdir("/proc/self/task")) - before
+print([sorted(os.sched_getaffinity(int(thread))) for thread in started], sorted(os.sched_getaffinity(0)))
+"""
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_workers_are_pinned_where_the_user_asks(pinned: bool) -> None:
+    usable = sorted(os.sched_getaffinity(0))
+    if min(len(usable), machine.default_threads()) < 2:
+        pytest.skip("one processor: there is no worker beside the caller")
+    environ = os.environ | {"TANDEMKV_PIN_WORKERS": str(int(pinned))}
+    done = subprocess.run([sys.executable, "-c", MASKS], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"[{usable[1:2] if pinned else usable}] {usable}"

@@ -75,6 +75,37 @@ def test_last_line_is_the_contract(
     assert result["ratio_to_transformers"] == pytest.approx(peers_ms["transformers"] / ours_ms)
     assert result["ours_gbps"] == pytest.approx(2 * 2 * 1024 * 64 * 2 / ours_ms / 1e6)
     assert result["share_of_read"] == pytest.approx(result["ours_gbps"] / result["read_gbps"])
+    assert result["share_of_limit"] > 0
+
+
+def test_the_limit_is_the_slower_of_reading_and_multiplying(row: contest.Row) -> None:
+    kv_us = SHAPE.kv_bytes / 100e3  # at 100 GB/s
+    fixed = replace(row, read_gbps_by_threads={1: 50.0, 2: 100.0}, ours_ms=2 * kv_us / 1e3, multiply_adds=6)
+    num_pairs = 2 * 1024 * 64  # KV heads, tokens, dims: an element of K and one of V each
+    slow = replace(fixed, dot_gops=num_pairs * 6 / (1.5 * kv_us) / 1e3)
+    assert slow.arithmetic_limit_us == pytest.approx(1.5 * kv_us)
+    assert slow.share_of_limit == pytest.approx(0.75)
+    fast = replace(fixed, dot_gops=1e6)
+    assert fast.share_of_limit == pytest.approx(fast.share_of_read(fast.ours_ms)) == pytest.approx(0.5)
+    tiles = replace(slow, multiply_adds=0)
+    assert tiles.arithmetic_limit_us is None
+    assert tiles.share_of_limit == pytest.approx(0.5)
+
+
+def test_every_group_size_is_measured_without_peers(
+    rules: contest.Rules, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [shape.group_size for shape in attend.GROUPS] == list(range(1, 17))
+    assert {attend.HEADLINE} < set(attend.GROUPS)
+    assert not attend.GROUPS_RULES.peers
+    monkeypatch.setattr(attend, "HEADLINE", SHAPE)
+    monkeypatch.setattr(attend, "GROUPS", {SHAPE: (2,), replace(SHAPE, num_q_heads=6): (2,)})
+    monkeypatch.setattr(attend, "GROUPS_RULES", replace(rules, peers={}))
+    monkeypatch.setattr(attend, "spinning_peers_ms", lambda: pytest.fail("there are no peers"))
+    assert attend.main(["--groups", "--json"]) == 0
+    output = capsys.readouterr().out
+    assert "limit: " in output
+    assert [found["shape"] for found in json.loads(output.splitlines()[-1])["rows"]] == ["4:2x64 at 1K", "6:2x64 at 1K"]
 
 
 def test_wrong_and_missing_peers_are_not_timed(row: contest.Row) -> None:

@@ -48,7 +48,8 @@ def test_json_schema(report: doctor.Report) -> None:
     assert shape["isas"] == shape["backends"] == [choice]
     assert shape["versions"] == dict.fromkeys(("python", "torch", "transformers", "tandemkv"), str)
     assert shape["processor"]["name"] is str
-    assert set(data["threads"]) == {"usable_cpus", "quota_cpus", "torch_threads", "default_threads", "spin"}
+    counts = {"usable_cpus", "quota_cpus", "torch_threads", "default_threads", "pinned_cpus", "spin"}
+    assert set(data["threads"]) == counts
     assert shape["threads"]["spin"] == {"passive": bool, "setting": str}
     assert set(data["memory"]) == {"total_bytes", "free_bytes", "cgroup"}
     assert shape["available"] == {"num_bytes": int, "limit": str}
@@ -56,7 +57,8 @@ def test_json_schema(report: doctor.Report) -> None:
     assert shape["read_bandwidth"] == {"buffer_bytes": int, "speeds": [speed], "missing": str}
     assert set(data["gpus"]) == {"devices", "missing"}
     assert isinstance(data["warnings"], list)
-    assert len(data) == 11
+    assert shape["huge_pages"] == {"enabled": str, "num_bytes": int}
+    assert len(data) == 12
 
 
 def test_the_isa_in_use_is_the_one_that_attend_takes(report: doctor.Report) -> None:
@@ -151,7 +153,7 @@ def test_a_gpu_that_torch_cannot_use_is_explained_in_torchs_words(monkeypatch: p
 
 
 def threads(quota_cpus: float | None, spin: machine.Spin) -> doctor.Threads:
-    return doctor.Threads(16, quota_cpus, 8, 2, spin)
+    return doctor.Threads(16, quota_cpus, 8, 2, (), spin)
 
 
 def test_warnings_name_the_knob() -> None:
@@ -171,6 +173,7 @@ def test_the_printed_report_holds_every_subject(report: doctor.Report) -> None:
             report,
             memory=machine.Memory(64 * GIB, 60 * GIB, cgroup),
             available=machine.Available(5 * GIB, "cgroup limit"),
+            huge_pages=machine.HugePages("madvise", 2 << 20),
             numa_nodes=(cxl,),
             gpus=doctor.Gpus((), "driver [too] old"),
             warnings=("mend [this]",),
@@ -181,6 +184,7 @@ def test_the_printed_report_holds_every_subject(report: doctor.Report) -> None:
         *(backend.reason for backend in report.backends),
         "8.00 GiB, 3.00 GiB used",
         "5.00 GiB, limited by the cgroup limit",
+        "transparent of 2.00 MiB, enabled: madvise; used by pools in host memory",
         "128.00 GiB, memory only (CXL or HBM), distances 0:50 1:10, 28 GB/s by firmware, 250 ns by firmware",
         f"{report.read_bandwidth.speeds[0].read_gbps:.1f} GB/s over 256.00 MiB",
         "driver [too] old",

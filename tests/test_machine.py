@@ -1,5 +1,7 @@
 """machine.py on made-up procfs and sysfs trees, and on the machine itself."""
 
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tandemkv import machine
-from tandemkv.errors import UnavailableError
+from tandemkv.errors import InputError, UnavailableError
 
 GIB = 1 << 30
 
@@ -231,6 +233,53 @@ def test_numa_nodes_are_ordered_by_number_and_may_have_gaps(tmp_path: Path) -> N
 
 def test_a_kernel_without_numa_lists_no_node(tmp_path: Path) -> None:
     assert machine.numa_nodes(tmp_path) == ()
+
+
+@pytest.mark.parametrize("value", [None, "0"])
+def test_no_worker_is_pinned_unless_asked(value: str | None) -> None:
+    assert machine.pinned_cpus({} if value is None else {"TANDEMKV_PIN_WORKERS": value}) == ()
+
+
+def test_workers_are_pinned_to_what_this_process_may_use(sixteen_cpus: None) -> None:
+    assert machine.pinned_cpus({"TANDEMKV_PIN_WORKERS": "1"}) == tuple(range(16))
+
+
+@pytest.mark.parametrize("value", ["", "yes", "2", " 1"])
+def test_other_values_of_pinning_are_refused(value: str) -> None:
+    with pytest.raises(InputError, match=f"TANDEMKV_PIN_WORKERS must be 0 or 1, got '{value}'"):
+        machine.pinned_cpus({"TANDEMKV_PIN_WORKERS": value})
+
+
+HUGE = "sys/kernel/mm/transparent_hugepage/"
+
+
+@pytest.mark.parametrize(
+    ("enabled", "num_bytes", "expected", "used"),
+    [
+        ("always [madvise] never\n", "2097152\n", ("madvise", 2 << 20), True),
+        ("[always] madvise never\n", "2097152\n", ("always", 2 << 20), True),
+        ("always madvise [never]\n", "2097152\n", ("never", 2 << 20), False),
+        ("[always] madvise never\n", "536870912\n", ("always", 512 << 20), False),  # Arm with pages of 64 KiB
+        ("", "", ("never", 0), False),
+    ],
+)
+def test_huge_pages_are_used_where_they_are_allowed_and_small(
+    tmp_path: Path, enabled: str, num_bytes: str, expected: tuple[str, int], used: bool
+) -> None:
+    found = machine.huge_pages(write(tmp_path, {HUGE + "enabled": enabled, HUGE + "hpage_pmd_size": num_bytes}))
+    assert (found.enabled, found.num_bytes) == expected
+    assert found.used == used
+    assert machine.huge_pages(tmp_path / "nowhere") == machine.HugePages("never", 0)
+
+
+def test_advice_is_no_error_where_huge_pages_are_off_or_the_buffer_is_small(tmp_path: Path) -> None:
+    with mmap.mmap(-1, 8 << 20) as memory:
+        view = ctypes.c_char.from_buffer(memory)
+        address = ctypes.addressof(view)
+        assert not machine.advise_huge_pages(address, 8 << 20, tmp_path)
+        assert not machine.advise_huge_pages(address, (2 << 20) - 1)
+        assert not machine.advise_huge_pages(address, 0)
+        del view
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ namespace tandem {
 //   score     a dot product of head_dim terms, each rounded at most twice as a product and a sum and twice more where
 //             a weight has two parts, then times scale: (4 head_dim + 1) u sum|q k| scale. Where q is float32 and K
 //             bfloat16, q is a high and a low bf16 part, each right to 2^-9 of what is left: 2^-17 covers both.
+//             BFDOT has steps of up to 2 u, but two of them for a pair of terms (head_dim + 2 for each part): no more.
+//             It takes subnormal numbers for 0, which costs 2^-126 a term: nothing beside the exponent's 8 u.
 //             A soft cap passes errors on at most as they are, divides, multiplies and has a tanh right to 8 u: 10 u of
 //             the capped score.
 //   exponent  score - maximum, and the differences of running maxima, which add up to at most twice the largest
@@ -24,7 +26,7 @@ namespace tandem {
 //   weight    exp is right to 2 ulp = 4 u; one more for the product, at every tile that raises the maximum, and a tile
 //             holds at least 16 tokens: 5 u (tokens / 16 + 2).
 //   sum       tokens terms, above and below the fraction line: 2 tokens u each, and a few for merge and division;
-//             in bfloat16 V the weights are two bf16 parts: 2^-17.
+//             in bfloat16 V the weights are two bf16 parts: 2^-17. BFDOT: (tokens / 2 + 1) 2 u for each part, the same.
 // An error e in every exponent changes a normalised weight by at most the factor exp(2 e).
 struct Expected {
   std::vector<double> out, out_tolerance;

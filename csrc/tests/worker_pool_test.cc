@@ -1,6 +1,7 @@
 // The worker pool: every item once, callers taking turns, life after fork.
 #include "worker_pool.h"
 
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -8,6 +9,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -103,15 +105,6 @@ void callers_take_turns() {
   CHECK(num_wrong == 0, num_wrong);
 }
 
-void destroyed_while_idle() {
-  for (int round = 0; round < 50; ++round) {
-    auto pool = std::make_unique<WorkerPool>(4);
-    if (round % 5 != 0) CHECK(each_item_once(*pool, 9));  // every fifth never started its threads
-    if (round % 7 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    pool.reset();
-  }
-}
-
 // Runs `body` in a forked child; true where it returned true before half a minute passed.
 template <class Body>
 bool holds_in_child(const Body& body) {
@@ -122,6 +115,56 @@ bool holds_in_child(const Body& body) {
   }
   int status = 0;
   return waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+// Three threads, each in one item at a time: the caller where it was, the others on processors in turn.
+bool is_pinned(WorkerPool& pool, const std::vector<int>& cpus, const cpu_set_t& all) {
+  const std::thread::id caller = std::this_thread::get_id();
+  std::vector<int> num_on(CPU_SETSIZE, 0);
+  std::atomic<int> arrived{0}, caller_free{0};
+  std::mutex mutex;
+  pool.run(3, [&](int64_t) {
+    arrived.fetch_add(1);
+    while (arrived.load() < 3) std::this_thread::yield();
+    std::lock_guard<std::mutex> lock(mutex);
+    cpu_set_t mine;
+    sched_getaffinity(0, sizeof mine, &mine);
+    if (std::this_thread::get_id() == caller) {
+      caller_free += CPU_EQUAL(&mine, &all);
+    } else if (CPU_COUNT(&mine) == 1) {
+      for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) num_on[cpu] += CPU_ISSET(cpu, &mine);
+    }
+  });
+  std::vector<int> expected(CPU_SETSIZE, 0);
+  for (const size_t number : {1, 2}) ++expected[cpus[number % cpus.size()]];
+  return caller_free == 1 && num_on == expected;
+}
+
+void pinned() {
+  cpu_set_t all;
+  CHECK(sched_getaffinity(0, sizeof all, &all) == 0);
+  std::vector<int> cpus;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET(cpu, &all)) cpus.push_back(cpu);
+  }
+  WorkerPool pool(3, cpus), first(3, {cpus[0]}), gone(3, {CPU_SETSIZE - 1});
+  for (int round = 0; round < 20; ++round) {
+    CHECK(is_pinned(pool, cpus, all), round);
+    CHECK(is_pinned(first, {cpus[0]}, all), round);
+  }
+  CHECK(each_item_once(gone, 100));  // no such processor: the threads stay where they are
+#if !defined(__SANITIZE_THREAD__)
+  CHECK(holds_in_child([&] { return is_pinned(pool, cpus, all); }));
+#endif
+}
+
+void destroyed_while_idle() {
+  for (int round = 0; round < 50; ++round) {
+    auto pool = std::make_unique<WorkerPool>(4);
+    if (round % 5 != 0) CHECK(each_item_once(*pool, 9));  // every fifth never started its threads
+    if (round % 7 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    pool.reset();
+  }
 }
 
 void used_after_fork() {
@@ -187,6 +230,7 @@ int main(int argc, char** argv) {
                              {"one thread is the caller", one_thread_is_the_caller},
                              {"threads work at once", threads_work_at_once},
                              {"callers take turns", callers_take_turns},
+                             {"pinned", pinned},
                              {"destroyed while idle", destroyed_while_idle}};
 #if !defined(__SANITIZE_THREAD__)  // ThreadSanitizer itself dies of threads that a forked child starts
   tests.push_back({"used after fork", used_after_fork});

@@ -82,10 +82,13 @@ def extend_and_attend(
 
 @cache
 def worker_pool() -> "WorkerPool":
-    """The process's native threads: as many as torch uses, but no more than the cgroup grants."""
+    """The process's native threads: as many as torch uses, but no more than the cgroup grants.
+
+    With TANDEMKV_PIN_WORKERS=1 each but the caller's stays on a processor of its own; InputError for other values.
+    """
     from tandemkv.kernels.cpu import WorkerPool
 
-    return WorkerPool(min(torch.get_num_threads(), machine.default_threads()))
+    return WorkerPool(min(torch.get_num_threads(), machine.default_threads()), machine.pinned_cpus())
 
 
 def _decode_on_device(

@@ -62,6 +62,9 @@ def doctor(as_json: AsJson = False) -> None:
 
     Takes a few seconds and up to 1 GiB, to measure how fast memory is read.
 
+    Settings are environment variables: TANDEMKV_PIN_WORKERS=1 keeps each attention thread on a processor of its own;
+    GOMP_SPINCOUNT and OMP_WAIT_POLICY say how torch's threads wait (the command line sets GOMP_SPINCOUNT=0).
+
     Example: tandemkv doctor --json | jq .read_bandwidth
     """
     from tandemkv.doctor import collect, print_report

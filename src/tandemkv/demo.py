@@ -270,7 +270,7 @@ def decode_in_turn(
 
     One step that is not counted goes first. The times carry the probe as "read_gbps".
     """
-    buffer = torch.ones(PROBE_BYTES, dtype=torch.uint8)
+    buffer = cpu.probe_buffer(PROBE_BYTES)
     times: dict[str, list[float]] = {name: [] for name in [*runs, "read_gbps"]}
     logits: dict[str, Tensor] = {}
     for step in range(num_steps + 1):

@@ -45,12 +45,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Threads:
-    """Processors that may be used, the cgroup's quota, what torch uses, what we use, and how OpenMP waits."""
+    """Processors that may be used, the cgroup's quota, what torch uses, what we use and where, how OpenMP waits."""
 
     usable_cpus: int
     quota_cpus: float | None
     torch_threads: int
     default_threads: int
+    pinned_cpus: tuple[int, ...]
     spin: machine.Spin
 
 
@@ -98,6 +99,7 @@ class Report:
     threads: Threads
     memory: machine.Memory
     available: machine.Available
+    huge_pages: machine.HugePages
     numa_nodes: tuple[machine.NumaNode, ...]
     read_bandwidth: ReadBandwidth
     gpus: Gpus
@@ -123,6 +125,7 @@ def collect(probe_bytes: int = PROBE_BYTES) -> Report:
         threads=threads,
         memory=memory,
         available=memory.available,
+        huge_pages=machine.huge_pages(),
         numa_nodes=machine.numa_nodes(),
         read_bandwidth=_read_bandwidth(cpu, native_missing, threads.default_threads, probe_bytes, memory.available),
         gpus=gpus,
@@ -169,6 +172,7 @@ def _threads() -> Threads:
         quota_cpus=machine.quota_cpus(),
         torch_threads=torch.get_num_threads(),
         default_threads=min(machine.default_threads(), torch.get_num_threads()),
+        pinned_cpus=machine.pinned_cpus(),
         spin=machine.spin(),
     )
 
@@ -182,7 +186,7 @@ def _read_bandwidth(
     if num_bytes < _LEAST_PROBE_BYTES:
         left = f"{format_bytes(available.num_bytes)} left ({available.limit})"
         return ReadBandwidth(0, (), f"needs 4 x {format_bytes(_LEAST_PROBE_BYTES)} of free memory, {left}")
-    buffer = torch.ones(num_bytes, dtype=torch.uint8)  # written, or every page would be the kernel's one page of zeros
+    buffer = cpu.probe_buffer(num_bytes)
     pools = [cpu.WorkerPool(count) for count in sorted({1, num_threads})]
     best = [0.0] * len(pools)
     deadline = time.monotonic() + _PROBE_SECONDS
@@ -300,9 +304,11 @@ def _thread_rows(threads: Threads) -> list[tuple[str, str]]:
     quota = "no cgroup quota" if threads.quota_cpus is None else f"cgroup quota {threads.quota_cpus:g}"
     waits = "passively" if threads.spin.passive else "[yellow]spinning[/yellow]"
     setting = f" ({escape(threads.spin.setting)})" if threads.spin.setting else ""
+    cpus = " ".join(map(str, threads.pinned_cpus))
     return [
         ("processors", f"{threads.usable_cpus} usable, {quota}"),
         ("threads", f"{threads.default_threads} for attention, {threads.torch_threads} for torch"),
+        ("workers", f"pinned to one processor each: {cpus}" if cpus else f"not pinned; {machine.PIN_VARIABLE}=1 pins"),
         ("OpenMP waits", f"{waits}{setting}; programs of your own set GOMP_SPINCOUNT=0 before torch is imported"),
     ]
 
@@ -314,8 +320,15 @@ def _memory_rows(report: Report) -> list[tuple[str, str]]:
         ("physical", format_bytes(report.memory.total_bytes)),
         ("cgroup limit", limit),
         ("available", f"{format_bytes(report.available.num_bytes)}, limited by the {report.available.limit}"),
+        ("huge pages", _huge_page_text(report.huge_pages)),
         *(_node_row(node) for node in report.numa_nodes),
     ]
+
+
+def _huge_page_text(huge_pages: machine.HugePages) -> str:
+    size = f" of {format_bytes(huge_pages.num_bytes)}" if huge_pages.num_bytes else ""
+    use = "used by pools in host memory" if huge_pages.used else "not used by pools"
+    return f"transparent{size}, enabled: {huge_pages.enabled}; {use}"
 
 
 def _node_row(node: machine.NumaNode) -> tuple[str, str]:

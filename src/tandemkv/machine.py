@@ -1,9 +1,10 @@
-"""What this machine is: processor, threads, memory and the limits on both, NUMA nodes, and how OpenMP waits.
+"""What this machine is: processor, threads, memory, the limits on both, NUMA nodes, huge pages, how OpenMP waits.
 
 Standard library only: the command line asks before torch is imported. Everything is read from procfs and sysfs below
 `root`, so that a made-up tree answers like a real one. A file that is missing sets no limit.
 """
 
+import ctypes
 import math
 import os
 import platform
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from tandemkv.errors import UnavailableError
+from tandemkv.errors import InputError, UnavailableError
 
 ROOT = Path("/")
 
@@ -25,6 +26,13 @@ FLAGS = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "svebf16"),
 )
 """The processor flags that decide how fast attention can be, in the kernel's spelling (x86, then Arm)."""
+
+PIN_VARIABLE = "TANDEMKV_PIN_WORKERS"
+
+HUGE_PAGE_BYTES = 2 << 20
+"""Where kernels have larger ones (32 MiB and more with Arm's larger pages), one token would take that much memory."""
+
+_MADV_HUGEPAGE = 14
 
 _UNLIMITED_BYTES = 1 << 62
 """cgroup v1 writes "no limit" as the largest multiple of the page size in 63 bits, which differs between kernels."""
@@ -106,6 +114,22 @@ class Spin:
     setting: str
 
 
+@dataclass(frozen=True)
+class HugePages:
+    """What Linux says of transparent huge pages (always, madvise, never), their size, and whether our pools use them.
+
+    Where it says nothing, that is never and 0.
+    """
+
+    enabled: str
+    num_bytes: int
+
+    @property
+    def used(self) -> bool:
+        """Whether advice is given and taken."""
+        return self.enabled in ("always", "madvise") and self.num_bytes == HUGE_PAGE_BYTES
+
+
 def processor(root: Path = ROOT) -> Processor:
     """The first processor of /proc/cpuinfo."""
     fields: dict[str, str] = {}
@@ -131,6 +155,17 @@ def default_threads(root: Path = ROOT) -> int:
     """Threads worth starting: usable processors, but no more than the cgroup quota rounded up; at least 1."""
     quota = quota_cpus(root)
     return usable_cpus() if quota is None else max(1, min(usable_cpus(), math.ceil(quota)))
+
+
+def pinned_cpus(environ: Mapping[str, str] = os.environ) -> tuple[int, ...]:
+    """Processors to pin our threads to, one each: those of this process where TANDEMKV_PIN_WORKERS is 1, else none.
+
+    Raises InputError where it is neither 0 nor 1.
+    """
+    wanted = environ.get(PIN_VARIABLE, "0")
+    if wanted not in ("0", "1"):
+        raise InputError(f"{PIN_VARIABLE} must be 0 or 1, got {wanted!r}")
+    return tuple(sorted(os.sched_getaffinity(0))) if wanted == "1" else ()
 
 
 def memory(root: Path = ROOT) -> Memory:
@@ -159,6 +194,28 @@ def numa_nodes(root: Path = ROOT) -> tuple[NumaNode, ...]:
     """The nodes that the kernel lists, by number; empty where it knows nothing of NUMA."""
     paths = {int(path.name[len("node") :]): path for path in (root / "sys/devices/system/node").glob("node[0-9]*")}
     return tuple(_numa_node(node, paths[node], sorted(paths)) for node in sorted(paths))
+
+
+def huge_pages(root: Path = ROOT) -> HugePages:
+    """The machine's setting of transparent huge pages."""
+    settings = root / "sys/kernel/mm/transparent_hugepage"
+    enabled = re.search(r"\[(\w+)\]", _read(settings / "enabled"))
+    num_bytes = _read(settings / "hpage_pmd_size")
+    return HugePages(enabled[1] if enabled else "never", int(num_bytes) if num_bytes.isdigit() else 0)
+
+
+def advise_huge_pages(address: int, num_bytes: int, root: Path = ROOT) -> bool:
+    """Ask Linux for huge pages in the aligned inside of a buffer, without touching it; whether it agreed.
+
+    The buffer is still taken from the machine only as it is written, 2 MiB at a time. Where huge pages are off, or the
+    buffer holds none, nothing happens.
+    """
+    begin = -(-address // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    end = (address + num_bytes) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if begin >= end or not huge_pages(root).used:
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE) == 0)
 
 
 def spin(environ: Mapping[str, str] = os.environ) -> Spin:

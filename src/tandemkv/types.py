@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from tandemkv import machine
 from tandemkv.errors import InputError
 
 BLOCK_TOKENS = 16
@@ -130,13 +131,19 @@ class Arena:
         *,
         v_head_dim: int | None = None,
     ) -> "Arena":
-        """Uninitialised arenas; v_head_dim is head_dim where it is None. Host memory is taken by the first write."""
+        """Uninitialised arenas; v_head_dim is head_dim where it is None.
+
+        Host memory is taken by the first write of a page, as huge pages where the machine allows them.
+        """
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         shape = (num_slots, num_kv_heads, layout.page_size)
         k, v = (
             torch.empty((*shape, layout.stored_dim(dim)), dtype=layout.dtype, device=device)
             for dim in (head_dim, v_head_dim)
         )
+        for x in (k, v):
+            if x.device.type == "cpu":
+                machine.advise_huge_pages(x.data_ptr(), x.nbytes)
         return Arena(k, v, layout, head_dim, v_head_dim)
 
     def check_tokens(self, num_seqs: int, k: Tensor, v: Tensor) -> None:

@@ -1,6 +1,8 @@
 """The nouns check themselves: sizes, layouts, arenas."""
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandemkv import machine
 from tandemkv.errors import InputError, TandemError
 from tandemkv.types import Arena, Packing, PageLayout, ScoreRule, format_bytes, parse_bytes
 
@@ -180,3 +183,28 @@ def test_an_input_error_is_a_value_error_of_ours() -> None:
 def test_parse_bytes_refuses_what_is_no_size(size: object) -> None:
     with pytest.raises(InputError, match="expected a size such as '16GiB'"):
         parse_bytes(size)  # type: ignore[arg-type]
+
+
+def of_mapping(address: int) -> dict[str, str]:
+    """The fields that /proc/self/smaps has for the mapping of an address."""
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]:
+        begin, end = (int(word, 16) for word in mapping.split(" ", 1)[0].split("-"))
+        if begin <= address < end:
+            return dict(re.findall(r"^(\w+): +(.*?) *$", mapping, flags=re.MULTILINE))
+    raise AssertionError(f"no mapping of {address:#x}")
+
+
+def test_memory_of_an_arena_is_taken_as_it_fills_in_huge_pages() -> None:
+    if not machine.huge_pages().used:
+        pytest.skip(f"no transparent huge pages of 2 MiB for who asks: {machine.huge_pages()}")
+    arena = Arena.allocate(PageLayout(torch.bfloat16), 4096, 4, 128)  # 256 MiB each
+    size = machine.HUGE_PAGE_BYTES
+    for x in (arena.k, arena.v):
+        begin = -(-x.data_ptr() // size) * size
+        fields = of_mapping(begin)
+        assert "hg" in fields["VmFlags"].split()
+        assert (fields["Rss"], fields["AnonHugePages"]) == ("0 kB", "0 kB"), "allocating took memory"
+        x[:80] = 1  # 5 MiB: at least one whole huge page
+        fields = of_mapping(begin)
+        assert 0 < int(fields["AnonHugePages"].split()[0]) * 1024 <= 6 << 20
+        assert int(fields["Rss"].split()[0]) * 1024 <= 8 << 20
