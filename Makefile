@@ -68,12 +68,12 @@ sanitize: $(INSTALLED)  ## the native tests under AddressSanitizer and UBSan, wh
 
 # Nothing has to be installed for it where Debian's packages can be fetched (tools/arm-toolchain.sh). max has bf16 dot
 # products, so that everything runs there; cortex-a57 has none: there the choice is checked, and one test that attends.
-check-arm: $(INSTALLED)  ## the native tests built for Arm (NEON, with and without bf16) and run by qemu: 3 minutes
+check-arm: $(INSTALLED)  ## the native tests built for Arm (NEON, with and without bf16) and run by qemu: 6 minutes
 	tools=$$(tools/arm-toolchain.sh) && export PATH=$$tools:$$PATH && \
 	$(call build_native,arm/native,,$(FOR_ARM)) && \
 	QEMU_CPU=max TANDEM_EXPECT_ISA=neon_bf16 $(call run_native,arm/native,900) && \
 	QEMU_CPU=cortex-a57 TANDEM_EXPECT_ISA=neon qemu-aarch64-static build/arm/native/attend_test instruction && \
-	QEMU_CPU=cortex-a57 qemu-aarch64-static build/arm/native/attend_test runs
+	QEMU_CPU=cortex-a57 qemu-aarch64-static build/arm/native/calls_test runs
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist $(INSTALLED)
