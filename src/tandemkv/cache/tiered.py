@@ -124,7 +124,7 @@ class KVCache:
             raise InputError(
                 f"reserve expects at least one sequence and no negative length, got {num_seqs}, {num_tokens}"
             )
-        self._refuse_other_batch(num_seqs)
+        self._take_batch(num_seqs)
         far_pages = spec.num_far_pages(num_seqs, num_tokens)
         if far_pages > spec.num_far_slots:
             far_tokens = max(0, num_tokens - spec.near_tokens)
@@ -176,7 +176,7 @@ class KVCache:
         """
         self._refuse_if_closed()
         self.settle()
-        self._refuse_other_batch(num_seqs)
+        self._take_batch(num_seqs)
         if self._store is None:
             self.reserve(num_seqs, num_tokens)
         begin, chunk_tokens = self.seq_len, self.spec.chunk_tokens
@@ -350,11 +350,14 @@ class KVCache:
         needs = [member.spec.num_near_slots(member.num_seqs) for member in self._family()]
         self._the_store.near.limit(sum(needs))
 
-    def _refuse_other_batch(self, num_seqs: int) -> None:
+    def _take_batch(self, num_seqs: int) -> None:
+        """InputError where another batch is held; one without tokens makes way."""
         if self._layers and self.num_seqs != num_seqs:
-            raise InputError(
-                f"this cache holds {self.num_seqs} sequences, asked for {num_seqs}: use a new cache or reset()"
-            )
+            if self.seq_len:
+                raise InputError(
+                    f"this cache holds {self.num_seqs} sequences, asked for {num_seqs}: use a new cache or reset()"
+                )
+            self.reset()
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
