@@ -5,6 +5,7 @@ import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tandemkv import machine
-from tandemkv.cache import CacheSpec, KVCache
+from tandemkv.cache import CacheSpec, KVCache, pool
 from tandemkv.cache.layer import PageMap
 from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
 from tandemkv.machine import Available, CgroupMemory, Memory
 from tandemkv.types import format_bytes
 from tests.dense import random_kv
+from tests.interrupts import every_line, interrupted
 
 SPEC = CacheSpec(
     num_layers=2,
@@ -208,6 +210,38 @@ def test_close_and_reset_give_every_byte_back(end: Callable[[KVCache], None]) ->
     del layer
     end(cache)
     assert [arena() for arena in arenas] == [None, None]
+
+
+def test_a_pool_that_is_cut_off_while_it_grows_loses_nothing() -> None:
+    """At every line of the pool, while forks need more near pages than there are."""
+
+    def forked() -> tuple[KVCache, list[KVCache], tuple[Tensor, Tensor]]:
+        cache = KVCache(SPEC)
+        held = fill(cache, 1, 60)
+        return cache, [cache.fork() for _ in range(4)], held
+
+    def grow(made: tuple[KVCache, list[KVCache], tuple[Tensor, Tensor]]) -> None:
+        for fork in made[1]:
+            fork.begin_step(1, 32)
+            for index in range(SPEC.num_layers):
+                fork.layer(index).append(*random_kv(1, 2, 32, 16, SPEC.dtype))
+            fork.end_step()
+
+    where = (str(Path(pool.__file__)),)
+    made = forked()
+    slots = made[0].use()[0].capacity_bytes
+    grow(made)
+    assert made[0].use()[0].capacity_bytes > slots
+    for moment in every_line(forked, grow, "first and last", where):
+        cache, forks, held = made = forked()
+        with interrupted(moment, where), pytest.raises(KeyboardInterrupt):
+            grow(made)
+        assert_holds(cache, *held)
+        for fork in forks:
+            fork.check()
+            assert fork.seq_len in {60, 92}
+            fork.close()
+        assert_holds(cache, *held)
 
 
 def test_layers_of_different_lengths_are_noticed() -> None:
