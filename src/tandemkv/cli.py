@@ -123,7 +123,8 @@ def generate(  # noqa: PLR0913  one argument per option
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default="none")] = None,
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"], typer.Option(help="To run in; auto takes what config.json says.")
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="To run in; auto takes what config.json says."),
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Of the CPU.", show_default="what this machine grants")] = None,
     as_json: AsJson = False,
