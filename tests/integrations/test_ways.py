@@ -180,6 +180,26 @@ def test_a_model_over_several_devices_is_refused(device_map: dict[str, Any]) -> 
     cache.check()
 
 
+def test_a_layer_on_another_device_is_refused() -> None:
+    """Without `generate`: the second layer computes on another device, here that of no memory."""
+    ours = attached(models.llama())
+    cache, attention = tiered(ours), ours.model.layers[1].self_attn
+
+    def moved(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cos, sin = kwargs["position_embeddings"]
+        there = {
+            "hidden_states": kwargs["hidden_states"].to("meta"),
+            "position_embeddings": (cos.to("meta"), sin.to("meta")),
+        }
+        return args, kwargs | there
+
+    attention.to("meta").register_forward_pre_hook(moved, with_kwargs=True)
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="layer 1 is on meta, the cache's near tier on cpu"):
+        ours(models.random_ids(1, 90), past_key_values=cache)
+    cache.check()
+    assert cache.get_seq_length() == 0
+
+
 @pytest.mark.way("`torch.compile(model.forward, fullgraph=True)`, ten caches, one compilation")
 @pytest.mark.filterwarnings("ignore")  # inductor's own, of many kinds
 @pytest.mark.parametrize(
