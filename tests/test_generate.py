@@ -29,6 +29,8 @@ from transformers import (
 
 from tandemkv import cli, machine
 from tandemkv.generate import TextStream
+from tests.models import build, random_ids
+from tests.models import tokenizer as numbered_words
 
 PROMPT = "Once upon a time, in a café by the sea…\n" * 25
 """About 1100 bytes, a token each: two chunks and a rest."""
@@ -188,10 +190,26 @@ def test_a_prompt_of_one_token_from_stdin(run: Run, source: Path, monkeypatch: p
     assert done.report["decode_tokens_per_s"] is None
 
 
-def test_bfloat16_runs_in_bfloat16(run: Run, source: Path, prompt: Path) -> None:
+def test_sixteen_bits_take_half(run: Run, source: Path, prompt: Path) -> None:
     args = (source, "--prompt-file", prompt, "--near-tokens", 128, "--max-new-tokens", 1, "--json")
-    whole, half = (run(*args, "--dtype", dtype).report["tiers"][1]["used_bytes"] for dtype in ("float32", "bfloat16"))
-    assert half * 2 == whole
+    dtypes = ("float32", "bfloat16", "float16")
+    whole, *halves = (run(*args, "--dtype", dtype).report["tiers"][1]["used_bytes"] for dtype in dtypes)
+    assert [half * 2 for half in halves] == [whole, whole]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "gpt_oss", "lfm2", "qwen3_next"])
+def test_other_families(run: Run, tmp_path: Path, family: str) -> None:
+    """Windows and layers of other kinds are in the arithmetic, too."""
+    build(family).save_pretrained(tmp_path)
+    tokenizer = numbered_words()
+    tokenizer.save_pretrained(tmp_path)
+    text = tokenizer.decode(random_ids(1, 400)[0])
+    (tmp_path / "prompt.txt").write_text(text)
+    done = run(
+        tmp_path, "--prompt-file", tmp_path / "prompt.txt", "--near-tokens", 128, "--max-new-tokens", 12, "--json"
+    )
+    assert done.report["new_ids"] == stock(tmp_path, text, 12)[1]
+    assert done.report["tiers"][1]["used_bytes"] > 0
 
 
 def test_it_stops_at_the_end_of_text(run: Run, folder: Path, prompt: Path) -> None:

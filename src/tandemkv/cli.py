@@ -102,9 +102,7 @@ def demo(
 
 @app.command()
 def generate(  # noqa: PLR0913  one argument per option
-    folder: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder: Llama, OPT, Qwen2, Qwen3.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder of a supported family.")],
     *,
     prompt_file: Annotated[
         Path, typer.Option(help="The text to continue, UTF-8, taken as it is (no chat template); - reads stdin.")
