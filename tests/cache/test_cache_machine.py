@@ -99,8 +99,8 @@ class CacheMachine(RuleBasedStateMachine):
         last_chunk = (num_tokens - 1) // self.spec.chunk_tokens * self.spec.chunk_tokens
         needed = self.spec.num_far_pages(member.num_seqs, member.seq_len + last_chunk)
         own = sum(layer.num_far_pages for layer in member.layers) * member.num_seqs
-        far = member.cache.use()[1]
-        return needed - own - (far.capacity_bytes - far.used_bytes) // self.spec.far_page_bytes
+        used = torch.cat([layer.used_slots()[1] for each in self.members for layer in each.layers])
+        return needed - own - (self.spec.num_far_slots - len(torch.unique(used)))  # copies that no table has go
 
     def grow(self, member: Member, num_tokens: int, num_layers: int | None = None) -> None:
         """Append where it fits; where it does not, `begin_step` must say so. Some layers only: a cut-off pass."""

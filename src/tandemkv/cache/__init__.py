@@ -3,6 +3,6 @@
 from tandemkv.cache.layer import Held, LayerKV
 from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
-from tandemkv.cache.tiered import KVCache, TierUse
+from tandemkv.cache.tiered import KVCache, Moment, TierUse
 
-__all__ = ["CacheSpec", "Held", "KVCache", "LayerKV", "PagePool", "TierUse"]
+__all__ = ["CacheSpec", "Held", "KVCache", "LayerKV", "Moment", "PagePool", "TierUse"]

@@ -37,11 +37,15 @@ class Held(NamedTuple):
 
 
 class PageMap(NamedTuple):
-    """Where a layer's tokens lie. slots: int32 `[num_seqs, num_pages]`; near ones from column `num_older` on."""
+    """Where a layer's tokens lie. slots: int32 `[num_seqs, num_pages]`; near ones from column `num_older` on.
+
+    owns_open_page: nobody else has the last page, so that it can be written to; where False, it may be so.
+    """
 
     slots: Tensor
     num_older: int
     seq_len: int
+    owns_open_page: bool = True
 
     @property
     def near_slots(self) -> Tensor:
@@ -69,7 +73,6 @@ class LayerKV:
         self._page_size = store.near.arena.layout.page_size
         self._is_held = False
         self._map = PageMap(torch.zeros((num_seqs, 0), dtype=torch.int32, device="cpu"), 0, 0)
-        self._owns_open_page = True
         self._no_padding = self._kv_start = torch.zeros(num_seqs, dtype=torch.int64, device="cpu")
         self._view: _View | None = None  # kept while pages and padding stay
 
@@ -122,13 +125,13 @@ class LayerKV:
         if not num_pages:
             return
         self._refuse_while_held("demote")
-        slots, num_older, seq_len = self._map
+        slots, num_older, seq_len, owns = self._map
         leaving = self._map.near_slots[:, :num_pages]
         assert (num_older + num_pages) * self._page_size <= seq_len, "only sealed pages leave"
         if self.window is None:
             far = self._store.demote(leaving)
             slots = torch.cat([slots[:, :num_older], far, slots[:, num_older + num_pages :]], 1)
-        self._map = PageMap(slots, num_older + num_pages, seq_len)
+        self._map = PageMap(slots, num_older + num_pages, seq_len, owns)
         self._store.drop_near(leaving)
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -147,13 +150,12 @@ class LayerKV:
         """Hold every token and as many new ones, which the block writes; none is added where the block fails."""
         self._refuse_while_held("append")
         before = self.seq_len
-        if before % self._page_size and not self._owns_open_page:
+        if before % self._page_size and not self._map.owns_open_page:
             self._copy_open_page()
         num_new = -(-(before + num_tokens) // self._page_size) - self._map.slots.shape[1]
         if num_new > 0:
             new = self._store.near.take(num_new * self.num_seqs).view(self.num_seqs, num_new)
-            self._map = self._map._replace(slots=torch.cat([self._map.slots, new], 1))
-            self._owns_open_page = True
+            self._map = self._map._replace(slots=torch.cat([self._map.slots, new], 1), owns_open_page=True)
         self._map = self._map._replace(seq_len=before + num_tokens)
         self._is_held = True
         try:
@@ -168,8 +170,8 @@ class LayerKV:
         """Copy on write: what is appended goes into pages that only one sequence has."""
         shared = self._map.slots[:, -1]
         owned = self._store.own(shared)
-        self._map = self._map._replace(slots=torch.cat([self._map.slots[:, :-1], owned[:, None]], 1))
-        self._owns_open_page = True
+        slots = torch.cat([self._map.slots[:, :-1], owned[:, None]], 1)
+        self._map = self._map._replace(slots=slots, owns_open_page=True)
         self._store.drop_near(shared[shared != owned])
 
     # -- shrinking, sharing --------------------------------------------------------------------------------------------
@@ -190,14 +192,13 @@ class LayerKV:
             )
         old, num_pages = self._map, -(-seq_len // self._page_size)
         slots, num_older = old.slots[:, :num_pages], min(old.num_older, num_pages)
+        owns = old.owns_open_page and seq_len == old.seq_len  # a page that was sealed may be shared
         if num_pages <= old.num_older and seq_len % self._page_size:
             num_older -= 1
             slots = torch.cat([slots[:, :-1], self._reopened(num_older, seq_len % self._page_size)], 1)
-            self._owns_open_page = True
-        elif seq_len < old.seq_len:
-            self._owns_open_page = False  # a page that was sealed may be shared
+            owns = True
         kept_near = max(num_pages, old.num_older)
-        self._map = PageMap(slots, num_older, seq_len)
+        self._map = PageMap(slots, num_older, seq_len, owns)
         if self.window is None:
             self._store.far.drop(old.slots[:, num_older : old.num_older])
         self._store.drop_near(old.slots[:, kept_near:])
@@ -209,30 +210,24 @@ class LayerKV:
         kernels.append(near, self._table(near.num_kv_heads, slots), 0, k, v, self._store.workers)
         return slots
 
-    def fork(self) -> "LayerKV":
-        """The same tokens once more, on the same pages; whoever appends first copies the open one."""
-        twin = LayerKV(self._store, self.num_seqs, self._spec, self._index)
-        self._share(self._map)
-        twin._map, twin._kv_start = self._map, self._kv_start
-        twin._owns_open_page = self._owns_open_page = False
-        return twin
+    def fork(self, seqs: Tensor | None = None) -> "LayerKV":
+        """The same tokens once more, on the same pages; whoever appends first copies the open one.
 
-    def select(self, seqs: Tensor) -> None:
-        """Become the sequences `seqs` int64 `[num_seqs]` of this batch, in that order; one may come several times."""
-        self._refuse_while_held("select")
-        old = self._map
-        new = old._replace(slots=old.slots[seqs])
-        self._share(new)
-        self._map = new
-        self._kv_start, self._no_padding = self._kv_start[seqs], self._no_padding.new_zeros(len(seqs))
-        self._owns_open_page = False
-        self._drop(old)
+        seqs: int64 `[num_seqs]`, these sequences instead of all, in that order; one may come several times.
+        """
+        self._refuse_while_held("fork")
+        kv_start, pages = self._kv_start, self._map._replace(owns_open_page=False)
+        if seqs is not None:
+            kv_start, pages = kv_start[seqs], pages._replace(slots=pages.slots[seqs])
+        twin = LayerKV(self._store, pages.slots.shape[0], self._spec, self._index)
+        self._share(pages)
+        self._map = self._map._replace(owns_open_page=False)
+        twin._map, twin._kv_start = pages, kv_start
+        return twin
 
     def replace_with(self, other: "LayerKV") -> None:
         """Take over the tokens of a fork, which must not be used any more."""
-        old = self._map
-        self._map = other._map
-        self._owns_open_page = False
+        old, self._map = self._map, other._map
         self._drop(old)
 
     def release(self) -> None:

@@ -88,7 +88,8 @@ class PagePool:
 
     def recount(self, used: Tensor) -> None:
         """Make the books say that exactly these references exist, one for every time a slot appears."""
-        self._counts.copy_(torch.bincount(used.flatten(), minlength=self.arena.num_slots))
+        counts = torch.bincount(used.flatten(), minlength=self.arena.num_slots)
+        self._counts = counts.to(torch.int32)  # their length too: `_grow` may have been cut off
         self._returned = (self._counts[: self.num_touched] == 0).nonzero().flatten().flip(0).tolist()
 
     def check(self, used: Tensor) -> None:
@@ -102,14 +103,17 @@ class PagePool:
 
     @torch.inference_mode(False)  # tensors made inside inference mode could not be written outside it
     def _grow(self, num_slots: int) -> None:
-        """Move to an arena of at least num_slots. Doubling, so that a page is moved once on average."""
+        """Move to an arena of at least num_slots, whole before it takes the other's place.
+
+        Doubling, so that a page is moved once on average.
+        """
         num_slots = min(max(num_slots, 2 * self.arena.num_slots), self.max_slots)
         old = self.arena
-        self.arena = Arena.allocate(
+        new = Arena.allocate(
             old.layout, num_slots, old.num_kv_heads, old.head_dim, old.k.device, v_head_dim=old.v_head_dim
         )
-        self.arena.k[: self.num_touched] = old.k[: self.num_touched]
-        self.arena.v[: self.num_touched] = old.v[: self.num_touched]
-        grown = torch.zeros(num_slots, dtype=torch.int32, device="cpu")
-        grown[: len(self._counts)] = self._counts
-        self._counts = grown
+        new.k[: self.num_touched] = old.k[: self.num_touched]
+        new.v[: self.num_touched] = old.v[: self.num_touched]
+        counts = torch.zeros(num_slots, dtype=torch.int32, device="cpu")
+        counts[: len(self._counts)] = self._counts
+        self.arena, self._counts = new, counts

@@ -6,7 +6,8 @@ Who may refer to what, counted once for every time it does:
     far slot    the same tables, and the record of the near page that it is a copy of
 
 A page that several sequences share is demoted when the first of them does; the others find the copy in the record and
-switch their own tables when their window passes. The record ends with the last reference to the near page.
+switch their own tables when their window passes. The record ends with the last reference to the near page, or where
+nobody's table has the copy any more and the far tier lacks room or is recounted.
 """
 
 from typing import TYPE_CHECKING
@@ -30,12 +31,23 @@ class PageStore:
         """`workers` move pages."""
         self.near, self.far, self.workers = near, far, workers
         self.members: WeakSet[KVCache] = WeakSet()  # whose tables refer to pages
-        self.is_settled = True  # nothing is under way, and nothing was cut off
+        self.is_busy = False  # a change is under way, or was cut off
+        self._num_counted = 0  # members whose references the books have
         self._far_copies: dict[int, int] = {}  # near slot -> far slot
 
-    def lose_member(self) -> None:
-        """A cache was collected as garbage: its references are still in the books."""
-        self.is_settled = False
+    @property
+    def has_lost_members(self) -> bool:
+        """One has left or was collected as garbage: its references are still in the books."""
+        return len(self.members) != self._num_counted
+
+    def join(self, member: "KVCache") -> None:
+        """Its references are in the books already."""
+        self.members.add(member)
+        self._num_counted += 1
+
+    def leave(self, member: "KVCache") -> None:
+        """The references of a member that uses this store no longer go with the next recount."""
+        self.members.discard(member)
 
     def demote(self, slots: Tensor) -> Tensor:
         """Far slots with the content of these near slots, referred to as often; the near ones are still referred to.
@@ -53,6 +65,12 @@ class PageStore:
         self._far_copies = copies  # the reference that `take` counted is the record's
         self.far.share(found)
         return found
+
+    def require_far(self, num_pages: int) -> None:
+        """CapacityError where so many pages cannot be demoted."""
+        if num_pages > self.far.num_free:
+            self._forget_idle_copies()
+        self.far.require(num_pages)
 
     def drop_near(self, slots: Tensor) -> None:
         """One reference less to each; with the last one, the record of a far copy goes too."""
@@ -80,12 +98,14 @@ class PageStore:
             self._forget_copies(owned.tolist())
         return owned
 
-    def recount(self, near: Tensor, far: Tensor) -> None:
-        """After an interrupt: these references exist, one for every time a slot appears, and no others."""
+    def recount(self, num_members: int, near: Tensor, far: Tensor) -> None:
+        """These references of so many members exist, one for every time a slot appears, and no others."""
         live = set(near.flatten().tolist())
         self._far_copies = {slot: copy for slot, copy in self._far_copies.items() if slot in live}
         self.near.recount(near)
         self.far.recount(self._with_records(far))
+        self._forget_idle_copies()
+        self._num_counted = num_members
 
     def check(self, near: Tensor, far: Tensor) -> None:
         """Assert that exactly these references exist."""
@@ -94,8 +114,15 @@ class PageStore:
         assert set(self._far_copies) <= set(near.flatten().tolist()), "a record of a far copy outlived its near page"
 
     def _with_records(self, far: Tensor) -> Tensor:
-        records = torch.tensor(list(self._far_copies.values()), dtype=torch.int32, device="cpu")
-        return torch.cat([far.flatten(), records])
+        return torch.cat([far.flatten(), self._copies()])
+
+    def _copies(self) -> Tensor:
+        return torch.tensor(list(self._far_copies.values()), dtype=torch.int32, device="cpu")
+
+    def _forget_idle_copies(self) -> None:
+        """Give back the far copies that no table refers to."""
+        counts = self.far.counts(self._copies())
+        self._forget_copies([slot for slot, count in zip(self._far_copies, counts, strict=True) if count == 1])
 
     def _forget_copies(self, slots: list[int]) -> None:
         copies = [self._far_copies.pop(slot) for slot in slots if slot in self._far_copies]

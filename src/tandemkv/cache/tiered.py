@@ -1,14 +1,14 @@
 """The whole cache of a model: a layer's tables over two pools, and what happens to them all at once.
 
 A forward pass is a step: `begin_step`, then every layer grows, then `end_step`. One that fails is undone, and one that
-an interrupt cut off is undone before the next thing happens to the cache or to one of its forks.
+an interrupt cut off is undone before the next thing happens to the cache or to one of its forks. Every change becomes
+true in one assignment, and an interrupt falls before it or after it: `_step` for a step, `_layers` for a selection.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -34,6 +34,13 @@ class TierUse:
     used_bytes: int
     capacity_bytes: int
     moved_bytes: int
+
+
+class Moment(NamedTuple):
+    """A point in the life of a cache."""
+
+    num_selections: int
+    seq_len: int
 
 
 class _Step(NamedTuple):
@@ -68,6 +75,7 @@ class KVCache:
         self._layers: list[LayerKV] = []
         self._store: PageStore | None = None
         self._step: _Step | None = None
+        self._num_selections = 0
         self._is_closed = False
 
     @property
@@ -77,16 +85,20 @@ class KVCache:
 
     @property
     def seq_len(self) -> int:
-        """Tokens that every layer holds; those of a step count when it has reached every layer."""
-        if not self._layers:
-            return 0
-        held = min(layer.seq_len for layer in self._layers)
-        return held if self._step is None or held == self._step.end else self._step.begin
+        """Tokens that every layer holds; those of a step count when it has ended."""
+        if self._step is not None:
+            return self._step.begin
+        return min((layer.seq_len for layer in self._layers), default=0)
 
     @property
     def step_end(self) -> int:
         """Tokens that every layer holds when the step under way has ended."""
         return self.seq_len if self._step is None else self._step.end
+
+    @property
+    def moment(self) -> Moment:
+        """What tells whether a step, a crop or a selection has happened."""
+        return Moment(self._num_selections, self.seq_len)
 
     # -- before work starts --------------------------------------------------------------------------------------------
 
@@ -106,7 +118,7 @@ class KVCache:
         cache that is in use goes on unharmed.
         """
         self._refuse_if_closed()
-        self._settle()
+        self.settle()
         spec = self.spec
         if num_seqs < 1 or num_tokens < 0:
             raise InputError(
@@ -131,7 +143,7 @@ class KVCache:
         """The far pool, which forks share, must have what this cache lacks of so many pages."""
         if self._store is not None:
             own = self.num_seqs * sum(layer.num_far_pages for layer in self._layers)
-            self._store.far.require(max(0, num_pages - own))
+            self._store.require_far(max(0, num_pages - own))
 
     def _require_memory(self, num_seqs: int, far_pages: int) -> None:
         """The host memory that this growth will touch for the first time must be there."""
@@ -163,7 +175,7 @@ class KVCache:
         the far tier cannot take what they push out, InputError for another batch size.
         """
         self._refuse_if_closed()
-        self._settle()
+        self.settle()
         self._refuse_other_batch(num_seqs)
         if self._store is None:
             self.reserve(num_seqs, num_tokens)
@@ -172,7 +184,7 @@ class KVCache:
         self._require_far(needed)
         if num_tokens >= self.spec.page_size:  # a prompt; asking Linux takes 100 us, too long for every token
             self._require_memory(num_seqs, needed)
-        self._the_store.is_settled = False
+        self._the_store.is_busy = True
         past = {}
         for index, layer in enumerate(self._layers) if num_tokens > chunk_tokens else ():  # one chunk can be cropped
             if layer.window is not None:
@@ -186,11 +198,11 @@ class KVCache:
         if step is not None:
             for past in step.windows.values():
                 past.release()
-            self._the_store.is_settled = True
+            self._the_store.is_busy = False
 
     def undo_step(self) -> None:
         """A layer failed: none keeps tokens of the forward pass under way."""
-        self._settle()
+        self.settle()
 
     # -- all layers at once --------------------------------------------------------------------------------------------
 
@@ -207,30 +219,27 @@ class KVCache:
         if torch.equal(seqs, torch.arange(self.num_seqs)):
             return
         with self._changing():
-            for layer in self._layers:
-                layer.select(seqs)
+            new = [layer.fork(seqs) for layer in self._layers]
+            old, self._layers, self._num_selections = self._layers, new, self._num_selections + 1
+            for layer in old:
+                layer.release()
             self._limit_near()
 
     def fork(self) -> "KVCache":
         """The same tokens in a cache that grows on its own. Pages are shared until one of the two writes to them."""
         self._refuse_if_closed()
         twin = KVCache(self.spec, self._workers)
-        with self._changing():
-            twin._store = self._store
-            twin._layers = [layer.fork() for layer in self._layers]
-            twin._join()
+        if self._store is not None:
+            with self._changing():
+                twin._join(self._store, [layer.fork() for layer in self._layers])
         return twin
 
     def reset(self) -> None:
         """Forget everything; the next use may have another batch size."""
-        with self._changing():
-            for layer in self._layers:
-                layer.release()
-            if self._store is not None:
-                self._membership.detach()
-                self._store.members.discard(self)
-                self._limit_near()
-        self._layers, self._store = [], None
+        store = self._store
+        self._store, self._layers, self._step = None, [], None
+        if store is not None:
+            store.leave(self)
 
     def close(self) -> None:
         """Give every byte back; the cache cannot be used again."""
@@ -243,6 +252,8 @@ class KVCache:
         """Counters of each tier, near first; of a cache and its forks together."""
         if self._store is None:
             return []
+        if self._store.has_lost_members:
+            self._recount()
         near, far = self._store.near, self._store.far
         return [
             TierUse(
@@ -257,49 +268,48 @@ class KVCache:
 
     def check(self) -> None:
         """Undo what was cut off, then recount: every slot has its references, and every layer has the same length."""
-        self._settle()
+        self.settle()
         if self._store is None:
             assert not self._layers
             return
-        self._store.check(*self._used())
+        self._store.check(*_used(self._family()))
         lengths = {layer.seq_len for layer in self._layers}
         assert len(lengths) == 1, f"layers hold different numbers of tokens: {sorted(lengths)}"
 
-    def _used(self) -> tuple[Tensor, Tensor]:
-        """Near and far slots of the whole family, once for every table that has them."""
-        members = list(self._the_store.members)
-        layers = [layer for member in members for layer in member._layers]
-        layers += [past for member in members if member._step is not None for past in member._step.windows.values()]
-        used = [layer.used_slots() for layer in layers]
-        return torch.cat([near for near, _ in used]), torch.cat([far for _, far in used])
-
     # -- keeping the books ---------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Undo every step that was not ended, of this cache and its forks, and recount."""
+        store = self._store
+        if store is None or not (store.is_busy or store.has_lost_members):
+            return
+        self._recount()  # to undo may take a page
+        for member in self._family():
+            member._undo_open_step()
+        self._recount()
+        self._limit_near()
+        store.is_busy = False
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Where this is cut off, the books are recounted before the next thing happens."""
-        self._settle()
+        self.settle()
         store = self._store
         if store is not None:
-            store.is_settled = False
+            store.is_busy = True
         yield
         if store is not None:
-            store.is_settled = True
+            store.is_busy = False
 
-    def _settle(self) -> None:
-        """Undo every step that was not ended, of this cache and its forks, and recount."""
-        store = self._store
-        if store is None or store.is_settled:
-            return
-        store.recount(*self._used())  # to undo may take a page
-        for member in list(store.members):
-            member._undo_open_step()
-        store.recount(*self._used())
-        self._limit_near()
-        store.is_settled = True
+    def _family(self) -> "list[KVCache]":
+        """Those whose tables the store's books are counted from; one may have been cut off while it came or went."""
+        return [member for member in self._the_store.members if member._store is self._store]
+
+    def _recount(self) -> None:
+        family = self._family()  # held, so that none is lost between the count and the note of it
+        self._the_store.recount(len(family), *_used(family))
 
     def _undo_open_step(self) -> None:
-        """Unless it has reached every layer."""
         step, seq_len = self._step, self.seq_len
         for index, layer in enumerate(self._layers):
             layer.let_go()
@@ -322,26 +332,22 @@ class KVCache:
             spec.near_layout, spec.num_near_slots(num_seqs), heads, widths[0], spec.device, v_head_dim=widths[1]
         )
         far = Arena.allocate(spec.far_layout, spec.num_far_slots, heads, widths[0], v_head_dim=widths[1])
-        self._store = PageStore(
+        store = PageStore(
             PagePool(near, "near", "this is a fault of tandemkv, please report it"),
             PagePool(far, "far", "raise far_bytes or near_tokens, or shorten the prompt"),
             self._workers,
         )
-        self._layers = [LayerKV(self._store, num_seqs, spec, index) for index in range(spec.num_layers)]
-        self._join()
+        self._join(store, [LayerKV(store, num_seqs, spec, index) for index in range(spec.num_layers)])
 
-    def _join(self) -> None:
+    def _join(self, store: PageStore, layers: list[LayerKV]) -> None:
         """Become one of those whose tables the store's books are counted from."""
-        store = self._store
-        if store is not None:
-            store.members.add(self)
-            self._membership = finalize(self, store.lose_member)
-            self._membership.atexit = False
-            self._limit_near()
+        store.join(self)
+        self._store, self._layers = store, layers
+        self._limit_near()
 
     def _limit_near(self) -> None:
         """The near pool may grow to what all members can need."""
-        needs = [member.spec.num_near_slots(member.num_seqs) for member in self._the_store.members]
+        needs = [member.spec.num_near_slots(member.num_seqs) for member in self._family()]
         self._the_store.near.limit(sum(needs))
 
     def _refuse_other_batch(self, num_seqs: int) -> None:
@@ -353,3 +359,11 @@ class KVCache:
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise CacheError("this cache was closed; make a new one")
+
+
+def _used(family: list[KVCache]) -> tuple[Tensor, Tensor]:
+    """Near and far slots of these caches, once for every table that has them."""
+    layers = [layer for member in family for layer in member._layers]
+    layers += [past for member in family if member._step is not None for past in member._step.windows.values()]
+    used = [layer.used_slots() for layer in layers]
+    return torch.cat([near for near, _ in used]), torch.cat([far for _, far in used])

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tandemkv.attention import extend_and_attend, worker_pool
-from tandemkv.cache import CacheSpec, KVCache, TierUse
+from tandemkv.cache import CacheSpec, KVCache, Moment, TierUse
 from tandemkv.errors import CacheError, InputError, UnsupportedError
 from tandemkv.types import ScoreRule, parse_bytes
 
@@ -57,7 +57,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         refuse_detached(config)
         self.num_model_layers: int = config.num_hidden_layers
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        layers, windows = _layers_of(config)
+        layers, windows = layers_of(config)
         num_kv_heads, head_dim = kv_shape(config)
         spec = CacheSpec(
             num_layers=len(windows),
@@ -80,7 +80,7 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._padding: tuple[Tensor, Tensor | None] | None = None
         ours = iter(range(kv.spec.num_layers))
         super().__init__(layers=[TieredLayer(self, next(ours)) if layer is None else layer for layer in layers])
-        self._others = [layer for layer in layers if layer is not None]
+        self._stock_at: tuple[Moment, dict[int, Any]] | None = None  # see `_settle`
 
     def reserve(self, num_seqs: int, num_tokens: int) -> None:
         """Refuse now, with the arithmetic, what could not be held later; `generate` of an attached model calls this."""
@@ -89,6 +89,7 @@ class TieredCache(Cache):  # type: ignore[misc]
                 f"{num_tokens} tokens (prompt and new ones) exceed the model's {self.max_positions} positions; "
                 "shorten the prompt or lower max_new_tokens"
             )
+        self._settle()
         self.kv.reserve(num_seqs, num_tokens)
 
     def use(self) -> list[TierUse]:
@@ -96,11 +97,13 @@ class TieredCache(Cache):  # type: ignore[misc]
         return self.kv.use()
 
     def check(self) -> None:
-        """Recount every page; AssertionError where the books are wrong."""
+        """Undo what was cut off, then recount every page; AssertionError where the books are wrong."""
+        self._settle()
         self.kv.check()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         """A fork: costs no memory until one of the two grows. One thread at a time for a cache and its forks."""
+        self._settle()
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin._config, twin.num_model_layers = self._config, self.num_model_layers
@@ -119,50 +122,93 @@ class TieredCache(Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything and give every byte back; the next batch may have another size."""
+        fresh, _ = layers_of(self._config)
+        self._stock_at = Moment(self.kv.moment.num_selections, 0), {i: fresh[i] for i in self._stock_layers()}
         self.kv.reset()
-        for layer in self._others:
-            layer.reset()
         self.pending = self._padding = None
-        self.note_length()
+        self._settle()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove `-tokens_to_remove` tokens from the end; a positive number is the length to keep (as in 5.17)."""
+        """Remove `-tokens_to_remove` tokens from the end; a positive number is the length to keep (as in 5.17).
+
+        CacheError, with nothing changed, where a layer cannot go back so far: a window has moved on, or a layer of
+        linear attention keeps a state instead of tokens.
+        """
         if not isinstance(tokens_to_remove, int) or isinstance(tokens_to_remove, bool):
             raise InputError(f"crop takes a whole number of tokens, got {tokens_to_remove!r}")
+        self._settle()
         self.pending = None
-        keep = tokens_to_remove if tokens_to_remove > 0 else max(0, self.kv.seq_len + tokens_to_remove)
+        now = self.kv.moment
+        keep = tokens_to_remove if tokens_to_remove > 0 else max(0, now.seq_len + tokens_to_remove)
+        keep = min(keep, now.seq_len)
+        layers = _cropped(self._stock_layers(), now.seq_len, keep)
+        self._stock_at = now._replace(seq_len=keep), layers
         self.kv.crop(keep)
-        self.note_length()
-        for layer in self._others:
-            layer.crop(tokens_to_remove)
+        self._settle()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: sequence i becomes a copy of `beam_idx[i]`, by reference."""
-        self.kv.select(_as_indices(beam_idx))
-        for layer in self._others:
-            layer.reorder_cache(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence several times, one behind the other, by reference."""
-        self.kv.select(torch.arange(self.kv.num_seqs, device="cpu").repeat_interleave(repeats))
-        for layer in self._others:
-            layer.batch_repeat_interleave(repeats)
+        self.batch_select_indices(torch.arange(self.kv.num_seqs, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these sequences, in this order."""
-        self.kv.select(_as_indices(indices))
-        for layer in self._others:
-            layer.batch_select_indices(indices)
+        self._settle()
+        layers = copy.deepcopy(self._stock_layers())
+        for layer in layers.values():
+            layer.reorder_cache(indices)
+        now = self.kv.moment
+        self._stock_at = now._replace(num_selections=now.num_selections + 1), layers
+        self.kv.select(indices.to(device="cpu", dtype=torch.int64))
+        self._settle()
 
-    def note_length(self) -> None:
-        """Tell compiled models."""
+    # -- layers that stay stock ----------------------------------------------------------------------------------------
+
+    def _stock_layers(self) -> dict[int, Any]:
+        """Linear attention and convolutions, by their place; what they hold cannot be undone, so it is copied."""
+        return {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, TieredLayer)}
+
+    def _settle(self) -> None:
+        """Undo what was cut off. Pages know what has happened, and stock layers follow them.
+
+        `_stock_at` is set before a change: if the pages turn out to be at that moment, the stock layers are these.
+        For a forward pass it is the moment before, for a crop or a selection the one after.
+        """
+        self.kv.settle()
+        if self._stock_at is not None:
+            moment, layers = self._stock_at
+            if self.kv.moment == moment:
+                for index, layer in layers.items():
+                    self.layers[index] = layer
+            self._stock_at = None
         self.length.fill_(self.kv.seq_len)
+
+    def begin_pass(self) -> None:
+        """Before the first layer of a model that has stock ones: what is cut off from here on is undone."""
+        self._settle()
+        self.pending = None
+        self._stock_at = self.kv.moment, copy.deepcopy(self._stock_layers())
+
+    def end_pass(self) -> None:
+        """Every layer has grown: from here on the new tokens count."""
+        self.kv.end_step()
+        self._stock_at = None
+        self.length.fill_(self.kv.seq_len)
+
+    def end_layers(self) -> None:
+        """All of ours have grown. Stock ones may come behind them: then the pass has announced itself."""
+        if self._stock_at is None:
+            self.end_pass()
 
     # -- a forward pass ------------------------------------------------------------------------------------------------
 
     def begin_layer(self, layer: "TieredLayer") -> None:
         """A layer was updated; its attention must come before the next update."""
-        if self.pending is not None:
+        cut_off = layer.index == 0 < self.kv.spec.num_layers - 1  # the last pass, between update and attention
+        if self.pending is not None and not cut_off:
             self.pending = None
             self.kv.undo_step()
             raise CacheError(
@@ -286,8 +332,7 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         layer.set_kv_start(cache.padding(padding))
         out = extend_and_attend(q, k, v, layer, rule, sink_logit)
         if self.index + 1 == kv.spec.num_layers:
-            kv.end_step()
-            cache.note_length()
+            cache.end_layers()
         return out
 
     def get_seq_length(self) -> int:
@@ -329,7 +374,7 @@ def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
     return num_kv_heads, head_dim
 
 
-def _layers_of(config: PreTrainedConfig) -> tuple[list[Any], tuple[int | None, ...]]:
+def layers_of(config: PreTrainedConfig) -> tuple[list[Any], tuple[int | None, ...]]:
     """The cache layers of a model as stock has them, None for each that is ours, and the windows of those."""
     layers = list(DynamicCache(config=config).layers)
     windows: list[int | None] = []
@@ -347,11 +392,30 @@ def _layers_of(config: PreTrainedConfig) -> tuple[list[Any], tuple[int | None, .
     return layers, tuple(windows)
 
 
+def _cropped(layers: dict[int, Any], seq_len: int, keep: int) -> dict[int, Any]:
+    """Copies of stock layers without the tokens from `keep` on; CacheError where one has not recorded what it was."""
+    layers = copy.deepcopy(layers)
+    for layer in layers.values():
+        recorded = _recorded_tokens(layer, seq_len)
+        if seq_len - keep > recorded:
+            raise CacheError(
+                f"cannot crop {seq_len} tokens to {keep}: a layer of linear attention or convolution keeps a state "
+                f"that has moved on, and has recorded {recorded} tokens; reset() and prefill again"
+            )
+        if layer.record_past and layer.is_croppable:
+            layer.crop(keep - seq_len)
+    return layers
+
+
+def _recorded_tokens(layer: Any, seq_len: int) -> int:
+    """How far a stock layer can go back: a convolution, while `generate` looks ahead, as far as the last crop."""
+    if not (layer.record_past and layer.is_croppable):
+        return 0
+    lengths = [(state.shape[-1], layer.conv_kernel_size[index]) for index, state in layer.conv_states.items()]
+    return min(seq_len if length >= seq_len else max(0, length - kernel_size) for length, kernel_size in lengths)
+
+
 def _dtype(config: PreTrainedConfig) -> torch.dtype:
     """The model's dtype; `save_pretrained` turns it into its name, and a fresh config has none."""
     found = config.dtype or torch.float32
     return getattr(torch, found) if isinstance(found, str) else found
-
-
-def _as_indices(indices: Tensor) -> Tensor:
-    return indices.to(device="cpu", dtype=torch.int64)

@@ -5,12 +5,14 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate
 
 from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.integrations.transformers.attention import attend
-from tandemkv.integrations.transformers.cache import IMPLEMENTATIONS, TieredCache, kv_shape
+from tandemkv.integrations.transformers.cache import IMPLEMENTATIONS, TieredCache, kv_shape, layers_of
 from tandemkv.integrations.transformers.families import refusal_of
 from tandemkv.integrations.transformers.masks import make_mask, stock_mask_of
 from tandemkv.types import MAX_HEAD_DIM
@@ -22,8 +24,9 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
     """Let a model use a `TieredCache`; returns the same model. Undone by `detach`.
 
     Changes this instance only: its attention implementation, and its `generate`, which reserves the cache before it
-    starts. make_cache: where given, a `generate` that is not handed a cache uses `make_cache(model.config)`, which is
-    how a pipeline comes to one.
+    starts; where some of its layers stay stock, its decoder tells the cache when a forward pass begins and ends.
+    make_cache: where given, a `generate` that is not handed a cache uses `make_cache(model.config)`, which is how a
+    pipeline comes to one.
     Raises UnsupportedError, with the name, for a family, layer type or option not supported.
     """
     if not isinstance(model, PreTrainedModel):
@@ -41,6 +44,8 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
     model._prepare_cache_for_generation = MethodType(partial(_prepare_cache, stock_prepare, make_cache), model)
     stock_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     model.create_masks_for_generate = partial(_create_masks, stock_masks)
+    if any(layers_of(model.config.get_text_config(decoder=True))[0]):
+        model._tandem_hooks = _hooked(model.base_model)
     model._tandem_before = before
     return model
 
@@ -50,6 +55,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     if "_tandem_before" in vars(model):
         model.set_attn_implementation(model._tandem_before)
         del model._tandem_before, model._prepare_cache_for_generation, model.create_masks_for_generate
+        for hook in vars(model).pop("_tandem_hooks", ()):
+            hook.remove()
     return model
 
 
@@ -68,6 +75,26 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
         raise InputError(
             f"{type(model).__name__} has no generate: attach the model with its head (AutoModelForCausalLM)"
         )
+
+
+def _hooked(decoder: torch.nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+    begin = decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True)
+    return begin, decoder.register_forward_hook(_end_pass, with_kwargs=True)
+
+
+def _begin_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for cache in _tiered(args, kwargs):
+        cache.begin_pass()
+
+
+def _end_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+    for cache in _tiered(args, kwargs):
+        cache.end_pass()
+
+
+def _tiered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[TieredCache]:
+    """The cache that a decoder was called with."""
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, TieredCache)]
 
 
 def _create_masks(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
