@@ -23,7 +23,7 @@ run_native = $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=e
 FOR_ARM := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 	-DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64-static
 
-.PHONY: help setup demo test check soak check-arm format native sanitize clean
+.PHONY: help setup demo test check soak check-arm format native sanitize tables clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -78,6 +78,9 @@ check-arm: $(INSTALLED)  ## the native tests built for Arm (NEON, with and witho
 	QEMU_CPU=max TANDEM_EXPECT_ISA=neon_bf16 $(call run_native,arm/native,900) && \
 	QEMU_CPU=cortex-a57 TANDEM_EXPECT_ISA=neon qemu-aarch64-static build/arm/native/attend_test instruction && \
 	QEMU_CPU=cortex-a57 qemu-aarch64-static build/arm/native/calls_test runs
+
+tables: $(INSTALLED)  ## README's tables of families and ways, from the tests that prove them
+	$(BIN)/python -m pytest -q tests/integrations --write-tables
 
 clean:  ## remove what was built, keep .venv
 	rm -rf build dist $(INSTALLED)

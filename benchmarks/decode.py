@@ -1,5 +1,6 @@
 """Time per token of a whole model: tandemkv beside every stock configuration, and the limit of memory."""
 
+import pkgutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -16,14 +17,16 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
-from transformers import Cache, DynamicCache, LlamaForCausalLM  # noqa: E402
+from transformers import AttentionInterface, Cache, DynamicCache, LlamaForCausalLM  # noqa: E402
+from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 
 import tandemkv.integrations.transformers as tandem  # noqa: E402
 from benchmarks import common, plot  # noqa: E402
 from tandemkv import demo  # noqa: E402
-from tandemkv.attention import extend_and_attend  # noqa: E402
 
 MODULE = "benchmarks.decode"
+ATTENTION = "tandemkv.integrations.transformers.cache.extend_and_attend"
+NATIVE = "tandemkv._native.append_and_attend"
 CONTEXTS = (1024, 8192, 32_768, 131_072)
 STOCK = {
     "sdpa, DynamicCache": ("sdpa", "dynamic"),  # as generate runs it
@@ -37,6 +40,9 @@ HELP = """Time per token of the demo's model (155 M parameters, 8 layers, 16:4 h
 Contestants take turns with a probe of read bandwidth, token by token; medians. Caches are filled with the same random
 K and V at every length. `limit_ms` is all weights and all K and V read once at the probe's speed;
 `attention_share_of_limit` is the time for reading K and V alone over the time our attention took inside the step.
+A step of ours has three shares: `weights_ms`, the step of the same model whose attention returns zeros; `native_ms`,
+what our kernel computes; `overhead_ms`, the rest, whatever it is: pages, Python, allocations, threads that wake. Each
+is the median over steps, the overhead of differences within a step.
 `max_logit_error` is the largest difference of our logits from stock's float32 logits over the same K and V;
 `stock_logit_error` is the same for stock in bf16.
 
@@ -62,25 +68,67 @@ class Row:
     max_logit_error: float
     stock_logit_error: float
     all_stock_ms: dict[str, float]
+    weights_ms: float
+    native_ms: float
+    overhead_ms: float
+    overhead_share: float
 
 
-class AttentionClock:
-    """Milliseconds that our attention took in each step."""
+class Clock:
+    """Milliseconds that one function took in each step."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: str) -> None:
+        """`target` is the function's place, as `mock.patch` takes it."""
         self.step_ms: list[float] = []
+        self._target = target
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Time every call that the integration makes into attention."""
+    def running(self, model: LlamaForCausalLM) -> Iterator[None]:
+        """Time every call, and add up those of one forward pass of the model."""
+        call = pkgutil.resolve_name(self._target)
 
-        def timed(*args: Any, **kwargs: Any) -> Tensor:
-            milliseconds, out = demo.timed(lambda: extend_and_attend(*args, **kwargs))
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            milliseconds, result = demo.timed(lambda: call(*args, **kwargs))
             self.step_ms[-1] += milliseconds
-            return out
+            return result
 
-        with mock.patch("tandemkv.integrations.transformers.cache.extend_and_attend", timed):
+        hook = model.register_forward_pre_hook(lambda *_: self.step_ms.append(0.0))
+        with mock.patch(self._target, timed):
             yield
+        hook.remove()
+
+
+class NothingKept(Cache):  # type: ignore[misc]
+    """A cache that says how long it is and keeps nothing."""
+
+    def __init__(self, context: int) -> None:
+        super().__init__(layers=[])
+        self._context = context
+
+    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The new ones alone."""
+        return k, v
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Always the same."""
+        return self._context
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Nobody looks at the mask."""
+        return query_length, 0
+
+
+def without_attention(stock: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same model over the same weights; its attention returns zeros."""
+
+    def zeros(module: Any, q: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return q.new_zeros((q.shape[0], q.shape[2], q.shape[1], q.shape[3])), None
+
+    AttentionInterface.register("zeros", zeros)
+    AttentionMaskInterface.register("zeros", lambda **_: None)
+    model = demo.twin(stock)
+    model.set_attn_implementation("zeros")
+    return model
 
 
 def measure(context: int, num_steps: int) -> Row:
@@ -89,7 +137,7 @@ def measure(context: int, num_steps: int) -> Row:
     models = {attention: demo.twin(stock) for attention in ("sdpa", "eager")}
     for attention, model in models.items():
         model.set_attn_implementation(attention)
-    ours, clock = tandem.attach(demo.twin(stock)), AttentionClock()
+    ours = tandem.attach(demo.twin(stock))
     runs: dict[str, tuple[LlamaForCausalLM, Cache]] = {
         name: (models[attention], demo.stock_cache(stock, kind, context, num_steps + 1))
         for name, (attention, kind) in STOCK.items()
@@ -98,14 +146,13 @@ def measure(context: int, num_steps: int) -> Row:
         demo.fill_stock(cache, stock.config, context)
     tiered = demo.tiered_cache(ours, context)
     demo.fill_tiered(tiered, ours.config, context)
-    runs["ours"] = (ours, tiered)
-    hook = ours.register_forward_pre_hook(lambda *_: clock.step_ms.append(0.0))
-    with clock.running():
+    runs |= {"weights": (without_attention(stock), NothingKept(context)), "ours": (ours, tiered)}
+    attention_clock, native_clock = Clock(ATTENTION), Clock(NATIVE)
+    with attention_clock.running(ours), native_clock.running(ours):
         times, logits = demo.decode_in_turn(runs, num_steps)
-    hook.remove()
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    times |= {"attention": attention_clock.step_ms[1:], "native": native_clock.step_ms[1:]}
     truth = float32_logits(stock, context)
-    return summarise(context, medians, statistics.median(clock.step_ms[1:]), stock, (logits, truth))
+    return summarise(context, times, stock, (logits, truth))
 
 
 def float32_logits(stock: LlamaForCausalLM, context: int) -> Tensor:
@@ -120,13 +167,15 @@ def float32_logits(stock: LlamaForCausalLM, context: int) -> Tensor:
 
 def summarise(
     context: int,
-    medians: dict[str, float],
-    attention_ms: float,
+    times: dict[str, list[float]],
     model: LlamaForCausalLM,
     logits: tuple[dict[str, Tensor], Tensor],
 ) -> Row:
     """The row that the contract names."""
     found, truth = logits
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    parts = zip(times["ours"], times["weights"], times["native"], strict=True)
+    overhead_ms = statistics.median(step - weights - native for step, weights, native in parts)
     all_stock_ms = {name: medians[name] for name in STOCK}
     fastest = min(all_stock_ms, key=all_stock_ms.__getitem__)
     bytes_per_ms = medians["read_gbps"] * 1e6
@@ -145,12 +194,16 @@ def summarise(
         limit_ms=(demo.weight_bytes(model) + kv_bytes) / bytes_per_ms,
         ratio=medians[AS_GENERATE] / medians["ours"],
         ratio_to_fastest_stock=all_stock_ms[fastest] / medians["ours"],
-        attention_ms=attention_ms,
-        attention_share_of_limit=kv_bytes / bytes_per_ms / attention_ms,
+        attention_ms=medians["attention"],
+        attention_share_of_limit=kv_bytes / bytes_per_ms / medians["attention"],
         read_gbps=medians["read_gbps"],
         max_logit_error=error,
         stock_logit_error=stock_error,
         all_stock_ms=all_stock_ms,
+        weights_ms=medians["weights"],
+        native_ms=medians["native"],
+        overhead_ms=overhead_ms,
+        overhead_share=overhead_ms / medians["ours"],
     )
 
 
@@ -167,6 +220,9 @@ def print_rows(rows: list[Row], console: Console) -> None:
     for name in STOCK:
         table.add_row(f"stock: {name}", *(f"{row.all_stock_ms[name]:.1f}" for row in rows))
     add("tandemkv", lambda row: f"{row.ours_ms:.1f}")
+    add("  torch's weights: attention returns zeros", lambda row: f"{row.weights_ms:.1f}")
+    add("  our attention: native kernel", lambda row: f"{row.native_ms:.1f}")
+    add("  overhead: the rest", lambda row: f"{row.overhead_ms:.2f} ({row.overhead_share:.1%})")
     add("limit: weights and KV read once", lambda row: f"{row.limit_ms:.1f}")
     add("x as fast as stock in generate", lambda row: f"{row.ratio:.2f}")
     add("x as fast as the fastest stock", lambda row: f"{row.ratio_to_fastest_stock:.2f}")

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import tokenizers.models
 import torch
 import transformers
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -42,7 +44,7 @@ class Family(NamedTuple):
 
     title: str
     changes: Mapping[str, Any] = MappingProxyType({})
-    note: str = ""
+    note: str = "full attention in every layer"
 
 
 FAMILIES: dict[str, Family] = {
@@ -51,10 +53,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "apertus": Family("Apertus"),
     "arcee": Family("Arcee"),
+    "bamba": Family("Bamba", {"attn_layer_indices": [1]}, "Mamba layers stay stock"),
     "biogpt": Family("BioGPT"),
     "bitnet": Family("BitNet"),
     "cohere": Family("Cohere (Command R)"),
-    "cohere2": Family("Cohere 2 (Command R7B, A)", _MIXED, "sliding layers"),
+    "cohere2": Family("Cohere 2 (Command R7B and A)", _MIXED, "sliding layers"),
     "cwm": Family("CWM", _MIXED, "sliding layers"),
     "ernie4_5": Family("ERNIE 4.5"),
     "ernie4_5_moe": Family("ERNIE 4.5 MoE"),
@@ -63,42 +66,65 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("Gemma"),
     "gemma2": Family("Gemma 2", {**_MIXED, "query_pre_attn_scalar": 16}, "soft cap, sliding layers"),
     "gemma3_text": Family("Gemma 3 (text)", {**_MIXED, "query_pre_attn_scalar": 16}, "sliding layers"),
-    "glm": Family("GLM", {"partial_rotary_factor": 0.5}),
-    "glm4": Family("GLM-4", {"partial_rotary_factor": 0.5}),
+    "glm": Family("GLM", {"partial_rotary_factor": 0.5}, "partial RoPE"),
+    "glm4": Family("GLM-4", {"partial_rotary_factor": 0.5}, "partial RoPE"),
     "glm4_moe": Family("GLM-4.5 (MoE)"),
     "gpt2": Family("GPT-2"),
     "gpt_bigcode": Family("StarCoder (GPT-BigCode)", {"multi_query": True}, "one KV head"),
-    "gpt_neox": Family("GPT-NeoX, Pythia", {}, "partial RoPE"),
+    "gpt_neox": Family("GPT-NeoX and Pythia", {}, "partial RoPE"),
     "gpt_oss": Family("GPT-OSS", _MIXED, "attention sinks, sliding layers"),
     "granite": Family("Granite"),
     "granitemoe": Family("Granite MoE"),
+    "granitemoehybrid": Family(
+        "Granite 4",
+        {"layer_types": ["mamba", "attention"], "position_embedding_type": "rope"},
+        "Mamba layers stay stock",
+    ),
     "helium": Family("Helium"),
     "hunyuan_v1_dense": Family("Hunyuan"),
+    "hunyuan_v1_moe": Family("Hunyuan MoE"),
+    "hy_v3": Family("Hunyuan 3"),
     "jais2": Family("Jais 2"),
+    "jamba": Family("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1}, "Mamba layers stay stock"),
     "lfm2": Family("LFM2", {"layer_types": ["conv", "full_attention"]}, "convolution layers stay stock"),
+    "lfm2_moe": Family("LFM2 MoE", {"layer_types": ["conv", "full_attention"]}, "convolution layers stay stock"),
     "llama": Family("Llama", {"num_hidden_layers": 3}),
+    "minimax_m2": Family("MiniMax M2"),
     "ministral": Family("Ministral", _MIXED, "sliding layers"),
+    "ministral3": Family("Ministral 3"),
     "mistral": Family("Mistral", {"sliding_window": None}),
     "mixtral": Family("Mixtral"),
-    "nemotron": Family("Nemotron", {"partial_rotary_factor": 0.5}),
+    "nanochat": Family("nanochat"),
+    "nemotron": Family("Nemotron", {"partial_rotary_factor": 0.5}, "partial RoPE"),
+    "nemotron_h": Family("Nemotron-H", {"layers_block_type": ["mamba", "attention"]}, "Mamba layers stay stock"),
     "olmo": Family("OLMo"),
     "olmo2": Family("OLMo 2"),
     "olmo3": Family("OLMo 3", _MIXED, "sliding layers"),
+    "olmo_hybrid": Family(
+        "OLMo Hybrid", {"layer_types": ["linear_attention", "full_attention"]}, "linear layers stay stock"
+    ),
     "olmoe": Family("OLMoE"),
     "opt": Family("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0}),
     "persimmon": Family("Persimmon"),
-    "phi": Family("Phi 1, 2", {}, "partial RoPE"),
-    "phi3": Family("Phi 3, 4", {"sliding_window": None}),
+    "phi": Family("Phi 1 and 2", {}, "partial RoPE"),
+    "phi3": Family("Phi-3 and 4", {"sliding_window": None}),
     "phimoe": Family("Phi-3.5 MoE", {"sliding_window": None}),
-    "qwen2": Family("Qwen 2, 2.5"),
+    "qwen2": Family("Qwen 2 and 2.5"),
     "qwen2_moe": Family("Qwen 2 MoE"),
     "qwen3": Family("Qwen 3", {"head_dim": 24}),
+    "qwen3_5_moe_text": Family(
+        "Qwen 3.5 MoE (text)", {"layer_types": ["linear_attention", "full_attention"]}, "linear layers stay stock"
+    ),
+    "qwen3_5_text": Family(
+        "Qwen 3.5 (text)", {"layer_types": ["linear_attention", "full_attention"]}, "linear layers stay stock"
+    ),
     "qwen3_moe": Family("Qwen 3 MoE"),
     "qwen3_next": Family(
         "Qwen 3 Next", {"layer_types": ["linear_attention", "full_attention"]}, "linear layers stay stock"
     ),
     "seed_oss": Family("Seed-OSS"),
     "smollm3": Family("SmolLM 3"),
+    "solar_open": Family("Solar Open"),
     "stablelm": Family("StableLM", {}, "partial RoPE"),
     "starcoder2": Family("StarCoder 2", {"sliding_window": None}),
 }
@@ -121,6 +147,13 @@ def build(model_type: str, **changes: Any) -> Any:
 def llama(**changes: Any) -> Any:
     """Grouped heads, 3 layers."""
     return build("llama", **changes)
+
+
+def tokenizer() -> Any:
+    """A word for every token of the vocabulary: "w2 w3" and so on."""
+    words = Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
 
 
 # Whose tests of ways to generate stand for all: learned positions, biases, a wide head_dim; every rule of scores.

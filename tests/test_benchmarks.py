@@ -199,13 +199,16 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 # -- whole tokens and prompts ------------------------------------------------------------------------------------------
 
-MEDIANS = {name: 10.0 * (i + 3) for i, name in enumerate(decode.STOCK)} | {"ours": 6.0, "read_gbps": 20.0}
+OURS = {"ours": 6.0, "read_gbps": 20.0, "attention": 4.0, "weights": 1.5, "native": 3.5}
+MEDIANS = {name: 10.0 * (i + 3) for i, name in enumerate(decode.STOCK)} | OURS
 
 
 def decode_row(ours_error: float) -> decode.Row:
     truth = torch.zeros(5)
     logits = {"ours": truth + ours_error, decode.AS_GENERATE: truth + 0.1}
-    return decode.summarise(1024, MEDIANS, 4.0, demo.demo_model(small=True), (logits, truth))
+    times = {name: [median - 1, median, 2 * median] for name, median in MEDIANS.items()}
+    times |= {"ours": [6.0, 5.0, 20.0], "weights": [1.5, 1.0, 9.0], "native": [3.5, 3.75, 3.0]}
+    return decode.summarise(1024, times, demo.demo_model(small=True), (logits, truth))
 
 
 def test_a_decode_row_follows_from_its_medians() -> None:
@@ -218,6 +221,9 @@ def test_a_decode_row_follows_from_its_medians() -> None:
     kv_bytes = 2 * 2 * 1 * 64 * 2 * 1024  # K and V, layers, heads, dims, bytes, tokens
     assert row.limit_ms == pytest.approx((demo.weight_bytes(model) + kv_bytes) / 20e6)
     assert row.attention_share_of_limit == pytest.approx(kv_bytes / 20e6 / 4.0)
+    assert (row.weights_ms, row.native_ms) == (1.5, 3.5)
+    assert row.overhead_ms == 1.0  # the median of 6 - 1.5 - 3.5, 5 - 1 - 3.75 and 20 - 9 - 3
+    assert row.overhead_share == pytest.approx(1 / 6)
     assert row.max_logit_error == pytest.approx(0.2)
     assert row.stock_logit_error == pytest.approx(0.1)
 

@@ -24,6 +24,30 @@ def test_long_prompt_continues_and_fills_the_far_tier(tmp_path: Path) -> None:
     assert not far.startswith("far: 0 bytes")
 
 
+ADDED = {
+    "import AutoModelForCausalLM": "from tandemkv.integrations.transformers import TieredCache as DynamicCache"
+    ", attach\n",
+    "model = AutoModel": "    attach(model)\n",
+}
+
+
+def test_a_script_for_a_dynamic_cache_runs_with_two_added_lines(tmp_path: Path) -> None:
+    """README's promise: forks of a prefix, crops and turns, most of it far, and the same answers."""
+    stock = (EXAMPLES / "shared_prefix.py").read_text().splitlines(keepends=True)
+    ours = [line + "".join(added for part, added in ADDED.items() if part in line) for line in stock]
+    assert "".join(ours).count("\n") == len(stock) + 2
+    (tmp_path / "ours.py").write_text("".join(ours))
+    (tmp_path / "text.txt").write_text("a line of a long text\n" * 300)
+    model = save_tiny_llama(tmp_path / "model")
+    said = []
+    for script in (EXAMPLES / "shared_prefix.py", tmp_path / "ours.py"):
+        command = [sys.executable, str(script), str(model), str(tmp_path / "text.txt")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        said.append(done.stdout)
+    assert said[0] == said[1]
+    assert int(said[0].splitlines()[-1].split()[0]) > 5000  # more than a TieredCache holds near
+
+
 def test_long_prompt_without_arguments_says_what_it_takes() -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "long_prompt.py")], capture_output=True, text=True, check=False

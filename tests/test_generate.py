@@ -29,6 +29,8 @@ from transformers import (
 
 from tandemkv import cli, machine
 from tandemkv.generate import TextStream
+from tests.models import build, random_ids
+from tests.models import tokenizer as numbered_words
 
 PROMPT = "Once upon a time, in a café by the sea…\n" * 25
 """About 1100 bytes, a token each: two chunks and a rest."""
@@ -188,10 +190,26 @@ def test_a_prompt_of_one_token_from_stdin(run: Run, source: Path, monkeypatch: p
     assert done.report["decode_tokens_per_s"] is None
 
 
-def test_bfloat16_runs_in_bfloat16(run: Run, source: Path, prompt: Path) -> None:
+def test_sixteen_bits_take_half(run: Run, source: Path, prompt: Path) -> None:
     args = (source, "--prompt-file", prompt, "--near-tokens", 128, "--max-new-tokens", 1, "--json")
-    whole, half = (run(*args, "--dtype", dtype).report["tiers"][1]["used_bytes"] for dtype in ("float32", "bfloat16"))
-    assert half * 2 == whole
+    dtypes = ("float32", "bfloat16", "float16")
+    whole, *halves = (run(*args, "--dtype", dtype).report["tiers"][1]["used_bytes"] for dtype in dtypes)
+    assert [half * 2 for half in halves] == [whole, whole]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "gpt_oss", "lfm2", "qwen3_next"])
+def test_other_families(run: Run, tmp_path: Path, family: str) -> None:
+    """Windows and layers of other kinds are in the arithmetic, too."""
+    build(family).save_pretrained(tmp_path)
+    tokenizer = numbered_words()
+    tokenizer.save_pretrained(tmp_path)
+    text = tokenizer.decode(random_ids(1, 400)[0])
+    (tmp_path / "prompt.txt").write_text(text)
+    done = run(
+        tmp_path, "--prompt-file", tmp_path / "prompt.txt", "--near-tokens", 128, "--max-new-tokens", 12, "--json"
+    )
+    assert done.report["new_ids"] == stock(tmp_path, text, 12)[1]
+    assert done.report["tiers"][1]["used_bytes"] > 0
 
 
 def test_it_stops_at_the_end_of_text(run: Run, folder: Path, prompt: Path) -> None:
@@ -335,15 +353,22 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config cut": (write("config.json", b'{"model_type": "lla'), "config.json is not JSON"),
     "config not text": (write("config.json", b"\xff\xfe\x00"), "config.json is not JSON"),
     "config a list": (write("config.json", b"[]"), "config.json is corrupt"),
-    "config without type": (write("config.json", b"{}"), "model_type None is not supported"),
+    "config without type": (write("config.json", b"{}"), "model_type None is not supported: it has not been tested"),
     "config of nonsense": (spoil_config(hidden_size="many"), "config.json is corrupt or not supported"),
     "no heads": (spoil_config(num_attention_heads=0), "config.json is corrupt or not supported"),
     "unknown activation": (spoil_config(hidden_act="zork"), "config.json is corrupt or not supported"),
     "generation config cut": (write("generation_config.json", b"{"), "generation_config.json is not JSON"),
-    "family unknown": (spoil_config(model_type="zork"), "model_type 'zork' is not supported yet; supported: afmoe"),
-    "family not supported": (spoil_config(model_type="t5"), "model_type 't5' is not supported yet; supported: afmoe"),
+    "family unknown": (
+        spoil_config(model_type="zork"),
+        "model_type 'zork' is not supported: it has not been tested; supported: afmoe",
+    ),
+    "family with a reason": (
+        spoil_config(model_type="falcon"),
+        "'falcon' is not supported: it computes attention in code of",
+    ),
+    "family not supported": (spoil_config(model_type="t5"), "model_type 't5' is not supported: it has not been tested"),
     "quantised": (spoil_config(quantization_config={"quant_method": "gptq"}), "quantised weights"),
-    "float16": (spoil_config(dtype="float16"), "torch.float16, which is not supported: give --dtype bfloat16"),
+    "float64": (spoil_config(dtype="float64"), "torch.float64, which is not supported: give --dtype bfloat16"),
     "head_dim": (spoil_config(head_dim=320), "head_dim 320"),
     "group": (
         spoil_config(num_attention_heads=4, num_key_value_heads=3, head_dim=16),

@@ -102,9 +102,7 @@ def demo(
 
 @app.command()
 def generate(  # noqa: PLR0913  one argument per option
-    folder: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder: Llama, OPT, Qwen2, Qwen3.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder of a supported family.")],
     *,
     prompt_file: Annotated[
         Path, typer.Option(help="The text to continue, UTF-8, taken as it is (no chat template); - reads stdin.")
@@ -123,7 +121,8 @@ def generate(  # noqa: PLR0913  one argument per option
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default="none")] = None,
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"], typer.Option(help="To run in; auto takes what config.json says.")
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="To run in; auto takes what config.json says."),
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Of the CPU.", show_default="what this machine grants")] = None,
     as_json: AsJson = False,

@@ -38,7 +38,8 @@ from tandemkv.cache import TierUse
 from tandemkv.errors import CapacityError, InputError, TandemError, UnsupportedError
 from tandemkv.types import format_bytes, parse_bytes
 
-Dtype = Literal["auto", "bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Finish = Literal["eos", "length", "interrupted"]
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -171,16 +172,15 @@ def read_config(folder: Path, dtype: Dtype) -> PreTrainedConfig:
     told = _check_json(folder / "config.json")
     _check_json(folder / "generation_config.json")
     family = told.get("model_type")
-    if family not in tandem.FAMILIES:
-        raise UnsupportedError(
-            f"{folder}: model_type {family!r} is not supported yet; supported: {', '.join(tandem.FAMILIES)}"
-        )
+    why = tandem.refusal_of_type(family)
+    if why is not None:
+        raise UnsupportedError(f"{folder}: model_type {family!r} is not supported: it {why}")
     if "quantization_config" in told:
         raise UnsupportedError(f"{folder}: quantised weights are not supported yet; use the unquantised model")
     with _blaming(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, **_LOCAL)
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-    if config.dtype not in (torch.bfloat16, torch.float32):
+    if config.dtype not in _DTYPES:
         raise UnsupportedError(
             f"{folder} is stored in {config.dtype}, which is not supported: give --dtype bfloat16 or --dtype float32"
         )

@@ -38,6 +38,7 @@ def plain_pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return stock, attached(stock)
 
 
+@pytest.mark.way("greedy")
 def test_greedy(pair: tuple[Any, Any]) -> None:
     """The prompt is longer than two chunks."""
     stock, ours = pair
@@ -47,6 +48,7 @@ def test_greedy(pair: tuple[Any, Any]) -> None:
     assert_far(cache)
 
 
+@pytest.mark.way("sampling")
 def test_sampling_with_a_seed(pair: tuple[Any, Any]) -> None:
     stock, ours = pair
     cache, ids = tiered(ours), models.random_ids(2, 90)
@@ -58,6 +60,7 @@ def test_sampling_with_a_seed(pair: tuple[Any, Any]) -> None:
     assert_far(cache)
 
 
+@pytest.mark.way("sampling: `num_return_sequences`")
 def test_many_answers_to_one_prompt(pair: tuple[Any, Any]) -> None:
     stock, ours = pair
     cache, ids = tiered(ours), models.random_ids(2, 70)
@@ -71,6 +74,7 @@ def test_many_answers_to_one_prompt(pair: tuple[Any, Any]) -> None:
     assert_far(cache)
 
 
+@pytest.mark.way("left padding, very different lengths, with `prefill_chunk_size`")
 @pytest.mark.parametrize("prefill_chunk_size", [None, 7, 40])
 def test_left_padded_batch(pair: tuple[Any, Any], prefill_chunk_size: int | None) -> None:
     """Very different lengths; in pieces, the short prompts' first pieces are nothing but padding."""
@@ -93,6 +97,7 @@ def test_each_sequence_of_a_padded_batch_is_as_if_alone(pair: tuple[Any, Any]) -
         torch.testing.assert_close(logits_of(alone)[0], logits_of(together)[row], atol=2e-4, rtol=0)
 
 
+@pytest.mark.way("`prefill_chunk_size`")
 @pytest.mark.parametrize("prefill_chunk_size", [1, 16, 50, 1000])
 def test_chunked_prefill(pair: tuple[Any, Any], prefill_chunk_size: int) -> None:
     stock, ours = pair
@@ -102,6 +107,7 @@ def test_chunked_prefill(pair: tuple[Any, Any], prefill_chunk_size: int) -> None
     assert_far(cache)
 
 
+@pytest.mark.way("several turns on one cache")
 def test_second_turn_on_the_same_cache(pair: tuple[Any, Any]) -> None:
     """The full ids are passed again; only what the cache does not hold is computed."""
     stock, ours = pair
@@ -119,6 +125,7 @@ def test_second_turn_on_the_same_cache(pair: tuple[Any, Any]) -> None:
     assert_far(cache)
 
 
+@pytest.mark.way("a streamer")
 def test_streaming(pair: tuple[Any, Any]) -> None:
     stock, ours = pair
     cache, ids, streamer = tiered(ours), models.random_ids(1, 75), Streamer()
@@ -130,6 +137,7 @@ def test_streaming(pair: tuple[Any, Any]) -> None:
     assert_far(cache)
 
 
+@pytest.mark.way("`cache.crop` and on")
 @pytest.mark.parametrize("removed", [1, 5, 70, 80])
 def test_crop_and_continue(plain_pair: tuple[Any, Any], removed: int) -> None:
     """70 and 80 tokens reach into the far pages: inside one, and to the edge of one."""
@@ -158,6 +166,7 @@ def test_crop_keeps_a_length_as_transformers_5_17_asks(plain_pair: tuple[Any, An
         cache.check()
 
 
+@pytest.mark.way("`cache.reset` and another batch")
 def test_reset_and_reuse_with_another_batch(pair: tuple[Any, Any]) -> None:
     stock, ours = pair
     cache = tiered(ours)
@@ -171,6 +180,7 @@ def test_reset_and_reuse_with_another_batch(pair: tuple[Any, Any]) -> None:
         cache.check()
 
 
+@pytest.mark.way("two models and two caches in one process")
 def test_two_models_and_two_caches_in_turn() -> None:
     """Token by token, so that a state shared by mistake would mix them."""
     stocks = [models.llama(), models.build("opt")]
@@ -188,6 +198,7 @@ def test_two_models_and_two_caches_in_turn() -> None:
             assert_far(cache)
 
 
+@pytest.mark.way("one model and two caches in turn")
 def test_one_model_with_two_caches_in_turn() -> None:
     stock = models.build("qwen2")
     ours = attached(stock)

@@ -68,6 +68,7 @@ def packed(model: Any) -> Tensor:
     return logits
 
 
+@pytest.mark.way("an attached model without our cache: bit for bit stock")
 @pytest.mark.parametrize(
     "compute", [without_cache, padded, with_dynamic_cache, with_static_cache, with_beams, with_a_4d_mask, packed]
 )
@@ -77,6 +78,7 @@ def test_bit_for_bit_as_stock(pair: tuple[Any, Any], compute: Callable[[Any], Te
     assert torch.equal(compute(ours), compute(stock))
 
 
+@pytest.mark.way("training an attached model: the same gradients")
 def test_training_gives_the_same_gradients(pair: tuple[Any, Any]) -> None:
     ids, mask = PADDED
     gradients = []

@@ -323,6 +323,11 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         cache, kv = self.cache, self.cache.kv
         if self.index == 0:
             cache.begin_step(k, v)
+        if k.device != kv.spec.device:
+            raise UnsupportedError(
+                f"layer {self.index} is on {k.device}, the cache's near tier on {kv.spec.device}: "
+                "load the model on one device"
+            )
         layer = kv.layer(self.index)
         layer.set_kv_start(cache.padding(padding))
         out = extend_and_attend(q, k, v, layer, rule, sink_logit)

@@ -13,66 +13,9 @@ from transformers.masking_utils import AttentionMaskInterface, create_masks_for_
 from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.integrations.transformers.attention import attend
 from tandemkv.integrations.transformers.cache import IMPLEMENTATIONS, TieredCache, kv_shape, layers_of
+from tandemkv.integrations.transformers.families import refusal_of
 from tandemkv.integrations.transformers.masks import make_mask, stock_mask_of
 from tandemkv.types import MAX_HEAD_DIM
-
-FAMILIES = (
-    "afmoe",
-    "apertus",
-    "arcee",
-    "biogpt",
-    "bitnet",
-    "cohere",
-    "cohere2",
-    "cwm",
-    "ernie4_5",
-    "ernie4_5_moe",
-    "exaone4",
-    "flex_olmo",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm",
-    "glm4",
-    "glm4_moe",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neox",
-    "gpt_oss",
-    "granite",
-    "granitemoe",
-    "helium",
-    "hunyuan_v1_dense",
-    "jais2",
-    "lfm2",
-    "llama",
-    "ministral",
-    "mistral",
-    "mixtral",
-    "nemotron",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "opt",
-    "persimmon",
-    "phi",
-    "phi3",
-    "phimoe",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_next",
-    "seed_oss",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
-)
-"""`model_type` of every family that is tested; others are refused until a test row exists for them."""
-
-_ALIBI = ("bloom", "mpt")
-_OWN_ATTENTION = ("falcon", "gptj", "codegen", "gpt_neo")
 
 MakeCache = Callable[[PreTrainedConfig], TieredCache]
 
@@ -119,13 +62,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 def _refuse_unsupported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
-    name = f"{type(model).__name__} (model_type {config.model_type!r})"
-    if config.model_type in _ALIBI:
-        raise UnsupportedError(f"{name} adds a bias of distance to its scores (ALiBi): not supported")
-    if config.model_type in _OWN_ATTENTION:
-        raise UnsupportedError(f"{name} computes attention in code of its own, which no cache can take part in")
-    if config.model_type not in FAMILIES:
-        raise UnsupportedError(f"{name} is not supported yet; supported: {', '.join(FAMILIES)}")
+    why = refusal_of(model.config)
+    if why is not None:
+        raise UnsupportedError(f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: it {why}")
     num_kv_heads, head_dim = kv_shape(config)
     if head_dim > MAX_HEAD_DIM or config.num_attention_heads % num_kv_heads:
         raise UnsupportedError(

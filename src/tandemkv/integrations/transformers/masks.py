@@ -66,7 +66,7 @@ def make_mask(
         attention_mask=attention_mask,
         **kwargs,
     )
-    is_known, window = _window_of(mask_function)
+    is_known, window = _told_window(kwargs) if torch.compiler.is_compiling() else _window_of(mask_function)
     is_other = not is_known or bool(kwargs.get("use_vmap"))
     stand_in._tandem_rule = MaskRule(attention_mask, window, is_other, recipe)  # type: ignore[attr-defined]
     return stand_in
@@ -108,6 +108,12 @@ def _window_of(mask_function: Callable[..., Any]) -> tuple[bool, int | None]:
         return False, None
     windows = [cell.cell_contents for part in parts if part.__closure__ for cell in part.__closure__]
     return len(windows) == 1, windows[0]
+
+
+def _told_window(kwargs: dict[str, Any]) -> tuple[bool, int | None]:
+    """The same while a model is compiled, where functions show no code: transformers forbids to leave a mask out
+    (`allow_is_causal_skip`) wherever it is more than causal with a window of `local_size`."""
+    return bool(kwargs.get("allow_is_causal_skip", True)), kwargs.get("local_size")
 
 
 def _combined(mask_function: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
