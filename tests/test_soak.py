@@ -12,6 +12,6 @@ def test_ten_seconds_of_soak() -> None:
     assert found.returncode == 0, found.stderr
     report = json.loads(found.stdout.splitlines()[-1])
     assert report["ok"]
-    assert report["operations"] > 50
+    assert report["operations"] > 10
     assert report["tokens"] > 0
     assert report["far_bytes_moved"] > 0
