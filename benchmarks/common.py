@@ -63,7 +63,7 @@ def argument_parser(module: str, teaching: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="one small case, under 45 seconds; not saved")
     parser.add_argument("--json", action="store_true", help="end with one line that is a JSON object of everything")
-    parser.add_argument("--save", action="store_true", help="save a --quick run too (a full run always is)")
+    parser.add_argument("--save", action="store_true", help="save a run that is not full too (a full run always is)")
     return parser
 
 

@@ -70,12 +70,16 @@ void cut_rows(const std::vector<AttendArgs>& runs, const WorkItem& rows, Schedul
   schedule.spans.push_back({first_item, static_cast<int64_t>(schedule.items.size()) - first_item});
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 Schedule cut(const std::vector<AttendArgs>& runs) {
   const AttendArgs& first = runs.front();
   const int64_t rows_per_head = first.group_size() * first.q.q_len, num_heads = first.kv.arena.num_kv_heads;
   const int64_t head_rows = std::min(rows_per_head, kMaxHeadRows);
   Schedule schedule;
-  schedule.item_heads = std::min(num_heads, std::max<int64_t>(1, kMaxItemRows / head_rows));
+  // As many heads as fit, in items of equal size: 7 of 8 heads and then 1 took 4 % longer than 4 and 4.
+  const int64_t num_shares = ceil_div(num_heads, std::max<int64_t>(1, kMaxItemRows / head_rows));
+  schedule.item_heads = ceil_div(num_heads, num_shares);
   for (int64_t seq = 0; seq < first.q.num_seqs; ++seq) {
     for (int64_t head = 0; head < num_heads; head += schedule.item_heads) {
       for (int64_t row = 0; row < rows_per_head; row += head_rows) {

@@ -25,33 +25,81 @@ constexpr int64_t kMinDotRows = 1;
 
 // ---- The product ---------------------------------------------------------------------------------------------------
 
-// The lines of the tile after this one, asked for a few at a time while this one is computed: in the products and in
-// the softmax alike, for a core has some 16 requests in flight and memory idles whenever none is waiting. Loops take a
-// run of lines beforehand: a store in the loop, even of a cursor, would hold back the tile loads of AMX (12 % of a
-// call).
+// The lines of the tile after this one, asked for a few at a time while this one is computed, in the products and in
+// the softmax alike: a core has some 16 requests in flight, and memory idles whenever none is waiting. So the pace
+// follows from the rows: at that of 4 rows, 8 had asked for everything before their longest product, p.v, began (15 to
+// 25 % of a call).
 struct Ahead {
   const char *at = nullptr, *end = nullptr;            // K
   const char *then_at = nullptr, *then_end = nullptr;  // V
+  int64_t num_lines = 1;                               // that a step of a product asks for
 
-  bool done() const { return at >= end && then_at == nullptr; }
+  int64_t num_bytes() const { return max64(end - at, 0) + then_end - then_at; }
 
-  // A run of lines to ask for; where none is left, lines at `idle`, which are in the cache. It may lie past the end.
-  const char* take(int64_t num_lines, const char* idle) {
-    if (at >= end) {
-      if (then_at == nullptr) return idle;
-      at = then_at;
-      end = then_end;
-      then_at = nullptr;
-    }
-    const char* run = at;
-    at += num_lines * 64;
+  // Whether any is left; behind the end of K follows V.
+  bool more() {
+    if (at < end) return true;
+    at = then_at;
+    end = then_end;
+    then_at = then_end;
+    return at < end;
+  }
+
+  // A run may be overshot by less than `num`.
+  void ask(int num) {
+    if (!more()) return;
+    for (int line = 0; line < num; ++line, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+
+  // About `num_bytes` in the next num_steps Steps: whole lines at each, for parts of one were no faster.
+  void pace(int64_t num_bytes, int64_t num_steps) { num_lines = max64(1, min64(4, (num_bytes / num_steps + 48) / 64)); }
+
+  // A run of lines that the caller asks for; where none is left, lines at `idle`, which are in the cache.
+  const char* take(int64_t num, const char* idle) {
+    if (!more()) return idle;
+    const char* const run = at;
+    at += num * 64;
     return run;
   }
 };
 
-inline void ask(const char*& run, int num_lines) {
-  for (int line = 0; line < num_lines; ++line, run += 64) __builtin_prefetch(run, 0, 2);
-}
+// What the num_steps steps of one panel's product ask for.
+#if TANDEM_LANES == 16
+class Steps {
+ public:
+  Steps(const Ahead& ahead, int64_t, const char*) : ahead_(ahead) {}
+  void give_back(Ahead& ahead) const { ahead = ahead_; }
+
+  // Branches, not a loop: they always go the same way, and a loop took 2 % of a call.
+  void ask() {
+    if (!ahead_.more()) return;
+    __builtin_prefetch(ahead_.at, 0, 2);
+    if (ahead_.num_lines > 1) __builtin_prefetch(ahead_.at + 64, 0, 2);
+    if (ahead_.num_lines > 2) __builtin_prefetch(ahead_.at + 128, 0, 2);
+    if (ahead_.num_lines > 3) __builtin_prefetch(ahead_.at + 192, 0, 2);
+    ahead_.at += ahead_.num_lines * 64;
+  }
+
+ private:
+  Ahead ahead_;  // in registers
+};
+#else
+// Shorter vectors have more and shorter steps: a line at each. At a slower pace, or with a branch in the loop, a call
+// was 4 to 10 % slower.
+class Steps {
+ public:
+  Steps(Ahead& ahead, int64_t num_steps, const char* idle) : run_(ahead.take(num_steps, idle)) {}
+  void give_back(Ahead&) const {}
+
+  void ask() {
+    __builtin_prefetch(run_, 0, 2);
+    run_ += 64;
+  }
+
+ private:
+  const char* run_;
+};
+#endif
 
 // A panel: num_k rows `k_stride` bytes apart, of blocks of 16 lanes `block_stride` bytes apart.
 struct Panel {
@@ -86,34 +134,32 @@ inline void panel_product(const Panel& panel, int64_t block, Weights weights, Ac
   }
   const char* row = panel.data + block * panel.block_stride;
   constexpr int64_t kLaneBytes = lane_bytes<Element>();
-  constexpr int kRowsPerStep = 4 / kLaneBytes;                   // of a block, that fill a line; they divide num_k
-  constexpr int kLinesPerStep = kBlocks == 1 ? 1 : kBlocks - 1;  // the softmax asks for the rest
-  const char* run = ahead.take(panel.num_k / kRowsPerStep * kLinesPerStep, panel.data);
-  for (int64_t k = 0; k < panel.num_k;) {
-    ask(run, kLinesPerStep);
-    for (int in_step = 0; in_step < kRowsPerStep; ++in_step, ++k, row += panel.k_stride) {
-      typename Element::Panel m[kVecs];
-      for (int n = 0; n < kVecs; ++n) {
-        const int64_t lane = n % kVecsPerBlock * kLanes;
-        m[n] = Element::panel(row + n / kVecsPerBlock * panel.block_stride + lane * kLaneBytes);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const auto w = Element::weight(weights.data + r * weights.stride, k, panel.num_k);
-        for (int n = 0; n < kVecs; ++n) sum[r][n] = Element::mac(sum[r][n], m[n], w);
-      }
+  Steps steps(ahead, panel.num_k, panel.data);
+  for (int64_t k = 0; k < panel.num_k; ++k, row += panel.k_stride) {
+    steps.ask();
+    typename Element::Panel m[kVecs];
+    for (int n = 0; n < kVecs; ++n) {
+      const int64_t lane = n % kVecsPerBlock * kLanes;
+      m[n] = Element::panel(row + n / kVecsPerBlock * panel.block_stride + lane * kLaneBytes);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const auto w = Element::weight(weights.data + r * weights.stride, k, panel.num_k);
+      for (int n = 0; n < kVecs; ++n) sum[r][n] = Element::mac(sum[r][n], m[n], w);
     }
   }
+  steps.give_back(ahead);
   for (int r = 0; r < kRows; ++r) {
     for (int n = 0; n < kVecs; ++n) store(first + r * acc.stride + n * kLanes, sum[r][n]);
   }
 }
 
+constexpr int kTileBlocks = kLanes == 16 ? 4 : 1;  // as many accumulators as the registers hold
+
 template <class Element, int kRows>
 void product_rows(const Panel& panel, Weights weights, Accumulators acc, Ahead& ahead) {
-  constexpr int kBlocks = kLanes == 16 ? 4 : 1;  // as many accumulators as the registers hold
   int64_t block = 0;
-  for (; block + kBlocks <= panel.num_blocks; block += kBlocks) {
-    panel_product<Element, kRows, kBlocks>(panel, block, weights, acc, ahead);
+  for (; block + kTileBlocks <= panel.num_blocks; block += kTileBlocks) {
+    panel_product<Element, kRows, kTileBlocks>(panel, block, weights, acc, ahead);
   }
   for (; block < panel.num_blocks; ++block) panel_product<Element, kRows, 1>(panel, block, weights, acc, ahead);
 }
@@ -144,12 +190,12 @@ void tile_product(const Panel& panel, int64_t block, Weights weights, Accumulato
   _tile_loadd(1, c + 16, c_stride);
   _tile_loadd(2, c + 32, c_stride);
   _tile_loadd(3, c + 48, c_stride);
-  const char* run = ahead.take(panel.num_k * 4, panel.data);
+  Ahead asking = ahead;  // in registers: a store in the loop would hold back the tile loads (12 % of a call)
   for (int64_t k = 0; k < panel.num_k; k += 16, b += 16 * panel.k_stride) {
     _tile_loadd(4, weights.data + k, w_stride);
     if constexpr (kSplit) _tile_loadd(5, weights.data + panel.num_k + k, w_stride);
 #define TANDEM_TILE(C, B)                                     \
-  ask(run, 16);                                               \
+  asking.ask(16);                                             \
   _tile_loadd(B, b + C * panel.block_stride, panel.k_stride); \
   _tile_dpbf16ps(C, 4, B);                                    \
   if constexpr (kSplit) _tile_dpbf16ps(C, 5, B)
@@ -159,6 +205,7 @@ void tile_product(const Panel& panel, int64_t block, Weights weights, Accumulato
     TANDEM_TILE(3, 7);
 #undef TANDEM_TILE
   }
+  ahead = asking;
   _tile_stored(0, c, c_stride);
   _tile_stored(1, c + 16, c_stride);
   _tile_stored(2, c + 32, c_stride);
@@ -188,10 +235,14 @@ bool product_by_tiles(const Panel&, Weights, Accumulators, Ahead&) {
 }
 #endif
 
+// All rows, while some `ahead_bytes` are asked for.
 template <class Element>
-void product(const Panel& panel, Weights weights, Accumulators acc, int64_t num_rows, Ahead& ahead) {
+void product(const Panel& panel, Weights weights, Accumulators acc, int64_t num_rows, int64_t ahead_bytes,
+             Ahead& ahead) {
   if (product_by_tiles<Element>(panel, weights, acc, ahead)) return;
   const int64_t num_passes = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
+  const int64_t num_panels = panel.num_blocks / kTileBlocks + panel.num_blocks % kTileBlocks;
+  ahead.pace(ahead_bytes, num_passes * num_panels * panel.num_k);
   for (int64_t pass = 0, r = 0; pass < num_passes; ++pass) {
     const int64_t rows = (num_rows - r + num_passes - pass - 1) / (num_passes - pass);
     const Weights w{weights.data + r * weights.stride, weights.stride};
@@ -235,6 +286,7 @@ struct alignas(64) Scratch {
   uint32_t p_RT[kMaxHeadRows * kTileTokens];
   float score_RT[kMaxHeadRows * kTileTokens];
   Ahead ahead;
+  int row_lines;  // that a pass of the softmax over one row asks for
   alignas(64) char k_tile[kTileTokens * kMaxHeadDim * 4];
   alignas(64) char v_tile[kTileTokens * kMaxHeadDim * 4];
 };
@@ -317,10 +369,9 @@ float score_row(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int
   float* const score = s.score_RT + r * kTileTokens;
   const int64_t begin = max64(tile.valid_begin, s.visible_begin_R[r]) - tile.begin;
   const int64_t end = min64(tile.valid_end, s.visible_end_R[r]) - tile.begin;
-  const char* run = s.ahead.take(num_tokens / 4, tile.k);
+  s.ahead.ask(s.row_lines);
   Vec tile_max = splat(-INFINITY);
   for (int64_t t = 0; t < num_tokens; t += kLanes) {
-    ask(run, kLanes / 4);
     Vec x = load(score + t) * rule.scale;
     if constexpr (kHasCap) x = tanh(x / rule.softcap) * rule.softcap;
     if (t < begin || t + kLanes > end) x = keep_lanes(x, begin - t, end - t);
@@ -357,10 +408,9 @@ void softmax(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_
   for (int64_t r = 0; r < rows.num; ++r) {
     float *const score = s.score_RT + r * kTileTokens, *const sum = rows.sum_RL + r * kLanes;
     uint32_t* const p = s.p_RT + r * kTileTokens;
-    const char* run = s.ahead.take(num_tokens / 4, tile.k);
+    s.ahead.ask(s.row_lines);
     Vec total = load(sum);
     for (int64_t t = 0; t < num_tokens; t += kLanes) {
-      ask(run, kLanes / 4);
       const Vec x = exp_nonpositive(load(score + t) - base_R[r]);
       total += x;
       Element::put(x, t, num_tokens, p);
@@ -374,17 +424,17 @@ void attend_tile(const AttendArgs& args, Tile tile, const Rows& rows, Scratch& s
   constexpr int64_t kPair = pair_of(Element::kDType), kRowBytes = 16 * lane_bytes<Element>();
   const int64_t k_stored = padded(args.kv.arena.head_dim), v_stored = padded(args.kv.arena.v_head_dim);
   const int64_t num_blocks = (tile.end - tile.begin + 15) / 16, num_tokens = num_blocks * 16;
+  const int64_t ahead_bytes = s.ahead.num_bytes();
   stage<Element::kDType>(args.kv.arena, tile, s);
   for (int64_t r = 0; r < rows.num; ++r) std::memset(s.score_RT + r * kTileTokens, 0, num_tokens * 4);
   const Panel k{tile.k, kRowBytes, k_stored / kPair * kRowBytes, k_stored / kPair, num_blocks};
-  product<QueryElement>(k, {rows.q_RD, k_stored}, {s.score_RT, kTileTokens}, rows.num, s.ahead);
+  product<QueryElement>(k, {rows.q_RD, k_stored}, {s.score_RT, kTileTokens}, rows.num, ahead_bytes / 3, s.ahead);
+  // Much less than the softmax's share of the time: its loads and stores wait behind a burst.
+  s.row_lines = static_cast<int>(min64(16, ahead_bytes / 8 / 64 / (2 * rows.num)));
   softmax<Element>(args.rule, tile, num_tokens, v_stored, rows, s);
   const Panel v{tile.v, v_stored / 16 * kRowBytes, kRowBytes, num_tokens / kPair, v_stored / 16};
-  product<Element>(v, {s.p_RT, kTileTokens}, {rows.out_RD, v_stored}, rows.num, s.ahead);
-  while (!s.ahead.done()) {
-    const char* run = s.ahead.take(16, tile.k);
-    ask(run, 16);
-  }
+  product<Element>(v, {s.p_RT, kTileTokens}, {rows.out_RD, v_stored}, rows.num, s.ahead.num_bytes(), s.ahead);
+  while (s.ahead.more()) s.ahead.ask(16);
 }
 
 // The tile of `head` that starts at a block; false where the table's entry points outside the arena.

@@ -64,7 +64,16 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(void* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+// a > b ? a : b, so b where one is a NaN; g++ 12 makes two instructions of that.
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // Folds halves onto each other: log2(kLanes) steps, not kLanes.
 inline float reduce_max(Vec v) {
@@ -105,22 +114,20 @@ inline Vec keep_lanes(Vec v, int64_t begin, int64_t end) {
   return lane >= first && lane < last ? v : splat(-INFINITY);
 }
 
-// exp for x <= 0 to about 2 ulp: Cephes' expf polynomial after x = n ln2 + r. Below -87 (and for -inf) exactly 0.
+// exp for x <= 0 to about 1 ulp: x = n ln2 + r, then 2^n, put together as bits, times a polynomial of r (minimax of
+// degree 6: 2^-28.9). Below -87.7 (and for -inf) exactly 0; a NaN stays: `max` gives its second operand for it.
 inline Vec exp_nonpositive(Vec x) {
-  const Vec clamped = max(x, splat(-87.0f));
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
-  const Vec shifted = clamped * 1.44269504088896341f + magic;
-  const Vec n = shifted - magic;
+  const Vec clamped = max(splat(-88.0f), x);
+  // 1.5 * 2^23 + 127: adding it rounds to an integer in the low mantissa bits, which become the exponent of 2^n.
+  const Vec magic = splat(12583039.0f), shifted = clamped * 1.44269504088896341f + magic, n = shifted - magic;
   const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const IVec exponent = ((IVec)shifted - 0x4B400000 + 127) << 23;
-  const Vec y = p * (Vec)exponent;
-  return x < -87.0f ? Vec{} : (x == x ? y : x);
+  Vec p = r * 1.3843644e-3f + 8.374164e-3f;
+  p = p * r + 4.1668e-2f;
+  p = p * r + 1.6666432e-1f;
+  p = p * r + 4.9999994e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * (Vec)((IVec)shifted << 23);
 }
 
 // tanh to a relative error of 8 * 2^-24: near 0, where 1 - exp would cancel, Cephes' tanhf polynomial.

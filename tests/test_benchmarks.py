@@ -62,7 +62,7 @@ def test_last_line_is_the_contract(
     monkeypatch.setattr(attend, "HEADLINE", SHAPE)
     monkeypatch.setattr(attend, "QUICK", {SHAPE: (1, 2)})
     monkeypatch.setattr(attend, "QUICK_RULES", rules)
-    monkeypatch.setattr(attend, "spinning_peers_ms", lambda: {"torch_sdpa": 1.0})
+    monkeypatch.setattr(attend, "spinning_peers_ms", lambda quick: {"torch_sdpa": 1.0} if quick else {})
     assert attend.main(["--quick", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not set(CONTRACT) - set(result)
@@ -93,7 +93,7 @@ def test_the_limit_is_the_slower_of_reading_and_multiplying(row: contest.Row) ->
 
 
 def test_every_group_size_is_measured_without_peers(
-    rules: contest.Rules, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rules: contest.Rules, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert [shape.group_size for shape in attend.GROUPS] == list(range(1, 17))
     assert {attend.HEADLINE} < set(attend.GROUPS)
@@ -101,8 +101,12 @@ def test_every_group_size_is_measured_without_peers(
     monkeypatch.setattr(attend, "HEADLINE", SHAPE)
     monkeypatch.setattr(attend, "GROUPS", {SHAPE: (2,), replace(SHAPE, num_q_heads=6): (2,)})
     monkeypatch.setattr(attend, "GROUPS_RULES", replace(rules, peers={}))
-    monkeypatch.setattr(attend, "spinning_peers_ms", lambda: pytest.fail("there are no peers"))
+    monkeypatch.setattr(attend, "spinning_peers_ms", lambda _: pytest.fail("there are no peers"))
+    monkeypatch.setattr(attend, "RESULTS", tmp_path)
     assert attend.main(["--groups", "--json"]) == 0
+    assert not list(tmp_path.iterdir()), "saved without --save"
+    assert attend.main(["--groups", "--json", "--save"]) == 0
+    assert len((tmp_path / "attend.csv").read_text().splitlines()) == 1 + 2
     output = capsys.readouterr().out
     assert "limit: " in output
     assert [found["shape"] for found in json.loads(output.splitlines()[-1])["rows"]] == ["4:2x64 at 1K", "6:2x64 at 1K"]
