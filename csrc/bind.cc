@@ -115,14 +115,22 @@ NB_MODULE(_native, m) {
     return names;
   });
 
-  nb::class_<Rows>(m, "Rows").def(
-      "__init__",
-      [](Rows* rows, Address data, DType dtype, const Four& shape, const Four& strides) {
-        const auto [num_seqs, num_heads, num_tokens, dim] = shape;
-        const auto [stride_seq, stride_head, stride_token, stride_dim] = strides;
-        new (rows) Rows{data, dtype, num_seqs, num_heads, num_tokens, stride_seq, stride_head, stride_token};
-      },
-      "data"_a, "dtype"_a, "shape"_a, "strides"_a);
+  nb::class_<Rows>(m, "Rows")
+      .def(
+          "__init__",
+          [](Rows* rows, Address data, DType dtype, const Four& shape, const Four& strides) {
+            const auto [num_seqs, num_heads, num_tokens, dim] = shape;
+            const auto [stride_seq, stride_head, stride_token, stride_dim] = strides;
+            new (rows) Rows{data, dtype, num_seqs, num_heads, num_tokens, stride_seq, stride_head, stride_token};
+          },
+          "data"_a, "dtype"_a, "shape"_a, "strides"_a)
+      .def(
+          "at",
+          [](Rows rows, Address data) {
+            rows.data = data;
+            return rows;
+          },
+          "data"_a);
 
   nb::class_<Run>(m, "Run").def(
       "__init__",

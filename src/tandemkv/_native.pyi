@@ -38,6 +38,7 @@ class Arena:
 
 class Rows:
     def __init__(self, data: int, dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...]) -> None: ...
+    def at(self, data: int) -> Rows: ...
 
 class Run:
     def __init__(

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,7 +88,11 @@ def _rule_of(query: Tensor, window: int | None, kwargs: dict[str, Any]) -> tuple
     scaling = kwargs.get("scaling")
     sinks = kwargs.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return ScoreRule(scale, kwargs.get("softcap"), window), None if sinks is None else sinks.detach().float()
+    make = ScoreRule if torch.compiler.is_compiling() else _score_rule
+    return make(scale, kwargs.get("softcap"), window), None if sinks is None else sinks.detach().float()
+
+
+_score_rule = cache(ScoreRule)  # a model has a few, and they are asked for in every layer of every token
 
 
 _RULES = frozenset(("scaling", "softcap", "sliding_window", "s_aux", "dropout"))
