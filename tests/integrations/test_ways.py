@@ -200,6 +200,26 @@ def test_a_layer_on_another_device_is_refused() -> None:
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo's own, of many kinds
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
+def test_layers_that_stay_stock_compile_around_the_cache(family: str) -> None:
+    """What they were before a pass is kept by Python, so there are graph breaks, and fullgraph=True says why."""
+    torch.compiler.reset()
+    stock = models.build(family)
+    stock.config._experts_implementation = "batched_mm"
+    ours, ids = attached(stock), models.random_ids(1, 90)
+    cache = tiered(ours)
+    with torch.no_grad():
+        ours(ids[:, :-1], past_key_values=cache)
+        whole: Any = torch.compile(ours.forward, fullgraph=True, backend="eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="a TieredCache keeps what stock layers were"):
+            whole(ids[:, -1:], past_key_values=cache)
+        compiled: Any = torch.compile(ours.forward, backend="eager")
+        found = compiled(ids[:, -1:], past_key_values=cache).logits[0, -1]
+        torch.testing.assert_close(found, stock(ids).logits[0, -1], atol=2e-4, rtol=0)
+    assert_far(cache)
+
+
 @pytest.mark.way("`torch.compile(model.forward, fullgraph=True)`, ten caches, one compilation")
 @pytest.mark.filterwarnings("ignore")  # inductor's own, of many kinds
 @pytest.mark.parametrize(

@@ -83,6 +83,8 @@ def _hooked(decoder: torch.nn.Module) -> tuple[RemovableHandle, RemovableHandle]
 
 
 def _begin_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg="a TieredCache keeps what stock layers were before a pass, outside of the graph")
     for cache in _tiered(args, kwargs):
         cache.begin_pass()
 
