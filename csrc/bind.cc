@@ -43,6 +43,11 @@ struct Rows {
   int64_t stride_seq, stride_head, stride_token;  // elements
 
   char* bytes() const { return as<char>(data); }
+  Rows at(Address other) const {
+    Rows rows = *this;
+    rows.data = other;
+    return rows;
+  }
   int64_t in_bytes(int64_t stride) const { return stride * item_bytes(dtype); }
 };
 
@@ -65,6 +70,31 @@ std::vector<AttendArgs> args_of(const std::vector<const Run*>& runs, const Rows&
   for (const Run* run : runs) args.push_back({queries, *run, rule, causal && run == runs.back()});
   return args;
 }
+
+// Append to the last run, then attend over all of them: everything but where the operands lie, which changes with every
+// step. Outputs are [num_seqs, q_len, num_heads, v_head_dim], contiguous.
+struct Call {
+  const KernelTable* kernels;
+  std::vector<Run> runs;
+  Rows q, k, v;
+  ScoreRule rule;
+
+  Status run(WorkerPool& pool, Address q_at, Address k_at, Address v_at, Address out, Address sink_logit) const {
+    std::vector<const Run*> all;
+    for (const Run& each : runs) all.push_back(&each);
+    const std::vector<AttendArgs> args = args_of(all, q.at(q_at), rule, true);
+    if (!ends_with_queries(args.back())) return Status::kOutsideTable;
+    const Run& last = runs.back();
+    const int64_t end = last.num_seqs == 0 ? 0 : last.kv_len[0];
+    const TokenRange tokens{last.table, last.num_seqs, end - q.num_tokens, end};
+    const TokenRows rows = rows_of(k.at(k_at), v.at(v_at));
+    const Status status = copy_tokens(pool, *kernels, last.arena, tokens, rows, Direction::kAppend);
+    if (status != Status::kOk) return status;
+    const int64_t dim = last.arena.v_head_dim, token = q.num_heads * dim;
+    return attend(pool, *kernels, args,
+                  {as<void>(out), q.dtype, q.num_tokens * token, dim, token, nullptr, as<const float>(sink_logit)});
+  }
+};
 
 // append and gather: one copies where the other reads.
 auto copying(Direction direction) {
@@ -115,22 +145,14 @@ NB_MODULE(_native, m) {
     return names;
   });
 
-  nb::class_<Rows>(m, "Rows")
-      .def(
-          "__init__",
-          [](Rows* rows, Address data, DType dtype, const Four& shape, const Four& strides) {
-            const auto [num_seqs, num_heads, num_tokens, dim] = shape;
-            const auto [stride_seq, stride_head, stride_token, stride_dim] = strides;
-            new (rows) Rows{data, dtype, num_seqs, num_heads, num_tokens, stride_seq, stride_head, stride_token};
-          },
-          "data"_a, "dtype"_a, "shape"_a, "strides"_a)
-      .def(
-          "at",
-          [](Rows rows, Address data) {
-            rows.data = data;
-            return rows;
-          },
-          "data"_a);
+  nb::class_<Rows>(m, "Rows").def(
+      "__init__",
+      [](Rows* rows, Address data, DType dtype, const Four& shape, const Four& strides) {
+        const auto [num_seqs, num_heads, num_tokens, dim] = shape;
+        const auto [stride_seq, stride_head, stride_token, stride_dim] = strides;
+        new (rows) Rows{data, dtype, num_seqs, num_heads, num_tokens, stride_seq, stride_head, stride_token};
+      },
+      "data"_a, "dtype"_a, "shape"_a, "strides"_a);
 
   nb::class_<Run>(m, "Run").def(
       "__init__",
@@ -174,22 +196,22 @@ NB_MODULE(_native, m) {
       },
       "pool"_a, "isa"_a, "runs"_a, "q"_a, "rule"_a, "causal"_a, "to"_a);
 
+  nb::class_<Call>(m, "Call").def(
+      "__init__",
+      [](Call* call, const std::string& isa, const std::vector<const Run*>& runs, const Rows& q, const Rows& k,
+         const Rows& v, const ScoreRule& rule) {
+        new (call) Call{&kernels_named(isa), {}, q, k, v, rule};
+        for (const Run* run : runs) call->runs.push_back(*run);
+      },
+      "isa"_a, "runs"_a, "q"_a, "k"_a, "v"_a, "rule"_a);
+
   m.def(
       "append_and_attend",
-      [](WorkerPool& pool, const std::string& isa, const std::vector<const Run*>& runs, const Rows& q, const Rows& k,
-         const Rows& v, const ScoreRule& rule, const Output& to) {
-        const std::vector<AttendArgs> args = args_of(runs, q, rule, true);
-        const KernelTable& kernels = kernels_named(isa);
-        const TokenRows rows = rows_of(k, v);
+      [](WorkerPool& pool, const Call& call, Address q, Address k, Address v, Address out, Address sink_logit) {
         nb::gil_scoped_release release;
-        if (!ends_with_queries(args.back())) return Status::kOutsideTable;
-        const Run& last = *runs.back();
-        const int64_t end = last.num_seqs == 0 ? 0 : last.kv_len[0];
-        const TokenRange tokens{last.table, last.num_seqs, end - args[0].q.q_len, end};
-        const Status status = copy_tokens(pool, kernels, last.arena, tokens, rows, Direction::kAppend);
-        return status == Status::kOk ? attend(pool, kernels, args, to) : status;
+        return call.run(pool, q, k, v, out, sink_logit);
       },
-      "pool"_a, "isa"_a, "runs"_a, "q"_a, "k"_a, "v"_a, "rule"_a, "to"_a);
+      "pool"_a, "call"_a, "q"_a, "k"_a, "v"_a, "out"_a, "sink_logit"_a = 0);
 
   m.def(
       "merge",

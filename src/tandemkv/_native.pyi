@@ -38,7 +38,6 @@ class Arena:
 
 class Rows:
     def __init__(self, data: int, dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...]) -> None: ...
-    def at(self, data: int) -> Rows: ...
 
 class Run:
     def __init__(
@@ -58,12 +57,15 @@ class ScoreRule:
 class Output:
     def __init__(self, out: Rows, lse: int = 0, sink_logit: int = 0) -> None: ...
 
+class Call:
+    def __init__(self, isa: str, runs: Sequence[Run], q: Rows, k: Rows, v: Rows, rule: ScoreRule) -> None: ...
+
 def isas() -> list[tuple[str, str]]: ...
 def attend(
     pool: WorkerPool, isa: str, runs: Sequence[Run], q: Rows, rule: ScoreRule, causal: bool, to: Output
 ) -> Status: ...
 def append_and_attend(
-    pool: WorkerPool, isa: str, runs: Sequence[Run], q: Rows, k: Rows, v: Rows, rule: ScoreRule, to: Output
+    pool: WorkerPool, call: Call, q: int, k: int, v: int, out: int, sink_logit: int = 0
 ) -> Status: ...
 def merge(
     pool: WorkerPool,

@@ -31,9 +31,8 @@ _DTYPES = {
 }
 # What does not change between calls is checked and handed to C++ once, and kept beside its addresses and sizes: the key
 # owns the tensors, but `resize_`, `set_` or `share_memory_` would move what they hold.
-Addresses = tuple[int | torch.Size, ...]
-_arenas: WeakKeyDictionary[Arena, tuple[Addresses, _native.Arena]] = WeakKeyDictionary()
-_runs: WeakKeyDictionary[PagedKV, tuple[Addresses, _native.Run]] = WeakKeyDictionary()
+_arenas: WeakKeyDictionary[Arena, tuple[tuple[int, int], _native.Arena]] = WeakKeyDictionary()
+_runs: WeakKeyDictionary[PagedKV, tuple[tuple[object, ...], _native.Run]] = WeakKeyDictionary()
 
 
 @cache
@@ -105,32 +104,23 @@ def append_and_attend(
 ) -> Tensor:
     """See `tandemkv.kernels.append_and_attend`; sink_logit is checked there."""
     call = _prepared(q, k, v, runs, rule)
+    if call.copies:
+        q, k, v = _dense(q), _dense(k), _dense(v)
     sink_logit = None if sink_logit is None else sink_logit.contiguous()
     num_seqs, num_q_heads, q_len, _ = q.shape
     out = torch.empty((num_seqs, q_len, num_q_heads, runs[-1].arena.v_head_dim), dtype=q.dtype, device="cpu")
-    q, k, v = _dense(q), _dense(k), _dense(v)
-    status = _native.append_and_attend(
-        _pool(pool),
-        resolve_isa(),
-        [_native_run(kv) for kv in runs],
-        call.q.at(q.data_ptr()),
-        call.k.at(k.data_ptr()),
-        call.v.at(v.data_ptr()),
-        call.rule,
-        _native.Output(_rows(out.transpose(1, 2)), 0, _address(sink_logit)),
-    )
-    _raise_for(status, runs)
+    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    _raise_for(_native.append_and_attend(_pool(pool), call.native, *addresses, _address(sink_logit)), runs)
     return out
 
 
 class _Call(NamedTuple):
-    """A call that was checked; steps of decoding differ in addresses only. Checking took a quarter of the Python."""
+    """A call that was checked. The next step of decoding differs from it in four addresses: checking every step took a
+    third of the Python of a layer. copies: some operand does not lie as C++ reads it."""
 
     layout: tuple[object, ...]
-    rule: _native.ScoreRule
-    q: _native.Rows
-    k: _native.Rows
-    v: _native.Rows
+    native: _native.Call
+    copies: bool
 
 
 _calls: WeakKeyDictionary[PagedKV, _Call] = WeakKeyDictionary()
@@ -140,7 +130,8 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], rule: Sc
     """The last call that appended to this run, where all that is checked is the same; else everything is checked."""
     layout: tuple[object, ...] = ()
     if runs and type(q) is type(k) is type(v) is Tensor and all(type(kv) is PagedKV for kv in runs):
-        layout = *_layout(q), *_layout(k), *_layout(v), rule, torch.is_grad_enabled(), *map(_run_layout, runs)
+        tensors = *_layout(q), *_layout(k), *_layout(v)
+        layout = *tensors, rule, torch.is_grad_enabled(), *[_run_layout(kv) for kv in runs]
         known = _calls.get(runs[-1])
         if known is not None and known.layout == layout:
             return known
@@ -149,18 +140,16 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], rule: Sc
     runs[-1].arena.check_tokens(q.shape[0], k, v)
     if k.shape[2] != q.shape[2]:
         raise InputError(f"q, k and v must be of the same tokens, got {q.shape[2]} of q and {k.shape[2]} of k")
-    call = _Call(layout, native_rule, _rows(_dense(q)), _rows(_dense(k)), _rows(_dense(v)))
+    dense_q, dense_k, dense_v = (_dense(x) for x in (q, k, v))
+    rows = _rows(dense_q), _rows(dense_k), _rows(dense_v)
+    native = _native.Call(resolve_isa(), [_native_run(kv) for kv in runs], *rows, native_rule)
+    call = _Call(layout, native, dense_q is not q or dense_k is not k or dense_v is not v)
     _calls[runs[-1]] = call
     return call
 
 
 def _layout(x: Tensor) -> tuple[object, ...]:
     return x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x.requires_grad
-
-
-def _run_layout(kv: PagedKV) -> tuple[object, ...]:
-    arena = kv.arena
-    return kv.page_table.shape, arena.k.shape, arena.head_dim, arena.v_head_dim, arena.layout
 
 
 def merge(parts: Sequence[Partial], pool: WorkerPool | None = None, sink_logit: Tensor | None = None) -> Partial:
@@ -271,21 +260,20 @@ def _native_arena(arena: Arena) -> _native.Arena:
     return native
 
 
+def _run_layout(kv: PagedKV) -> tuple[object, ...]:
+    """Spelled out, because a loop over the tensors takes twice as long."""
+    arena, table, kv_start, kv_len = kv.arena, kv.page_table, kv.kv_start, kv.kv_len
+    addresses = arena.k.data_ptr(), arena.v.data_ptr(), table.data_ptr(), kv_start.data_ptr(), kv_len.data_ptr()
+    sizes = arena.k.shape, arena.head_dim, arena.v_head_dim, table.shape, kv_start.shape, kv_len.shape
+    return addresses, sizes, table.stride(), arena.layout
+
+
 def _native_run(kv: PagedKV) -> _native.Run:
-    arena, table = kv.arena, kv.page_table
-    addresses = (  # spelled out, because a loop over five tensors takes twice as long
-        arena.k.data_ptr(),
-        arena.v.data_ptr(),
-        table.data_ptr(),
-        kv.kv_start.data_ptr(),
-        kv.kv_len.data_ptr(),
-        table.shape,
-        kv.kv_start.shape,
-        kv.kv_len.shape,
-    )
+    layout = _run_layout(kv)
     known = _runs.get(kv)
-    if known is not None and known[0] == addresses:
+    if known is not None and known[0] == layout:
         return known[1]
+    arena, table = kv.arena, kv.page_table
     num_seqs = table.shape[0] if table.dim() else 0
     _check_table(arena, table, num_seqs)
     for name, tensor in (("kv_start", kv.kv_start), ("kv_len", kv.kv_len)):
@@ -295,7 +283,7 @@ def _native_run(kv: PagedKV) -> _native.Run:
             raise InputError(f"{name} must be contiguous int64 [{num_seqs}] on the CPU, got {got}")
     strides, at = (table.stride(0), table.stride(1)), (kv.kv_start.data_ptr(), kv.kv_len.data_ptr())
     run = _native.Run(_native_arena(arena), table.data_ptr(), strides, num_seqs, table.shape[2], *at)
-    _runs[kv] = addresses, run
+    _runs[kv] = layout, run
     return run
 
 
