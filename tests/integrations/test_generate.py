@@ -107,6 +107,32 @@ def test_chunked_prefill(pair: tuple[Any, Any], prefill_chunk_size: int) -> None
     assert_far(cache)
 
 
+def test_one_bool_mask_for_every_piece_of_a_prompt(pair: tuple[Any, Any]) -> None:
+    """transformers hands a bool mask on as it is: the same object, which is longer than the pieces, again and again."""
+    stock, ours = pair
+    ids, mask = models.left_padded([90, 50])
+    cache, whole, places = tiered(ours), mask.bool(), (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = stock(ids, attention_mask=mask, position_ids=places).logits[:, -1]
+        for begin in range(0, 90, 30):
+            piece = {"input_ids": ids[:, begin : begin + 30], "position_ids": places[:, begin : begin + 30]}
+            found = ours(**piece, attention_mask=whole, past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_sequences_chosen_by_bools_and_on_an_unused_cache(plain_pair: tuple[Any, Any]) -> None:
+    stock, ours = plain_pair
+    ids, cache = models.random_ids(3, 90), tiered(ours)
+    cache.reorder_cache(torch.tensor([], dtype=torch.int64))
+    with torch.no_grad():
+        ours(ids[:, :-1], past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([True, False, True]))
+        found = ours(ids[[0, 2], -1:], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(found, stock(ids[[0, 2]]).logits[:, -1], atol=1e-3, rtol=0)
+    cache.crop(torch.tensor(-4))
+    assert cache.get_seq_length() == 86
+
+
 @pytest.mark.way("several turns on one cache")
 def test_second_turn_on_the_same_cache(pair: tuple[Any, Any]) -> None:
     """The full ids are passed again; only what the cache does not hold is computed."""

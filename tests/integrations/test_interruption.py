@@ -420,3 +420,21 @@ def test_resident_memory_is_flat(llama: Pair) -> None:
         del cache, fork
         held.append(resident_bytes())
     assert max(held[10:]) - min(held[10:]) < 16 << 20
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+def test_an_exception_behind_the_last_attention(family: str) -> None:
+    """In the last layer's feed-forward: every layer has grown, and none keeps it."""
+    pair = pair_of(family)
+    cache = pair.held()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    hook = pair.ours.model.layers[-1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        pair.feed(cache, HELD + MORE)
+    hook.remove()
+    assert cache.get_seq_length() == HELD
+    cache.check()
+    pair.assert_goes_on(cache, HELD + MORE)

@@ -1,5 +1,6 @@
 """Around the model: torch.compile, inference mode, a config that was saved."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,23 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside(stock: Any) -> None:
         torch.testing.assert_close(found, stock(IDS).logits[0, -1], rtol=0, atol=1e-3)
     cache.crop(-100)
     cache.check()
+
+
+def test_a_cache_made_forked_and_recounted_in_inference_mode_goes_on_outside(stock: Any) -> None:
+    ours = attached(stock)
+    with torch.inference_mode():
+        cache = tiered(ours)
+        ours(IDS[:, :-1], past_key_values=cache)
+        fork = copy.deepcopy(cache)
+        copy.deepcopy(cache).reset()
+        cache.check()
+    for each in (cache, fork):
+        with torch.no_grad():
+            found = ours(IDS[:, -1:], past_key_values=each).logits[0, -1]
+            torch.testing.assert_close(found, stock(IDS).logits[0, -1], rtol=0, atol=1e-3)
+        each.crop(-100)
+        each.check()
+        each.close()
 
 
 def test_a_saved_model_can_still_be_given_a_cache(stock: Any, tmp_path: Path) -> None:

@@ -386,3 +386,31 @@ def test_a_prompt_on_a_cache_in_use_asks_for_memory(
         patch.setattr(machine, "available_bytes", lambda: machine.Available(10, "physical memory"))
         with pytest.raises(CapacityError, match="of host memory needed, 10 B available"):
             ours(models.random_ids(1, 100), past_key_values=cache)
+
+
+def test_layers_that_a_detached_model_has_moved_on_are_not_trusted() -> None:
+    """Linear attention has no way back, and the first of its layers comes before ours can refuse."""
+    stock = models.build("qwen3_next")
+    ours = attached(stock)
+    cache = tiered(ours)
+    generate(ours, IDS, past_key_values=cache, max_new_tokens=4)
+    tandem.detach(ours)
+    with pytest.raises(CacheError, match="not attached"):
+        generate(ours, IDS, past_key_values=cache, max_new_tokens=8)
+    tandem.attach(ours)
+    with pytest.raises(CacheError, match=r"cannot be taken back: reset\(\) the cache"):
+        generate(ours, IDS, past_key_values=cache, max_new_tokens=8)
+    cache.reset()
+    found = generate(ours, IDS, past_key_values=cache, max_new_tokens=8)
+    assert torch.equal(found.sequences, generate(stock, IDS, max_new_tokens=8).sequences)
+
+
+@pytest.mark.parametrize("indices", [[5], [-1], [[0]], [0.0], []], ids=str)
+def test_places_of_sequences_that_do_not_exist(
+    stock: Any, ours: Any, cache: tandem.TieredCache, indices: list[Any]
+) -> None:
+    with (
+        unharmed(stock, ours, cache),
+        pytest.raises(InputError, match="expected places of sequences, each from 0 to 0"),
+    ):
+        cache.batch_select_indices(torch.tensor(indices))

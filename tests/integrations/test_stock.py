@@ -147,6 +147,16 @@ def test_each_of_two_models_with_one_config_gets_its_hook() -> None:
         assert "_prepare_cache_for_generation" in vars(each)
 
 
+def test_two_models_with_one_config_are_detached_in_the_order_of_attaching() -> None:
+    first = models.llama()
+    second = type(first)(first.config)
+    for model in (first, second):
+        tandem.attach(model)
+    for model in (first, second):
+        tandem.detach(model)
+    assert first.config._attn_implementation == "eager"
+
+
 def test_a_deep_copy_of_an_attached_model_reserves_its_own_cache() -> None:
     ours = attached(models.llama())
     twin = copy.deepcopy(ours)

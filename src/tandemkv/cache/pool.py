@@ -86,6 +86,7 @@ class PagePool:
         counts: list[int] = self._counts[slots].tolist()
         return counts
 
+    @torch.inference_mode(False)
     def recount(self, used: Tensor) -> None:
         """Make the books say that exactly these references exist, one for every time a slot appears."""
         counts = torch.bincount(used.flatten(), minlength=self.arena.num_slots)

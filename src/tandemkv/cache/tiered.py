@@ -216,7 +216,7 @@ class KVCache:
 
     def select(self, seqs: Tensor) -> None:
         """Become the sequences `seqs`, int64 `[num_seqs]` on the CPU, of this batch: beams, copies, or fewer."""
-        if torch.equal(seqs, torch.arange(self.num_seqs)):
+        if not self._layers or torch.equal(seqs, torch.arange(self.num_seqs)):
             return
         with self._changing():
             new = [layer.fork(seqs) for layer in self._layers]

@@ -265,7 +265,7 @@ def _run_layout(kv: PagedKV) -> tuple[object, ...]:
     arena, table, kv_start, kv_len = kv.arena, kv.page_table, kv.kv_start, kv.kv_len
     addresses = arena.k.data_ptr(), arena.v.data_ptr(), table.data_ptr(), kv_start.data_ptr(), kv_len.data_ptr()
     sizes = arena.k.shape, arena.head_dim, arena.v_head_dim, table.shape, kv_start.shape, kv_len.shape
-    return addresses, sizes, table.stride(), arena.layout
+    return addresses, sizes, table.stride(), arena.layout, table.dtype, kv_start.dtype, kv_len.dtype
 
 
 def _native_run(kv: PagedKV) -> _native.Run:

@@ -1,6 +1,7 @@
 """TieredCache and its layers: what transformers sees of the pages."""
 
 import copy
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,12 +76,15 @@ class TieredCache(Cache):  # type: ignore[misc]
     def _become(self, layers: list[Any], kv: KVCache) -> None:
         """Stock layers as they are; where None stands, layers of our own, in the order of `kv`."""
         self.kv = kv
-        self.length = torch.tensor(kv.seq_len, device="cpu")  # tokens held, for compiled models: see TieredLayer
+        with torch.inference_mode(False):  # it is written to, maybe outside of it
+            self.length = torch.tensor(kv.seq_len, device="cpu")  # tokens held, for compiled models: see TieredLayer
         self.pending: TieredLayer | None = None  # was updated, but has not attended yet
         self._padding: tuple[Tensor, Tensor | None] | None = None
         ours = iter(range(kv.spec.num_layers))
         super().__init__(layers=[TieredLayer(self, next(ours)) if layer is None else layer for layer in layers])
         self._stock_at: tuple[Moment, dict[int, Any]] | None = None  # see `_settle`
+        self._has_stock_layers = any(layer is not None for layer in layers)
+        self._is_spoiled = False  # a model that is not attached has moved stock layers on
 
     def reserve(self, num_seqs: int, num_tokens: int) -> None:
         """Refuse now, with the arithmetic, what could not be held later; `generate` of an attached model calls this."""
@@ -125,17 +129,16 @@ class TieredCache(Cache):  # type: ignore[misc]
         fresh, _ = layers_of(self._config)
         self._stock_at = Moment(self.kv.moment.num_selections, 0), {i: fresh[i] for i in self._stock_layers()}
         self.kv.reset()
-        self.pending = self._padding = None
+        self.pending, self._padding, self._is_spoiled = None, None, False
         self._settle()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove `-tokens_to_remove` tokens from the end; a positive number is the length to keep (as in 5.17).
 
         CacheError, with nothing changed, where a layer cannot go back so far: a window has moved on, or a layer of
         linear attention keeps a state instead of tokens.
         """
-        if not isinstance(tokens_to_remove, int) or isinstance(tokens_to_remove, bool):
-            raise InputError(f"crop takes a whole number of tokens, got {tokens_to_remove!r}")
+        tokens_to_remove = _whole_number(tokens_to_remove)
         self._settle()
         self.pending = None
         now = self.kv.moment
@@ -156,6 +159,7 @@ class TieredCache(Cache):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these sequences, in this order."""
+        indices = self._checked_indices(indices)
         self._settle()
         layers = copy.deepcopy(self._stock_layers())
         for layer in layers.values():
@@ -164,6 +168,17 @@ class TieredCache(Cache):  # type: ignore[misc]
         self._stock_at = now._replace(num_selections=now.num_selections + 1), layers
         self.kv.select(indices.to(device="cpu", dtype=torch.int64))
         self._settle()
+
+    def _checked_indices(self, indices: Tensor) -> Tensor:
+        """As torch reads them: places, or a bool for every sequence."""
+        num_seqs = self.kv.num_seqs
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool and indices.shape == (num_seqs,):
+            indices = indices.nonzero().flatten()
+        is_list = indices.dim() == 1 and not indices.is_floating_point() and indices.dtype != torch.bool
+        if not is_list or (num_seqs and (len(indices) == 0 or not bool(((indices >= 0) & (indices < num_seqs)).all()))):
+            raise InputError(f"expected places of sequences, each from 0 to {num_seqs - 1}, got {indices.tolist()}")
+        return indices
 
     # -- layers that stay stock ----------------------------------------------------------------------------------------
 
@@ -183,14 +198,24 @@ class TieredCache(Cache):  # type: ignore[misc]
             if self.kv.moment == moment:
                 for index, layer in layers.items():
                     self.layers[index] = layer
-            self._stock_at = None
+            self.pending = self._stock_at = None
         self.length.fill_(self.kv.seq_len)
 
     def begin_pass(self) -> None:
-        """Before the first layer of a model that has stock ones: what is cut off from here on is undone."""
+        """Before the first layer of a model: what is cut off from here on is undone."""
+        if self.pending is not None and self._stock_at is None and self._has_stock_layers:
+            self._is_spoiled = True  # updated by a pass that was not announced
+        self._refuse_spoiled()
         self._settle()
         self.pending = None
         self._stock_at = self.kv.moment, copy.deepcopy(self._stock_layers())
+
+    def _refuse_spoiled(self) -> None:
+        if self._is_spoiled:
+            raise CacheError(
+                "a model that is not attached has used this cache, and its layers of linear attention or convolution "
+                "cannot be taken back: reset() the cache and prefill again"
+            )
 
     def end_pass(self) -> None:
         """Every layer has grown: from here on the new tokens count."""
@@ -207,6 +232,10 @@ class TieredCache(Cache):  # type: ignore[misc]
 
     def begin_layer(self, layer: "TieredLayer") -> None:
         """A layer was updated; its attention must come before the next update."""
+        if self._has_stock_layers and self._stock_at is None:
+            self._is_spoiled = True
+            self.kv.undo_step()
+            self._refuse_spoiled()
         cut_off = layer.index == 0 < self.kv.spec.num_layers - 1  # the last pass, between update and attention
         if self.pending is not None and not cut_off:
             self.pending = None
@@ -227,6 +256,7 @@ class TieredCache(Cache):  # type: ignore[misc]
                 f"{num_tokens} tokens exceed the model's {self.max_positions} positions; shorten the prompt"
             )
         self._adapt_to(k, v)
+        self._padding = None  # the same mask, longer than the tokens so far, may come with every piece of a prompt
         self.kv.begin_step(k.shape[0], k.shape[2])
 
     def adapt(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -243,7 +273,7 @@ class TieredCache(Cache):  # type: ignore[misc]
     def padding(self, mask: Tensor | None) -> Tensor | None:
         """kv_start `[num_seqs]` of a 2D bool mask `[num_seqs, kv_len]`; None without padding; only left is allowed.
 
-        One mask serves all layers of a forward pass: the last answer is kept.
+        One mask serves all layers of a forward pass: the answer is kept until the next one begins.
         """
         if mask is None:
             return None
@@ -413,6 +443,16 @@ def _recorded_tokens(layer: Any, seq_len: int) -> int:
         return 0
     lengths = [(state.shape[-1], layer.conv_kernel_size[index]) for index, state in layer.conv_states.items()]
     return min(seq_len if length >= seq_len else max(0, length - kernel_size) for length, kernel_size in lengths)
+
+
+def _whole_number(num_tokens: int | Tensor) -> int:
+    """transformers 5.17 hands over a tensor."""
+    try:
+        if not isinstance(num_tokens, bool):
+            return operator.index(num_tokens)
+    except TypeError:
+        pass
+    raise InputError(f"crop takes a whole number of tokens, got {num_tokens!r}")
 
 
 def _dtype(config: PreTrainedConfig) -> torch.dtype:

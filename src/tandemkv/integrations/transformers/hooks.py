@@ -17,6 +17,8 @@ from tandemkv.integrations.transformers.families import refusal_of
 from tandemkv.integrations.transformers.masks import make_mask, stock_mask_of
 from tandemkv.types import MAX_HEAD_DIM
 
+_STOCK = {name: stock for stock, name in IMPLEMENTATIONS.items()}
+
 MakeCache = Callable[[PreTrainedConfig], TieredCache]
 
 
@@ -24,7 +26,7 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
     """Let a model use a `TieredCache`; returns the same model. Undone by `detach`.
 
     Changes this instance only: its attention implementation, and its `generate`, which reserves the cache before it
-    starts; where some of its layers stay stock, its decoder tells the cache when a forward pass begins and ends.
+    starts; and its decoder tells the cache when a forward pass begins and ends.
     make_cache: where given, a `generate` that is not handed a cache uses `make_cache(model.config)`, which is how a
     pipeline comes to one.
     Raises UnsupportedError, with the name, for a family, layer type or option not supported.
@@ -38,14 +40,15 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
         AttentionInterface.register(name, partial(attend, stock))
         AttentionMaskInterface.register(name, partial(make_mask, stock))
     before = model.config._attn_implementation
-    if before not in IMPLEMENTATIONS.values():  # another model with this config may be attached
+    if before in _STOCK:  # another model with this config is attached
+        before = _STOCK[before]
+    else:
         model.set_attn_implementation(IMPLEMENTATIONS.get(before, IMPLEMENTATIONS["sdpa"]))
-    stock_prepare = model._prepare_cache_for_generation
-    model._prepare_cache_for_generation = MethodType(partial(_prepare_cache, stock_prepare, make_cache), model)
+    model._prepare_cache_for_generation = MethodType(partial(_prepare_cache, make_cache), model)
     stock_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     model.create_masks_for_generate = partial(_create_masks, stock_masks)
-    if any(layers_of(model.config.get_text_config(decoder=True))[0]):
-        model._tandem_hooks = _hooked(model.base_model)
+    keeps_stock_layers = any(layers_of(model.config.get_text_config(decoder=True))[0])
+    model._tandem_hooks = _hooked(model.base_model, keeps_stock_layers)
     model._tandem_before = before
     return model
 
@@ -77,19 +80,23 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
         )
 
 
-def _hooked(decoder: torch.nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
-    begin = decoder.register_forward_pre_hook(_begin_pass, with_kwargs=True)
-    return begin, decoder.register_forward_hook(_end_pass, with_kwargs=True)
+def _hooked(decoder: torch.nn.Module, keeps_stock_layers: bool) -> tuple[RemovableHandle, RemovableHandle]:
+    begin = decoder.register_forward_pre_hook(partial(_begin_pass, keeps_stock_layers), with_kwargs=True)
+    return begin, decoder.register_forward_hook(partial(_end_pass, keeps_stock_layers), with_kwargs=True)
 
 
-def _begin_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin_pass(keeps_stock_layers: bool, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
+        if not keeps_stock_layers:
+            return  # our last layer ends the pass
         torch._dynamo.graph_break(msg="a TieredCache keeps what stock layers were before a pass, outside of the graph")
     for cache in _tiered(args, kwargs):
         cache.begin_pass()
 
 
-def _end_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+def _end_pass(keeps_stock_layers: bool, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+    if torch.compiler.is_compiling() and not keeps_stock_layers:
+        return
     for cache in _tiered(args, kwargs):
         cache.end_pass()
 
@@ -108,7 +115,6 @@ def _create_masks(stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _prepare_cache(
-    stock: Callable[..., Any],
     make_cache: MakeCache | None,
     model: PreTrainedModel,
     generation_config: Any,
@@ -121,7 +127,8 @@ def _prepare_cache(
     wants_default = generation_config.use_cache and generation_config.cache_implementation is None
     if make_cache is not None and wants_default and model_kwargs.get("past_key_values") is None:
         model_kwargs["past_key_values"] = make_cache(model.config)
-    stock(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    stock = type(model)._prepare_cache_for_generation  # not a bound one: a deep copy of the model would keep it
+    stock(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, TieredCache):
         return
