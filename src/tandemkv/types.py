@@ -203,6 +203,8 @@ def _is_number(value: object) -> bool:
 
 def parse_bytes(size: int | str) -> int:
     """Bytes of 16 GiB given as `17179869184`, `"16GiB"`, `"16 GB"` (1e9) or `"16G"` (binary, like Linux tools)."""
+    if isinstance(size, bool):
+        raise InputError(f"expected a size such as '16GiB' or 17179869184, got {size!r}")
     if isinstance(size, int) and size < 0:
         raise InputError(f"a size in bytes cannot be negative, got {size}")
     if isinstance(size, int):

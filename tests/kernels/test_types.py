@@ -179,7 +179,7 @@ def test_an_input_error_is_a_value_error_of_ours() -> None:
     assert issubclass(InputError, TandemError)
 
 
-@pytest.mark.parametrize("size", [1e6, None, "16i", "", "G", "16 furlongs"])
+@pytest.mark.parametrize("size", [True, 1e6, None, "16i", "", "G", "16 furlongs"])
 def test_parse_bytes_refuses_what_is_no_size(size: object) -> None:
     with pytest.raises(InputError, match="expected a size such as '16GiB'"):
         parse_bytes(size)  # type: ignore[arg-type]

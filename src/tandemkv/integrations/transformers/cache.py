@@ -293,7 +293,10 @@ class TieredCache(Cache):  # type: ignore[misc]
         mask = mask[:, : expected[1]]
         # A row of padding alone is the first piece of a prompt that is prefilled in pieces.
         if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
-            raise UnsupportedError("only left padding is supported: set tokenizer.padding_side = 'left'")
+            raise UnsupportedError(
+                "only left padding is supported: set tokenizer.padding_side = 'left', or pass attention_mask where a "
+                "padding token stands inside a prompt"
+            )
         return mask.logical_not().sum(-1).cpu()
 
 
