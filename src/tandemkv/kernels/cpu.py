@@ -41,7 +41,6 @@ def available_isas() -> dict[str, str]:
     return dict(_native.isas())
 
 
-@cache
 def resolve_isa(name: str | None = None) -> str:
     """The named instruction set, or the fastest one; an error that lists them where this machine lacks it."""
     isas = available_isas()
