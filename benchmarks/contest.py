@@ -233,7 +233,7 @@ def _lay_out(shape: Shape, rotate_bytes: int, generator: torch.Generator) -> Cop
 
     layout, num_slots = PageLayout(torch.bfloat16, PAGE_SIZE, "panels"), num_copies * num_pages
     memory = _allocate(2, num_slots, shape.num_kv_heads, PAGE_SIZE, layout.stored_dim(shape.head_dim))
-    arena = Arena(memory[0], memory[1], layout, shape.head_dim)
+    arena = Arena(memory[0], memory[1], layout, shape.head_dim, shape.head_dim)
     slots = torch.randperm(num_slots, generator=generator).to(torch.int32).view(num_copies, num_pages)
     _pack(dense[0], arena, slots)
     start, end = torch.tensor([0]), torch.tensor([shape.kv_len])

@@ -98,7 +98,7 @@ class Clock:
         hook.remove()
 
 
-class NothingKept(Cache):  # type: ignore[misc]
+class NothingKept(Cache):
     """A cache that says how long it is and keeps nothing."""
 
     def __init__(self, context: int) -> None:

@@ -1,7 +1,7 @@
 // The few vector operations that the kernel is written in, for the instruction set this file is compiled for.
 //
 // Arithmetic uses GCC's vector types, so one text serves every width; intrinsics appear only where an instruction
-// has no such spelling (bf16 dot products, transposes). Included by kernel.cc alone, inside its namespace per
+// has no such spelling (bf16 dot products). Included by kernel.cc alone, inside its namespace per
 // instruction set: nothing here may be shared between objects compiled with different flags.
 #pragma once
 
@@ -303,85 +303,64 @@ inline void hide(Bf16Wide::Panel& panel) {
 
 // ---- Moves ---------------------------------------------------------------------------------------------------------
 
-// Transposes a 16 x 16 tile of 4-byte words; strides in bytes.
-#if defined(__AVX512F__)
-inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(src + i * src_stride);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+// Words x and y in turn, of the lower (kUpper = 0) or upper half of each quarter of a vector: four lanes. A word is
+// kWord lanes. Like `pick_quarters`, one instruction wherever vectors have 4, 8 or 16 lanes.
+template <int kWord, int kUpper>
+inline IVec interleave(IVec x, IVec y) {
+  IVec from;  // of the lanes of x and then y
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int word = lane % 4 / kWord, in_x = word / 2 * kWord + lane % kWord + kUpper * 2;
+    from[lane] = lane / 4 * 4 + in_x + word % 2 * kLanes;
   }
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {  // now by 128-bit quarters: a 4 x 4 transpose of quarters
-    const __m512i ab_low = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-    const __m512i ab_high = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xDD);
-    const __m512i cd_low = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-    const __m512i cd_high = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xDD);
-    b[i] = _mm512_shuffle_i32x4(ab_low, cd_low, 0x88);
-    b[i + 8] = _mm512_shuffle_i32x4(ab_low, cd_low, 0xDD);
-    b[i + 4] = _mm512_shuffle_i32x4(ab_high, cd_high, 0x88);
-    b[i + 12] = _mm512_shuffle_i32x4(ab_high, cd_high, 0xDD);
-  }
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(dst + i * dst_stride, b[i]);
-}
-#elif defined(__AVX2__)
-inline void transpose8(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
-  __m256i a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i * src_stride));
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
-    b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
-  }
-  for (int i = 0; i < 8; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i * dst_stride), b[i]);
+  return __builtin_shuffle(x, y, from);
 }
 
+// Every second quarter of x and then y, from the first (kOdd = 0) or the second on.
+template <int kOdd>
+inline IVec pick_quarters(IVec x, IVec y) {
+  IVec from;
+  for (int lane = 0; lane < kLanes; ++lane) from[lane] = (lane / 4 * 2 + kOdd) * 4 + lane % 4;
+  return __builtin_shuffle(x, y, from);
+}
+
+// Transposes a tile of kLanes x kLanes 4-byte words; strides in bytes.
+inline void transpose_lanes(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
+  IVec a[kLanes], b[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) std::memcpy(&a[i], src + i * src_stride, sizeof a[i]);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i += 2) {
+    b[i] = interleave<1, 0>(a[i], a[i + 1]);
+    b[i + 1] = interleave<1, 1>(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i += 4) {
+    a[i] = interleave<2, 0>(b[i], b[i + 2]);
+    a[i + 1] = interleave<2, 1>(b[i], b[i + 2]);
+    a[i + 2] = interleave<2, 0>(b[i + 1], b[i + 3]);
+    a[i + 3] = interleave<2, 1>(b[i + 1], b[i + 3]);
+  }
+  // Quarter q of a[i + c] holds column 4 q + c of rows [i, i + 4): what is left is a transpose of whole quarters.
+  for (int num_quarters = kLanes / 4; num_quarters > 1; num_quarters /= 2) {
+    for (int i = 0; i < kLanes; ++i) b[i] = a[i];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      const int first = i / 4 * 8 + i % 4;
+      a[i] = pick_quarters<0>(b[first], b[first + 4]);
+      a[kLanes / 2 + i] = pick_quarters<1>(b[first], b[first + 4]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) std::memcpy(dst + i * dst_stride, &a[i], sizeof a[i]);
+}
+
+// The same of 16 x 16 words.
 inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
-  for (int i = 0; i < 16; i += 8) {
-    for (int j = 0; j < 16; j += 8) {
-      transpose8(src + i * src_stride + j * 4, src_stride, dst + j * dst_stride + i * 4, dst_stride);
+  for (int i = 0; i < 16; i += kLanes) {
+    for (int j = 0; j < 16; j += kLanes) {
+      transpose_lanes(src + i * src_stride + j * 4, src_stride, dst + j * dst_stride + i * 4, dst_stride);
     }
   }
 }
-#elif defined(TANDEM_NEON)
-inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
-  for (int bi = 0; bi < 16; bi += 4) {
-    for (int bj = 0; bj < 16; bj += 4) {
-      uint32x4_t a[4], b[4];
-      for (int i = 0; i < 4; ++i) std::memcpy(&a[i], src + (bi + i) * src_stride + bj * 4, sizeof a[i]);
-      for (int i = 0; i < 4; i += 2) {
-        b[i] = vtrn1q_u32(a[i], a[i + 1]);
-        b[i + 1] = vtrn2q_u32(a[i], a[i + 1]);
-      }
-      for (int j = 0; j < 4; ++j) {
-        const uint64x2_t even = vreinterpretq_u64_u32(b[j % 2]), odd = vreinterpretq_u64_u32(b[2 + j % 2]);
-        const uint64x2_t column = j < 2 ? vtrn1q_u64(even, odd) : vtrn2q_u64(even, odd);
-        std::memcpy(dst + (bj + j) * dst_stride + bi * 4, &column, sizeof column);
-      }
-    }
-  }
-}
-#else
-inline void transpose16(const char* src, int64_t src_stride, char* dst, int64_t dst_stride) {
-  for (int i = 0; i < 16; ++i) {
-    for (int j = 0; j < 16; ++j) std::memcpy(dst + j * dst_stride + i * 4, src + i * src_stride + j * 4, 4);
-  }
-}
-#endif
 
 }  // namespace tandem::TANDEM_ISA

@@ -20,6 +20,27 @@ from tandemkv.errors import TandemError
 app = typer.Typer(name="tandemkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for programs.")]
+Context = Annotated[int, typer.Option(help="Tokens of context. Up to 32768 are prefilled, more are filled in.")]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option(help="To run in; auto takes what config.json says."),
+]
+FarBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Capacity for older tokens, such as 16GiB.", show_default="what the prompt and the new tokens need"
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many, if the text does not end before.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder of a supported family.")]
+NearTokens = Annotated[int, typer.Option(help="Recent tokens kept near, per layer; at least 128.")]
+PromptFile = Annotated[
+    Path, typer.Option(help="The text to continue, UTF-8, taken as it is (no chat template); - reads stdin.")
+]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default="none")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")]
+Threads = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="what this machine grants")]
+TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this mass.", show_default="1")]
 
 
 def main() -> None:
@@ -78,9 +99,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def demo(
-    context: Annotated[
-        int, typer.Option(help="Tokens of context. Up to 32768 are prefilled, more are filled in.")
-    ] = 131_072,
+    context: Context = 131_072,
     as_json: AsJson = False,
 ) -> None:
     """Decode with stock transformers and with tandemkv on the same context; show speeds, the limit and agreement.
@@ -102,29 +121,17 @@ def demo(
 
 @app.command()
 def generate(  # noqa: PLR0913  one argument per option
-    folder: Annotated[Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder of a supported family.")],
+    folder: Model,
     *,
-    prompt_file: Annotated[
-        Path, typer.Option(help="The text to continue, UTF-8, taken as it is (no chat template); - reads stdin.")
-    ],
-    near_tokens: Annotated[int, typer.Option(help="Recent tokens kept near, per layer; at least 128.")] = 4096,
-    far_bytes: Annotated[
-        str | None,
-        typer.Option(
-            help="Capacity for older tokens, such as 16GiB.", show_default="what the prompt and the new tokens need"
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many, if the text does not end before.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")] = 0.0,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens of this mass.", show_default="1")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default="none")] = None,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="To run in; auto takes what config.json says."),
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(help="Of the CPU.", show_default="what this machine grants")] = None,
+    prompt_file: PromptFile,
+    near_tokens: NearTokens = 4096,
+    far_bytes: FarBytes = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    seed: Seed = None,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue the text of a file with a local model; nothing is downloaded.

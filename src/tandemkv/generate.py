@@ -249,7 +249,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return tandem.attach(model.eval())
 
 
-class TextStream(BaseStreamer):  # type: ignore[misc]
+class TextStream(BaseStreamer):
     """Takes the tokens of `generate` as they come: notes their times and writes their text, special tokens left out.
 
     The pieces together are `tokenizer.decode(ids)`: each is what its tokens add to the text of the piece before, and a

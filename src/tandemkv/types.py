@@ -97,18 +97,16 @@ class Arena:
     """A pair of K and V arenas with equal slots: the same slot in both is one page of one layer.
 
     k, v: `[num_slots, num_kv_heads, page_size, stored_dim]`, contiguous, where stored_dim is that of head_dim for k
-        and of v_head_dim (head_dim where it is None) for v; in panels the last two are one packed run.
+        and of v_head_dim for v; in panels the last two are one packed run.
     """
 
     k: Tensor
     v: Tensor
     layout: PageLayout
     head_dim: int
-    v_head_dim: int = None  # type: ignore[assignment]  # an int from __post_init__ on
+    v_head_dim: int
 
     def __post_init__(self) -> None:
-        if self.v_head_dim is None:
-            object.__setattr__(self, "v_head_dim", self.head_dim)
         alike = self.k.shape[:-1] == self.v.shape[:-1]
         if not alike or not (self.k.is_contiguous() and self.v.is_contiguous()):
             raise InputError(f"k and v arenas must be contiguous and alike, got {self.k.shape} and {self.v.shape}")

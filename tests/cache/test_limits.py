@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,12 +277,14 @@ def test_adapt_takes_the_models_dtype_until_tokens_are_held() -> None:
         cache.adapt(SPEC)
 
 
-class AllocatedBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class AllocatedBytes(TorchDispatchMode):
     """The largest tensor that any op returned."""
 
-    largest = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.largest = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             owned = result.untyped_storage().nbytes() if func._schema.returns[0].alias_info is None else 0
@@ -301,7 +304,7 @@ def test_append_at_100k_tokens_touches_one_row_and_makes_nothing_long() -> None:
     layer._map = PageMap(layer._store.near.take(100_000 // 16)[None], 0, 100_000)
     one = torch.ones(1, 2, 1, 16)
     for num_new, table_bytes in ((1, 4 * 6251), (2, 0)):  # a new page, with a table of 4 bytes a page; a place in it
-        with AllocatedBytes() as allocated:  # type: ignore[no-untyped-call]
+        with AllocatedBytes() as allocated:
             layer.evict()
             layer.append(one, one)
             with layer.hold():

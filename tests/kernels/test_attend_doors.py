@@ -135,7 +135,7 @@ def test_tensors_that_moved_are_seen() -> None:
     kv = PagedKV(arena, torch.zeros((1, 1, 1), dtype=torch.int32), torch.tensor([0]), torch.tensor([5]))
     q = torch.ones(1, 1, 1, 2)
     assert attend(q, kv, rule=ScoreRule(1.0)).out.tolist() == [[[[1.0, 1.0]]]]
-    arena.v.share_memory_()  # type: ignore[no-untyped-call]
+    arena.v.share_memory_()
     arena.v.fill_(5)
     assert attend(q, kv, rule=ScoreRule(1.0)).out.tolist() == [[[[5.0, 5.0]]]]
     kv.kv_len.data = torch.tensor([0])

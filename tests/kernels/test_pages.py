@@ -298,7 +298,7 @@ MOVES = {
 def test_moves_that_overlap_are_refused(name: str) -> None:
     source_slots, target_slots, message = MOVES[name]
     arena = poisoned_arena(PageLayout(torch.float32, 16), 6, 1, 8)
-    again = Arena(arena.k, arena.v, arena.layout, 8)
+    again = Arena(arena.k, arena.v, arena.layout, 8, 8)
     for target in (arena, again):
         with pytest.raises(InputError, match=message):
             cpu.move_pages(arena, target, source_slots, target_slots)

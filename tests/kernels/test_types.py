@@ -115,7 +115,7 @@ def test_v_may_have_another_width() -> None:
     ):
         arena.check_tokens(2, k, k)
     with pytest.raises(InputError, match=r"arena slices must be \(16, 80\) for .* got \(16, 32\)"):
-        Arena(arena.k, arena.v, layout, 65)
+        Arena(arena.k, arena.v, layout, 65, 65)
 
 
 RULES: dict[str, tuple[dict[str, Any], str]] = {
@@ -144,7 +144,7 @@ def test_layouts_are_equal_by_value_and_arenas_by_identity() -> None:
     layout = PageLayout(torch.float32)
     assert layout == PageLayout(torch.float32, 64, "rows")
     arena = Arena.allocate(layout, 1, 1, 8)
-    assert arena != Arena(arena.k, arena.v, layout, 8)
+    assert arena != Arena(arena.k, arena.v, layout, 8, 8)
 
 
 LAYOUT = PageLayout(torch.float32, 16)
@@ -166,12 +166,12 @@ ARENAS = {
 def test_arenas_refuse(name: str) -> None:
     k, v, message = ARENAS[name]
     with pytest.raises(InputError, match=message):
-        Arena(k, v, LAYOUT, 8)
+        Arena(k, v, LAYOUT, 8, 8)
 
 
 def test_panels_store_padded_dims() -> None:
     with pytest.raises(InputError, match=r"must be \(16, 16\) .* got \(16, 8\)"):
-        Arena(K, K, PageLayout(torch.float32, 16, "panels"), 8)
+        Arena(K, K, PageLayout(torch.float32, 16, "panels"), 8, 8)
 
 
 def test_an_input_error_is_a_value_error_of_ours() -> None:

@@ -38,7 +38,8 @@ class Garden:
 
     def step(self) -> None:
         """One operation, then everything is checked."""
-        name = self.pick.choices(list(OPERATIONS), [weight for weight, _ in OPERATIONS.values()])[0]
+        weights = [START_WEIGHT, *(weight for weight, _ in OPERATIONS.values())]
+        name = self.pick.choices(["start", *OPERATIONS], weights)[0]
         if not self.sequences or (name == "fork" and len(self.sequences) >= MAX_SEQUENCES):
             name = "start"
         if name == "start" and len(self.sequences) >= MAX_SEQUENCES:
@@ -46,7 +47,7 @@ class Garden:
         sequence = None if name == "start" else self.pick.choice(self.sequences)
         self.journal.append(f"{len(self.journal)} {name} {sequence.name if sequence else ''}")
         before = _moved_bytes(sequence)
-        outcome = OPERATIONS[name][1](self, sequence)  # type: ignore[arg-type]
+        outcome = start(self) if sequence is None else OPERATIONS[name][1](self, sequence)
         held = "" if sequence is None else f", {sequence.held} of {sequence.ids.shape[1]} tokens held"
         self.journal[-1] += f": {outcome}{held}"
         self.far_bytes += max(0, _moved_bytes(sequence) - before)
@@ -80,7 +81,7 @@ def _moved_bytes(sequence: Sequence | None) -> int:
     return use[1].moved_bytes if use else 0
 
 
-def start(garden: Garden, _: Sequence | None) -> str:
+def start(garden: Garden) -> str:
     pick = garden.pick
     weights = [WORLDS[world.family][0] for world in garden.worlds]
     world = pick.choices(garden.worlds, weights)[0]
@@ -293,8 +294,8 @@ def drop(garden: Garden, sequence: Sequence) -> str:
     return "done"
 
 
+START_WEIGHT = 10
 OPERATIONS: dict[str, tuple[int, Callable[[Garden, Sequence], str]]] = {
-    "start": (10, start),
     "generate": (20, generate),
     "feed": (10, feed),
     "fork": (8, fork),
@@ -308,4 +309,4 @@ OPERATIONS: dict[str, tuple[int, Callable[[Garden, Sequence], str]]] = {
     "close": (3, close),
     "drop": (4, drop),
 }
-"""How often each is chosen."""
+"""How often each is chosen, beside `start`."""

@@ -4,7 +4,7 @@ nanobind would copy a non-contiguous output and throw the result away, and a DLP
 dtypes and strides are checked here, before any pointer is used.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -171,7 +171,8 @@ def merge(parts: Sequence[Partial], pool: WorkerPool | None = None, sink_logit: 
 def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
     """See `tandemkv.kernels.append`."""
     _check_rows(arena, page_table, begin, k, v)
-    _copy_tokens(_native.append, arena, page_table, begin, _dense(k), _dense(v), pool)
+    k, v = _dense(k), _dense(v)
+    _raise_for(_native.append(_pool(pool), resolve_isa(), *_native_tokens(arena, page_table, begin, k, v)))
 
 
 def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
@@ -179,7 +180,7 @@ def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, p
     _check_rows(arena, page_table, begin, k, v)
     if k.stride(3) != 1 or v.stride(3) != 1 or k.is_neg() or v.is_neg():
         raise InputError("gather writes into tensors whose head_dim is contiguous")
-    _copy_tokens(_native.gather, arena, page_table, begin, k, v, pool)
+    _raise_for(_native.gather(_pool(pool), resolve_isa(), *_native_tokens(arena, page_table, begin, k, v)))
 
 
 def move_pages(
@@ -371,17 +372,13 @@ def _check_rows(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tens
         raise InputError(f"tokens [{begin}, {end}) lie outside a table of {page_table.shape[2]} pages")
 
 
-def _copy_tokens(
-    copy: Callable[..., _native.Status],
-    arena: Arena,
-    page_table: Tensor,
-    begin: int,
-    k: Tensor,
-    v: Tensor,
-    pool: WorkerPool | None,
-) -> None:
-    table, strides = page_table.data_ptr(), (page_table.stride(0), page_table.stride(1))
-    _raise_for(copy(_pool(pool), resolve_isa(), _native_arena(arena), table, strides, begin, _rows(k), _rows(v)))
+_NativeTokens = tuple[_native.Arena, int, tuple[int, int], int, _native.Rows, _native.Rows]
+
+
+def _native_tokens(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> _NativeTokens:
+    """Rows of tokens, and where they lie in pages; the caller holds the tensors until the call returns."""
+    strides = page_table.stride(0), page_table.stride(1)
+    return _native_arena(arena), page_table.data_ptr(), strides, begin, _rows(k), _rows(v)
 
 
 def _pool(pool: WorkerPool | None) -> WorkerPool:

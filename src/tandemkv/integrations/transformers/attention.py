@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tandemkv.errors import InputError, UnsupportedError
-from tandemkv.integrations.transformers.cache import TieredLayer, layer_of
+from tandemkv.integrations.transformers.cache import LAYER_OF_KEYS, TieredLayer, layer_of
 from tandemkv.integrations.transformers.masks import padding_of, stock_mask_of
 from tandemkv.types import ScoreRule
 
@@ -42,7 +42,7 @@ def attend(
     query: `[num_seqs, num_q_heads, q_len, head_dim]`; key, value: the new tokens, not repeated for grouped heads.
     Returns `[num_seqs, q_len, num_q_heads, v_head_dim]`, contiguous, and attention weights where stock gives them.
     """
-    layer: TieredLayer | None = getattr(key, "_tandem_layer", None)
+    layer: TieredLayer | None = getattr(key, LAYER_OF_KEYS, None)
     if layer is None:
         mask = stock_mask_of(attention_mask)
         out: tuple[Tensor, Any] = _stock_attention(stock, module)(module, query, key, value, mask, **kwargs)
@@ -50,8 +50,8 @@ def attend(
     if torch.compiler.is_compiling():
         _refuse_unsupported(module, layer, (query, key, value), kwargs)
         padding, (rule, sink_logit) = padding_of(attention_mask, layer.window), _rule_of(query, layer.window, kwargs)
-        options = rule.scale, rule.softcap, rule.window
-        return _compiled(query, key, value, layer.handle, layer.length, padding, *options, sink_logit), None
+        marks = layer.handle, layer.length
+        return _compiled(query, key, value, *marks, padding, rule.scale, rule.softcap, sink_logit), None
     with layer.attending():
         _refuse_unsupported(module, layer, (query, key, value), kwargs)
         padding, (rule, sink_logit) = padding_of(attention_mask, layer.window), _rule_of(query, layer.window, kwargs)
@@ -68,14 +68,13 @@ def _compiled(  # noqa: PLR0913, PLR0917  an operator's schema knows no other wa
     padding: Tensor | None,
     scale: float,
     softcap: float | None,
-    window: int | None,
     sink_logit: Tensor | None,
 ) -> Tensor:
     """One layer's step in a compiled graph. The tensors named as mutated keep unused calls, and their order."""
     layer = layer_of(int(handle))
     layer.cache.begin_layer(layer)
     with layer.attending():
-        return layer.attend(q, k, v, padding, ScoreRule(scale, softcap, window), sink_logit)
+        return layer.attend(q, k, v, padding, ScoreRule(scale, softcap, layer.window), sink_logit)
 
 
 @_compiled.register_fake
@@ -129,7 +128,7 @@ def _refuse_unsupported(module: Any, layer: TieredLayer, qkv: tuple[Tensor, ...]
 
 def _stock_attention(stock: str, module: torch.nn.Module) -> Callable[..., tuple[Tensor, Any]]:
     """What the model would call were it not attached: eager attention lives in the model's own file."""
+    found: Callable[..., tuple[Tensor, Any]] = sdpa_attention_forward
     if stock == "eager":
-        found: Callable[..., tuple[Tensor, Any]] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-        return found
-    return sdpa_attention_forward  # type: ignore[no-any-return]
+        found = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary, proxy
 
 import torch
@@ -22,11 +22,14 @@ from tandemkv.types import ScoreRule, parse_bytes
 IMPLEMENTATIONS = {"sdpa": "tandem", "eager": "tandem_eager"}
 """The names under which transformers knows our attention function and mask, by the stock one that it replaces."""
 
+LAYER_OF_KEYS = "_tandem_layer"
+"""The attribute of updated keys that holds their `TieredLayer`."""
+
 _UPDATE_KEYWORDS = {"cache_kwargs", "cache_position", "cos", "sin"}
 """What models tell `Cache.update` beside keys and values: positions, which a cache of all tokens does not need."""
 
 
-class TieredCache(Cache):  # type: ignore[misc]
+class TieredCache(Cache):
     """A transformers cache whose recent tokens lie near, on the model's device, and older ones in host memory.
 
     Exact: every token is attended. Layers with a sliding window stay near; layers without keys and values (linear
@@ -304,7 +307,7 @@ _LAYERS: WeakValueDictionary[int, "TieredLayer"] = WeakValueDictionary()
 _ids = count()
 
 
-class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
+class TieredLayer(CacheLayerMixin):
     """What transformers sees of one layer; the pages are in `KVCache`.
 
     In a compiled model a layer is a number in a tensor, `handle`, and the tokens held are another, `length`: what is
@@ -317,7 +320,7 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, cache: TieredCache, index: int) -> None:
         super().__init__()
         # No cycle of references: the last one to a cache gives its memory back at once.
-        self.cache: TieredCache = proxy(cache)  # type: ignore[assignment]
+        self.cache = cast(TieredCache, proxy(cache))
         self.index, self.length = index, cache.length
         self.num_model_layers = cache.num_model_layers
         self.handle = torch.tensor(next(_ids), device="cpu")
@@ -336,7 +339,7 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
         if not torch.compiler.is_compiling():
             self.cache.begin_layer(self)
         marked = key_states.view_as(key_states)
-        marked._tandem_layer = self  # type: ignore[attr-defined]
+        setattr(marked, LAYER_OF_KEYS, self)
         return marked, value_states
 
     @contextmanager
@@ -368,10 +371,10 @@ class TieredLayer(CacheLayerMixin):  # type: ignore[misc]
             cache.end_layers()
         return out
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> int | Tensor:
         """Tokens held, near and far; a tensor while a model is compiled, as in stock's static cache."""
         if torch.compiler.is_compiling():
-            return self.length.clone()  # type: ignore[return-value]
+            return self.length.clone()
         return self.cache.kv.seq_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -19,6 +19,9 @@ from transformers.masking_utils import (
 
 from tandemkv.errors import InputError, UnsupportedError
 
+_RULE = "_tandem_rule"
+"""The attribute of a stand-in that holds its `MaskRule`."""
+
 
 class MaskRule:
     """What a stand-in stands for."""
@@ -68,13 +71,13 @@ def make_mask(
     )
     is_known, window = _told_window(kwargs) if torch.compiler.is_compiling() else _window_of(mask_function)
     is_other = not is_known or bool(kwargs.get("use_vmap"))
-    stand_in._tandem_rule = MaskRule(attention_mask, window, is_other, recipe)  # type: ignore[attr-defined]
+    setattr(stand_in, _RULE, MaskRule(attention_mask, window, is_other, recipe))
     return stand_in
 
 
 def stock_mask_of(mask: Any) -> Any:
     """What stock would have made where the mask is a stand-in; any other mask as it is."""
-    rule: MaskRule | None = getattr(mask, "_tandem_rule", None)
+    rule: MaskRule | None = getattr(mask, _RULE, None)
     return mask if rule is None else rule.stock_mask()
 
 
@@ -85,7 +88,7 @@ def padding_of(mask: Any, window: int | None) -> Tensor | None:
     """
     if mask is None:
         return None
-    rule: MaskRule | None = getattr(mask, "_tandem_rule", None)
+    rule: MaskRule | None = getattr(mask, _RULE, None)
     if rule is None:
         raise UnsupportedError("a TieredCache takes 2D attention masks (left padding), not ready-made 4D masks")
     if rule.is_other:

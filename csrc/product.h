@@ -1,0 +1,265 @@
+// The small matrix product that a tile's scores and its output both are, on panels (attend.h), and what it reads ahead,
+// for the instruction set this file is compiled for; included by kernel.cc alone, like simd.h.
+#pragma once
+
+#include <cstdint>
+
+#include "attend.h"
+#include "panels.h"
+#include "simd.h"
+
+namespace tandem::TANDEM_ISA {
+namespace {
+
+constexpr int kMaxTileRows = TANDEM_MAX_TILE_ROWS;
+
+#if defined(__AMX_BF16__)
+constexpr int64_t kMinDotRows = 5;  // fewer rows fill too little of a tile: multiply-adds keep up with memory
+#elif defined(TANDEM_BF16_DOT)
+constexpr int64_t kMinDotRows = 1;
+#endif
+
+// The lines of the tile after this one, asked for a few at a time while this one is computed, in the products and in
+// the softmax alike: a core has some 16 requests in flight, and memory idles whenever none is waiting. So the pace
+// follows from the rows: at that of 4 rows, 8 had asked for everything before their longest product, p.v, began (15 to
+// 25 % of a call).
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;            // K
+  const char *then_at = nullptr, *then_end = nullptr;  // V
+  int64_t num_lines = 1;                               // that a step of a product asks for
+
+  int64_t num_bytes() const { return max64(end - at, 0) + then_end - then_at; }
+
+  // Whether any is left; behind the end of K follows V.
+  bool more() {
+    if (at < end) return true;
+    at = then_at;
+    end = then_end;
+    then_at = then_end;
+    return at < end;
+  }
+
+  // A run may be overshot by less than `num`.
+  void ask(int num) {
+    if (!more()) return;
+    for (int line = 0; line < num; ++line, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+
+  // About `num_bytes` in the next num_steps Steps: whole lines at each, for parts of one were no faster.
+  void pace(int64_t num_bytes, int64_t num_steps) { num_lines = max64(1, min64(4, (num_bytes / num_steps + 48) / 64)); }
+
+  // A run of lines that the caller asks for; where none is left, lines at `idle`, which are in the cache.
+  const char* take(int64_t num, const char* idle) {
+    if (!more()) return idle;
+    const char* const run = at;
+    at += num * 64;
+    return run;
+  }
+};
+
+// What the num_steps steps of one panel's product ask for.
+#if TANDEM_LANES == 16
+class Steps {
+ public:
+  Steps(const Ahead& ahead, int64_t, const char*) : ahead_(ahead) {}
+  void give_back(Ahead& ahead) const { ahead = ahead_; }
+
+  // Branches, not a loop: they always go the same way, and a loop took 2 % of a call.
+  void ask() {
+    if (!ahead_.more()) return;
+    __builtin_prefetch(ahead_.at, 0, 2);
+    if (ahead_.num_lines > 1) __builtin_prefetch(ahead_.at + 64, 0, 2);
+    if (ahead_.num_lines > 2) __builtin_prefetch(ahead_.at + 128, 0, 2);
+    if (ahead_.num_lines > 3) __builtin_prefetch(ahead_.at + 192, 0, 2);
+    ahead_.at += ahead_.num_lines * 64;
+  }
+
+ private:
+  Ahead ahead_;  // in registers
+};
+#else
+// Shorter vectors have more and shorter steps: a line at each. At a slower pace, or with a branch in the loop, a call
+// was 4 to 10 % slower.
+class Steps {
+ public:
+  Steps(Ahead& ahead, int64_t num_steps, const char* idle) : run_(ahead.take(num_steps, idle)) {}
+  void give_back(Ahead&) const {}
+
+  void ask() {
+    __builtin_prefetch(run_, 0, 2);
+    run_ += 64;
+  }
+
+ private:
+  const char* run_;
+};
+#endif
+
+// A panel: num_k rows `k_stride` bytes apart, of blocks of 16 lanes `block_stride` bytes apart.
+struct Panel {
+  const char* data;
+  int64_t k_stride, block_stride, num_k, num_blocks;
+};
+
+// Rows of accumulators, a block of 16 lanes beside the next; rows of weights, as an Element prepared them.
+struct Accumulators {
+  float* data;
+  int64_t stride;
+};
+struct Weights {
+  const uint32_t* data;
+  int64_t stride;
+};
+
+// Bytes of one lane of a panel row: kPair neighbours.
+template <class Element>
+constexpr int64_t lane_bytes() {
+  return pair_of(Element::kDType) * item_bytes(Element::kDType);
+}
+
+// acc_R[block * 16 ...] += sum over k of panel[k][block] * weights_R[k], for kRows rows and kBlocks blocks.
+template <class Element, int kRows, int kBlocks>
+inline void panel_product(const Panel& panel, int64_t block, Weights weights, Accumulators acc, Ahead& ahead) {
+  constexpr int kVecs = kBlocks * kVecsPerBlock;
+  Vec sum[kRows][kVecs];
+  float* const first = acc.data + block * 16;
+  for (int r = 0; r < kRows; ++r) {
+    for (int n = 0; n < kVecs; ++n) sum[r][n] = load(first + r * acc.stride + n * kLanes);
+  }
+  const char* row = panel.data + block * panel.block_stride;
+  constexpr int64_t kLaneBytes = lane_bytes<Element>();
+  Steps steps(ahead, panel.num_k, panel.data);
+  for (int64_t k = 0; k < panel.num_k; ++k, row += panel.k_stride) {
+    steps.ask();
+    typename Element::Panel m[kVecs];
+    for (int n = 0; n < kVecs; ++n) {
+      const int64_t lane = n % kVecsPerBlock * kLanes;
+      m[n] = Element::panel(row + n / kVecsPerBlock * panel.block_stride + lane * kLaneBytes);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const auto w = Element::weight(weights.data + r * weights.stride, k, panel.num_k);
+      for (int n = 0; n < kVecs; ++n) sum[r][n] = Element::mac(sum[r][n], m[n], w);
+    }
+  }
+  steps.give_back(ahead);
+  for (int r = 0; r < kRows; ++r) {
+    for (int n = 0; n < kVecs; ++n) store(first + r * acc.stride + n * kLanes, sum[r][n]);
+  }
+}
+
+constexpr int kTileBlocks = kLanes == 16 ? 4 : 1;  // as many accumulators as the registers hold
+
+template <class Element, int kRows>
+void product_rows(const Panel& panel, Weights weights, Accumulators acc, Ahead& ahead) {
+  int64_t block = 0;
+  for (; block + kTileBlocks <= panel.num_blocks; block += kTileBlocks) {
+    panel_product<Element, kRows, kTileBlocks>(panel, block, weights, acc, ahead);
+  }
+  for (; block < panel.num_blocks; ++block) panel_product<Element, kRows, 1>(panel, block, weights, acc, ahead);
+}
+
+#if defined(__AMX_BF16__)
+// A tile register multiplies up to 16 rows of weights by 32 x 16 numbers of a panel at once, whatever the rows: panels
+// are what TDPBF16PS reads. Shapes are set per item: 0 to 3 hold accumulators and 4, 5 weights (num_rows rows), 6 and 7
+// hold 16 panel rows.
+struct TileShapes {
+  explicit TileShapes(int64_t num_rows) {
+    alignas(64) uint8_t config[64] = {1};  // palette 1; bytes per row from 16, rows from 48
+    for (int tile = 0; tile < 8; ++tile) {
+      config[16 + 2 * tile] = 64;
+      config[48 + tile] = static_cast<uint8_t>(tile >= 6 ? 16 : num_rows);
+    }
+    _tile_loadconfig(config);
+  }
+  ~TileShapes() { _tile_release(); }
+};
+
+// Four blocks of a panel whose num_k is a multiple of 16.
+template <bool kSplit>
+void tile_product(const Panel& panel, int64_t block, Weights weights, Accumulators acc, Ahead& ahead) {
+  float* c = acc.data + block * 16;
+  const int64_t c_stride = acc.stride * 4, w_stride = weights.stride * 4;
+  const char* b = panel.data + block * panel.block_stride;
+  _tile_loadd(0, c, c_stride);
+  _tile_loadd(1, c + 16, c_stride);
+  _tile_loadd(2, c + 32, c_stride);
+  _tile_loadd(3, c + 48, c_stride);
+  Ahead asking = ahead;  // in registers: a store in the loop would hold back the tile loads (12 % of a call)
+  for (int64_t k = 0; k < panel.num_k; k += 16, b += 16 * panel.k_stride) {
+    _tile_loadd(4, weights.data + k, w_stride);
+    if constexpr (kSplit) _tile_loadd(5, weights.data + panel.num_k + k, w_stride);
+#define TANDEM_TILE(C, B)                                     \
+  asking.ask(16);                                             \
+  _tile_loadd(B, b + C * panel.block_stride, panel.k_stride); \
+  _tile_dpbf16ps(C, 4, B);                                    \
+  if constexpr (kSplit) _tile_dpbf16ps(C, 5, B)
+    TANDEM_TILE(0, 6);
+    TANDEM_TILE(1, 7);
+    TANDEM_TILE(2, 6);
+    TANDEM_TILE(3, 7);
+#undef TANDEM_TILE
+  }
+  ahead = asking;
+  _tile_stored(0, c, c_stride);
+  _tile_stored(1, c + 16, c_stride);
+  _tile_stored(2, c + 32, c_stride);
+  _tile_stored(3, c + 48, c_stride);
+}
+
+// True where tiles did the product.
+template <class Element>
+bool product_by_tiles(const Panel& panel, Weights weights, Accumulators acc, Ahead& ahead) {
+  if constexpr (Element::kIsDot) {
+    if (panel.num_k % 16 != 0 || panel.num_blocks % 4 != 0) return false;
+    for (int64_t block = 0; block < panel.num_blocks; block += 4) {
+      tile_product<Element::kIsSplit>(panel, block, weights, acc, ahead);
+    }
+    return true;
+  }
+  return false;
+}
+#else
+struct TileShapes {
+  explicit TileShapes(int64_t) {}
+};
+
+template <class Element>
+bool product_by_tiles(const Panel&, Weights, Accumulators, Ahead&) {
+  return false;
+}
+#endif
+
+// All rows, while some `ahead_bytes` are asked for.
+template <class Element>
+void product(const Panel& panel, Weights weights, Accumulators acc, int64_t num_rows, int64_t ahead_bytes,
+             Ahead& ahead) {
+  if (product_by_tiles<Element>(panel, weights, acc, ahead)) return;
+  const int64_t num_passes = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
+  const int64_t num_panels = panel.num_blocks / kTileBlocks + panel.num_blocks % kTileBlocks;
+  ahead.pace(ahead_bytes, num_passes * num_panels * panel.num_k);
+  for (int64_t pass = 0, r = 0; pass < num_passes; ++pass) {
+    const int64_t rows = (num_rows - r + num_passes - pass - 1) / (num_passes - pass);
+    const Weights w{weights.data + r * weights.stride, weights.stride};
+    const Accumulators a{acc.data + r * acc.stride, acc.stride};
+    switch (rows) {
+      case 1: product_rows<Element, 1>(panel, w, a, ahead); break;
+      case 2: product_rows<Element, 2>(panel, w, a, ahead); break;
+#if TANDEM_MAX_TILE_ROWS > 2
+      case 3: product_rows<Element, 3>(panel, w, a, ahead); break;
+#endif
+#if TANDEM_MAX_TILE_ROWS > 3
+      case 4: product_rows<Element, 4>(panel, w, a, ahead); break;
+#endif
+#if TANDEM_MAX_TILE_ROWS > 4
+      case 5: product_rows<Element, 5>(panel, w, a, ahead); break;
+#endif
+#if TANDEM_MAX_TILE_ROWS > 5
+      case 6: product_rows<Element, 6>(panel, w, a, ahead); break;
+#endif
+    }
+    r += rows;
+  }
+}
+
+}  // namespace
+}  // namespace tandem::TANDEM_ISA
