@@ -8,8 +8,8 @@
 // No function with external linkage but the table at the end: an inline function of the standard library that is
 // compiled here with AVX-512 could be the copy the linker keeps for everybody.
 #include "attend.h"
-#include "limits.h"
 #include "panels.h"
+#include "probes.h"
 #include "product.h"
 #include "simd.h"
 
