@@ -175,14 +175,15 @@ void attend_tile(const AttendArgs& args, Tile tile, const Rows& rows, Scratch& s
   const int64_t num_blocks = (tile.end - tile.begin + 15) / 16, num_tokens = num_blocks * 16;
   const int64_t ahead_bytes = s.ahead.num_bytes();
   stage<Element::kDType>(args.kv.arena, tile, s);
-  for (int64_t r = 0; r < rows.num; ++r) std::memset(s.score_RT + r * kTileTokens, 0, num_tokens * 4);
   const Panel k{tile.k, kRowBytes, k_stored / kPair * kRowBytes, k_stored / kPair, num_blocks};
-  product<QueryElement>(k, {rows.q_RD, k_stored}, {s.score_RT, kTileTokens}, rows.num, ahead_bytes / 3, s.ahead);
+  const Accumulators<true> scores{s.score_RT, kTileTokens};
+  product<QueryElement>(k, {rows.q_RD, k_stored}, scores, rows.num, ahead_bytes / 3, s.ahead);
   // Much less than the softmax's share of the time: its loads and stores wait behind a burst.
   s.row_lines = static_cast<int>(min64(16, ahead_bytes / 8 / 64 / (2 * rows.num)));
   softmax<Element>(args.rule, tile, num_tokens, v_stored, rows, s);
   const Panel v{tile.v, v_stored / 16 * kRowBytes, kRowBytes, num_tokens / kPair, v_stored / 16};
-  product<Element>(v, {s.p_RT, kTileTokens}, {rows.out_RD, v_stored}, rows.num, s.ahead.num_bytes(), s.ahead);
+  const Accumulators<false> out{rows.out_RD, v_stored};
+  product<Element>(v, {s.p_RT, kTileTokens}, out, rows.num, s.ahead.num_bytes(), s.ahead);
   while (s.ahead.more()) s.ahead.ask(16);
 }
 
