@@ -176,11 +176,38 @@ def test_memory_that_is_gone_by_now(monkeypatch: pytest.MonkeyPatch) -> None:
     leave(near_bytes)
     cache.reserve(1, 32)
     k, v = fill(cache, 1, 96)  # touches 2 x 2 far pages
-    leave(2 * SPEC.far_page_bytes)
+    near = cache.layer(0)._store.near
+    untouched_near = (near.arena.num_slots - near.num_touched) * SPEC.near_page_bytes
+    leave(untouched_near + 2 * SPEC.far_page_bytes)
     cache.reserve(1, 32 + 3 * 16)
     with pytest.raises(CapacityError, match="host memory needed"):
         cache.reserve(1, 32 + 4 * 16)
     assert_holds(cache, k, v)
+
+
+def test_memory_that_a_fork_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that a fork holds are nobody else's to fill again; those that came back are."""
+    cache = KVCache(SPEC)
+    held = fill(cache, 1, 96)
+    fork = cache.fork()
+    cache.crop(0)
+    near = fork.layer(0)._store.near
+    untouched_near = (near.max_slots - near.num_touched) * SPEC.near_page_bytes
+    assert untouched_near > (near.arena.num_slots - near.num_touched) * SPEC.near_page_bytes
+
+    def leave(num_far_pages: int) -> None:
+        num_bytes = untouched_near + num_far_pages * SPEC.far_page_bytes
+        monkeypatch.setattr(machine, "available_bytes", lambda: Available(num_bytes, "cgroup limit"))
+
+    leave(2 * 2 - 1)
+    with pytest.raises(CapacityError, match="host memory needed"):
+        cache.reserve(1, 32 + 2 * 16)
+    leave(2 * 2)
+    cache.reserve(1, 32 + 2 * 16)
+    assert_holds(fork, *held)
+    fork.close()
+    leave(0)
+    cache.reserve(1, 32 + 2 * 16)
 
 
 def test_a_cache_of_no_far_bytes_holds_what_is_near() -> None:

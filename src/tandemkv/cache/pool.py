@@ -40,6 +40,10 @@ class PagePool:
         """Pages that can still be handed out."""
         return self.max_slots - self.num_used
 
+    def num_untouched(self, num_pages: int | None = None) -> int:
+        """Of so many more pages (None for all that are free), those behind which no host memory is taken yet."""
+        return max(0, (self.num_free if num_pages is None else num_pages) - len(self._returned))
+
     def limit(self, num_slots: int) -> None:
         """Let the pool grow to so many slots, which the near tier of a cache and its forks may need."""
         self.max_slots = max(num_slots, self.arena.num_slots)

@@ -139,19 +139,23 @@ class KVCache:
         if not self._layers:
             self._allocate(num_seqs)
 
+    def _num_new_far(self, num_pages: int) -> int:
+        """What this cache lacks of so many far pages."""
+        return max(0, num_pages - self.num_seqs * sum(layer.num_far_pages for layer in self._layers))
+
     def _require_far(self, num_pages: int) -> None:
         """The far pool, which forks share, must have what this cache lacks of so many pages."""
         if self._store is not None:
-            own = self.num_seqs * sum(layer.num_far_pages for layer in self._layers)
-            self._store.require_far(max(0, num_pages - own))
+            self._store.require_far(self._num_new_far(num_pages))
 
     def _require_memory(self, num_seqs: int, far_pages: int) -> None:
-        """The host memory that this growth will touch for the first time must be there."""
-        spec = self.spec
-        touched = self._store.far.num_touched if self._store is not None else 0
-        new_bytes = max(0, far_pages - touched) * spec.far_page_bytes
-        if self._store is None and spec.device.type == "cpu":
-            new_bytes += spec.num_near_slots(num_seqs) * spec.near_page_bytes
+        """The host memory that growth to so many far pages will touch for the first time must be there."""
+        spec, store = self.spec, self._store
+        if store is None:
+            far, near = far_pages, spec.num_near_slots(num_seqs)
+        else:  # forks may fill the near pool too
+            far, near = store.far.num_untouched(self._num_new_far(far_pages)), store.near.num_untouched()
+        new_bytes = far * spec.far_page_bytes + (near * spec.near_page_bytes if spec.device.type == "cpu" else 0)
         available = machine.available_bytes()
         if new_bytes > available.num_bytes:
             raise CapacityError(
