@@ -77,6 +77,13 @@ class Memory:
     cgroup: CgroupMemory | None
 
     @property
+    def whole(self) -> Available:
+        """What a process could have at most, were all of it free."""
+        if self.cgroup is not None and self.cgroup.limit_bytes < self.total_bytes:
+            return Available(self.cgroup.limit_bytes, "cgroup limit")
+        return Available(self.total_bytes, "physical memory")
+
+    @property
     def available(self) -> Available:
         """What a process may still take: the smaller of MemAvailable and what the cgroups above it leave."""
         if self.cgroup is not None and self.cgroup.free_bytes < self.free_bytes:

@@ -70,13 +70,20 @@ def no_forward(model: Any) -> Iterator[None]:
 # -- models that are not supported -------------------------------------------------------------------------------------
 
 
+def with_attention(implementation: str) -> Any:
+    model = models.llama()
+    model.set_attn_implementation(implementation)
+    return model
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=11)), "'mamba'"),
         (lambda: models.llama(head_dim=260), "LlamaForCausalLM has head_dim 260"),
+        (lambda: with_attention("flex_attention"), "attends with 'flex_attention'.*'sdpa' or 'eager'"),
     ],
-    ids=["unknown", "large-head"],
+    ids=["unknown", "large-head", "another-attention"],
 )
 def test_unsupported_models_are_refused_by_name(build: Callable[[], Any], message: str) -> None:
     model = build()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 import tandemkv.integrations.transformers as tandem
@@ -217,6 +218,49 @@ def test_layers_that_stay_stock_compile_around_the_cache(family: str) -> None:
         compiled: Any = torch.compile(ours.forward, backend="eager")
         found = compiled(ids[:, -1:], past_key_values=cache).logits[0, -1]
         torch.testing.assert_close(found, stock(ids).logits[0, -1], atol=2e-4, rtol=0)
+    assert_far(cache)
+
+
+failing: list[str] = []
+
+
+@torch.library.custom_op("tandemkv_tests::pass_on", mutates_args=())
+def pass_on(x: Tensor) -> Tensor:
+    """What a compiled graph can fail in."""
+    if failing:
+        raise OverflowError
+    return x.clone()
+
+
+@pass_on.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor's own, of many kinds
+@pytest.mark.parametrize(("family", "backend"), [("gemma2", "eager"), ("llama", "inductor")])
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_a_compiled_pass_that_fails_is_undone(family: str, backend: str, layer: int) -> None:
+    """Behind the attention of a layer, the last one too."""
+    torch.compiler.reset()
+    stock = models.build(family)
+    ours, ids = attached(stock), models.random_ids(1, 90)
+    cache = tiered(ours)
+    mlp = ours.model.layers[layer].mlp
+    mlp.register_forward_hook(lambda _, __, out: pass_on(out))
+    compiled: Any = torch.compile(ours.forward, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        ours(ids[:, :80], past_key_values=cache)
+        for end in (81, 83):
+            failing.append(family)
+            with pytest.raises(OverflowError):
+                compiled(ids[:, end - 1 : end], past_key_values=cache)
+            failing.clear()
+            assert cache.get_seq_length() == end - 1
+            for now in (end, end + 1):
+                found = compiled(ids[:, now - 1 : now], past_key_values=cache).logits[0, -1]
+                torch.testing.assert_close(found, stock(ids[:, :now]).logits[0, -1], atol=2e-4, rtol=0)
+    cache.check()
     assert_far(cache)
 
 

@@ -60,15 +60,11 @@ class KVCache:
 
     def __init__(self, spec: CacheSpec, workers: "WorkerPool | None" = None) -> None:
         """Refuses far_bytes beyond what this machine or its cgroup has at all. `workers` move pages."""
-        memory = machine.memory()
-        limits = {"physical memory": memory.total_bytes}
-        if memory.cgroup is not None:
-            limits["cgroup limit"] = memory.cgroup.limit_bytes
-        name = min(limits, key=limits.__getitem__)
-        if spec.far_bytes > limits[name]:
+        whole = machine.memory().whole
+        if spec.far_bytes > whole.num_bytes:
             raise CapacityError(
-                f"far_bytes asks for {format_bytes(spec.far_bytes)}, but the {name} is {format_bytes(limits[name])}; "
-                "lower far_bytes"
+                f"far_bytes asks for {format_bytes(spec.far_bytes)}, but the {whole.limit} is "
+                f"{format_bytes(whole.num_bytes)}; lower far_bytes"
             )
         self.spec = spec
         self._workers = workers

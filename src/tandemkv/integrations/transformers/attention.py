@@ -72,9 +72,17 @@ def _compiled(  # noqa: PLR0913, PLR0917  an operator's schema knows no other wa
 ) -> Tensor:
     """One layer's step in a compiled graph. The tensors named as mutated keep unused calls, and their order."""
     layer = layer_of(int(handle))
+    if layer.index == 0:
+        layer.cache.begin_pass()
     layer.cache.begin_layer(layer)
     with layer.attending():
         return layer.attend(q, k, v, padding, ScoreRule(scale, softcap, layer.window), sink_logit)
+
+
+@torch.library.custom_op("tandemkv::end_pass", mutates_args=("handle", "length"))
+def end_compiled_pass(handle: Tensor, length: Tensor, out: Tensor) -> None:
+    """A compiled decoder has come to its end; `out` is what it returns, so that this cannot come earlier."""
+    layer_of(int(handle)).cache.end_pass()
 
 
 @_compiled.register_fake

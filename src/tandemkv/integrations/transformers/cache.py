@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from tandemkv import machine
 from tandemkv.attention import extend_and_attend, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, Moment, TierUse
 from tandemkv.errors import CacheError, InputError, UnsupportedError
@@ -41,7 +42,7 @@ class TieredCache(Cache):
         self,
         config: PreTrainedConfig,
         near_tokens: int = 4096,
-        far_bytes: int | str = "16GiB",
+        far_bytes: int | str | None = None,
         *,
         page_size: int = 64,
         chunk_tokens: int = 512,
@@ -49,7 +50,8 @@ class TieredCache(Cache):
         """Nothing is allocated until the first use.
 
         config: of an attached model. near_tokens: per sequence and layer, at least two pages. far_bytes: capacity in
-        host memory for all layers and sequences, and for forks, such as "16GiB"; memory is taken as it fills.
+        host memory for all layers and sequences, and for forks, such as "16GiB", which is what None stands for, or all
+        that the machine has where that is less. Memory is taken as it fills.
         chunk_tokens: a prompt is worked through in runs of this many tokens.
         Raises InputError for values that cannot be, CapacityError where far_bytes exceeds the machine.
         """
@@ -69,7 +71,7 @@ class TieredCache(Cache):
             head_dim=head_dim,
             dtype=_dtype(config),
             near_tokens=near_tokens,
-            far_bytes=parse_bytes(far_bytes),
+            far_bytes=_default_far_bytes() if far_bytes is None else parse_bytes(far_bytes),
             page_size=page_size,
             chunk_tokens=chunk_tokens,
             windows=windows if any(windows) else (),
@@ -85,6 +87,7 @@ class TieredCache(Cache):
         self._padding: tuple[Tensor, Tensor | None] | None = None
         ours = iter(range(kv.spec.num_layers))
         super().__init__(layers=[TieredLayer(self, next(ours)) if layer is None else layer for layer in layers])
+        self.handle = next(layer.handle for layer in self.layers if isinstance(layer, TieredLayer))
         self._stock_at: tuple[Moment, dict[int, Any]] | None = None  # see `_settle`
         self._has_stock_layers = any(layer is not None for layer in layers)
         self._is_spoiled = False  # a model that is not attached has moved stock layers on
@@ -449,6 +452,10 @@ def _recorded_tokens(layer: Any, seq_len: int) -> int:
         return 0
     lengths = [(state.shape[-1], layer.conv_kernel_size[index]) for index, state in layer.conv_states.items()]
     return min(seq_len if length >= seq_len else max(0, length - kernel_size) for length, kernel_size in lengths)
+
+
+def _default_far_bytes() -> int:
+    return min(16 << 30, machine.memory().whole.num_bytes)
 
 
 def _whole_number(num_tokens: int | Tensor) -> int:

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate
 
 from tandemkv.errors import InputError, UnsupportedError
-from tandemkv.integrations.transformers.attention import attend
+from tandemkv.integrations.transformers.attention import attend, end_compiled_pass
 from tandemkv.integrations.transformers.cache import IMPLEMENTATIONS, TieredCache, kv_shape, layers_of
 from tandemkv.integrations.transformers.families import refusal_of
 from tandemkv.integrations.transformers.masks import make_mask, stock_mask_of
@@ -43,7 +43,7 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
     if before in _STOCK:  # another model with this config is attached
         before = _STOCK[before]
     else:
-        model.set_attn_implementation(IMPLEMENTATIONS.get(before, IMPLEMENTATIONS["sdpa"]))
+        model.set_attn_implementation(IMPLEMENTATIONS[before])
     model._prepare_cache_for_generation = MethodType(partial(_prepare_cache, make_cache), model)
     stock_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     model.create_masks_for_generate = partial(_create_masks, stock_masks)
@@ -68,6 +68,12 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
     why = refusal_of(model.config)
     if why is not None:
         raise UnsupportedError(f"{type(model).__name__} (model_type {config.model_type!r}) is not supported: it {why}")
+    attention = model.config._attn_implementation
+    if attention not in {*IMPLEMENTATIONS, *_STOCK}:
+        raise UnsupportedError(
+            f"{type(model).__name__} attends with {attention!r}; attach takes the place of "
+            f"{' or '.join(map(repr, IMPLEMENTATIONS))}: load it with attn_implementation='sdpa'"
+        )
     num_kv_heads, head_dim = kv_shape(config)
     if head_dim > MAX_HEAD_DIM or config.num_attention_heads % num_kv_heads:
         raise UnsupportedError(
@@ -82,23 +88,24 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
 
 def _hooked(decoder: torch.nn.Module, keeps_stock_layers: bool) -> tuple[RemovableHandle, RemovableHandle]:
     begin = decoder.register_forward_pre_hook(partial(_begin_pass, keeps_stock_layers), with_kwargs=True)
-    return begin, decoder.register_forward_hook(partial(_end_pass, keeps_stock_layers), with_kwargs=True)
+    return begin, decoder.register_forward_hook(_end_pass, with_kwargs=True)
 
 
 def _begin_pass(keeps_stock_layers: bool, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         if not keeps_stock_layers:
-            return  # our last layer ends the pass
+            return  # the attention of our first layer begins the pass
         torch._dynamo.graph_break(msg="a TieredCache keeps what stock layers were before a pass, outside of the graph")
     for cache in _tiered(args, kwargs):
         cache.begin_pass()
 
 
-def _end_pass(keeps_stock_layers: bool, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-    if torch.compiler.is_compiling() and not keeps_stock_layers:
-        return
+def _end_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     for cache in _tiered(args, kwargs):
-        cache.end_pass()
+        if torch.compiler.is_compiling():
+            end_compiled_pass(cache.handle, cache.length, out[0])
+        else:
+            cache.end_pass()
 
 
 def _tiered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[TieredCache]:
