@@ -354,6 +354,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config not text": (write("config.json", b"\xff\xfe\x00"), "config.json is not JSON"),
     "config a list": (write("config.json", b"[]"), "config.json is corrupt"),
     "config without type": (write("config.json", b"{}"), "model_type None is not supported: it has not been tested"),
+    "type a list": (
+        spoil_config(model_type=["llama"]),
+        "model_type ['llama'] is not supported: it has not been tested",
+    ),
     "config of nonsense": (spoil_config(hidden_size="many"), "config.json is corrupt or not supported"),
     "no heads": (spoil_config(num_attention_heads=0), "config.json is corrupt or not supported"),
     "unknown activation": (spoil_config(hidden_act="zork"), "config.json is corrupt or not supported"),
@@ -366,7 +370,15 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         spoil_config(model_type="falcon"),
         "'falcon' is not supported: it computes attention in code of",
     ),
-    "family not supported": (spoil_config(model_type="t5"), "model_type 't5' is not supported: it has not been tested"),
+    "encoder and decoder": (spoil_config(model_type="t5"), "'t5' is not supported: it is an encoder and"),
+    "MLA": (
+        spoil_config(model_type="deepseek_v3"),
+        "'deepseek_v3' is not supported: it keeps one latent",
+    ),
+    "more than text": (
+        spoil_config(model_type="gemma3"),
+        "'gemma3' is not supported: it is more than a",
+    ),
     "quantised": (spoil_config(quantization_config={"quant_method": "gptq"}), "quantised weights"),
     "float64": (spoil_config(dtype="float64"), "torch.float64, which is not supported: give --dtype bfloat16"),
     "head_dim": (spoil_config(head_dim=320), "head_dim 320"),

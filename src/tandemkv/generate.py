@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 import tandemkv.integrations.transformers as tandem
@@ -171,18 +172,22 @@ def read_config(folder: Path, dtype: Dtype) -> PreTrainedConfig:
         raise InputError(f"{folder} is no Hugging Face model folder: it has no config.json")
     told = _check_json(folder / "config.json")
     _check_json(folder / "generation_config.json")
-    family = told.get("model_type")
-    why = tandem.refusal_of_type(family)
-    if why is not None:
-        raise UnsupportedError(f"{folder}: model_type {family!r} is not supported: it {why}")
     if "quantization_config" in told:
         raise UnsupportedError(f"{folder}: quantised weights are not supported yet; use the unquantised model")
-    with _blaming(folder / "config.json"):
-        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+    family = told.get("model_type")
+    if not isinstance(family, str) or family in tandem.REFUSED or family not in CONFIG_MAPPING:
+        why = tandem.refusal_of_type(family)
+    else:
+        with _blaming(folder / "config.json"):
+            config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        is_text = config.get_text_config(decoder=True) is config
+        why = tandem.refusal_of(config) or (None if is_text else "is more than a language model")
+    if why is not None:
+        raise UnsupportedError(f"{folder}: model_type {family!r} is not supported: it {why}")
     config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
     if config.dtype not in _DTYPES:
         raise UnsupportedError(
-            f"{folder} is stored in {config.dtype}, which is not supported: give --dtype bfloat16 or --dtype float32"
+            f"{folder} is stored in {config.dtype}, which is not supported: give --dtype bfloat16, float16 or float32"
         )
     return config
 
