@@ -356,7 +356,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config without type": (write("config.json", b"{}"), "model_type None is not supported: it has not been tested"),
     "type a list": (
         spoil_config(model_type=["llama"]),
-        "model_type ['llama'] is not supported: it has not been tested",
+        "model_type ['llama'] is not supported",
     ),
     "config of nonsense": (spoil_config(hidden_size="many"), "config.json is corrupt or not supported"),
     "no heads": (spoil_config(num_attention_heads=0), "config.json is corrupt or not supported"),
