@@ -212,6 +212,14 @@ class Call {
   std::atomic<Status> status_{Status::kOk};
 };
 
+bool ends_with_queries(const AttendArgs& run) {
+  const Run& kv = run.kv;
+  for (int64_t seq = 0; seq < kv.num_seqs; ++seq) {
+    if (kv.kv_len[seq] != kv.kv_len[0] || kv.kv_len[seq] < run.q.q_len) return false;
+  }
+  return inside_table(kv);
+}
+
 }  // namespace
 
 void merge(WorkerPool& pool, const Partials& parts, const float* sink_logit, float* out, float* lse) {
@@ -224,14 +232,6 @@ void merge(WorkerPool& pool, const Partials& parts, const float* sink_logit, flo
       merge_row(part, static_cast<int64_t>(parts.out.size()), parts.dim, sink, out + row * parts.dim, lse + row);
     }
   });
-}
-
-bool ends_with_queries(const AttendArgs& run) {
-  const Run& kv = run.kv;
-  for (int64_t seq = 0; seq < kv.num_seqs; ++seq) {
-    if (kv.kv_len[seq] != kv.kv_len[0] || kv.kv_len[seq] < run.q.q_len) return false;
-  }
-  return inside_table(kv);
 }
 
 Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to) {
@@ -247,6 +247,16 @@ Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<At
   constexpr size_t kKeptFloats = 4 << 20;  // 16 MiB: 128K tokens of a large layer; more goes back
   if (workspace.size() > kKeptFloats) std::vector<float>().swap(workspace);
   return call.status();
+}
+
+Status append_and_attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs,
+                         const TokenRows& rows, const Output& to) {
+  const AttendArgs& last = runs.back();
+  if (!ends_with_queries(last)) return Status::kOutsideTable;
+  const int64_t end = last.kv.num_seqs == 0 ? 0 : last.kv.kv_len[0];
+  const TokenRange tokens{last.kv.table, last.kv.num_seqs, end - last.q.q_len, end};
+  const Status status = copy_tokens(pool, kernels, last.kv.arena, tokens, rows, Direction::kAppend);
+  return status == Status::kOk ? attend(pool, kernels, runs, to) : status;
 }
 
 }  // namespace tandem

@@ -6,8 +6,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
-
 #include "kernels.h"
 #include "pages.h"
 
@@ -62,38 +60,20 @@ TokenRows rows_of(const Rows& k, const Rows& v) {
           v.in_bytes(v.stride_token)};
 }
 
-std::vector<AttendArgs> args_of(const std::vector<const Run*>& runs, const Rows& q, const ScoreRule& rule,
-                                bool causal) {
+std::vector<AttendArgs> args_of(const std::vector<Run>& runs, const Rows& q, const ScoreRule& rule, bool causal) {
   const Queries queries{q.bytes(),      q.dtype,    q.stride_seq, q.stride_head,
                         q.stride_token, q.num_seqs, q.num_heads,  q.num_tokens};
   std::vector<AttendArgs> args;
-  for (const Run* run : runs) args.push_back({queries, *run, rule, causal && run == runs.back()});
+  for (const Run& run : runs) args.push_back({queries, run, rule, causal && &run == &runs.back()});
   return args;
 }
 
-// Append to the last run, then attend over all of them: everything but where the operands lie, which changes with every
-// step. Outputs are [num_seqs, q_len, num_heads, v_head_dim], contiguous.
-struct Call {
+// All that `append_and_attend` takes but where the operands lie, which changes with every step.
+struct PreparedCall {
   const KernelTable* kernels;
   std::vector<Run> runs;
   Rows q, k, v;
   ScoreRule rule;
-
-  Status run(WorkerPool& pool, Address q_at, Address k_at, Address v_at, Address out, Address sink_logit) const {
-    std::vector<const Run*> all;
-    for (const Run& each : runs) all.push_back(&each);
-    const std::vector<AttendArgs> args = args_of(all, q.at(q_at), rule, true);
-    if (!ends_with_queries(args.back())) return Status::kOutsideTable;
-    const Run& last = runs.back();
-    const int64_t end = last.num_seqs == 0 ? 0 : last.kv_len[0];
-    const TokenRange tokens{last.table, last.num_seqs, end - q.num_tokens, end};
-    const TokenRows rows = rows_of(k.at(k_at), v.at(v_at));
-    const Status status = copy_tokens(pool, *kernels, last.arena, tokens, rows, Direction::kAppend);
-    if (status != Status::kOk) return status;
-    const int64_t dim = last.arena.v_head_dim, token = q.num_heads * dim;
-    return attend(pool, *kernels, args,
-                  {as<void>(out), q.dtype, q.num_tokens * token, dim, token, nullptr, as<const float>(sink_logit)});
-  }
 };
 
 // append and gather: one copies where the other reads.
@@ -167,28 +147,23 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](ScoreRule* rule, float scale, std::optional<float> softcap, std::optional<int64_t> window) {
-            new (rule) ScoreRule{scale, softcap.value_or(0.0f), std::min(window.value_or(kNoWindow), kNoWindow)};
+            new (rule) ScoreRule{scale, softcap.value_or(0.0f), window.value_or(kNoWindow)};
           },
           "scale"_a, "softcap"_a.none(), "window"_a.none());
 
   nb::class_<Output>(m, "Output")
       .def(
           "__init__",
-          [](Output* to, const Rows& out, Address lse, Address sink_logit) {
-            new (to) Output{out.bytes(),
-                            out.dtype,
-                            out.stride_seq,
-                            out.stride_head,
-                            out.stride_token,
-                            as<float>(lse),
-                            as<const float>(sink_logit)};
+          [](Output* to, const Rows& out, Address lse) {
+            new (to) Output{out.bytes(),      out.dtype,      out.stride_seq, out.stride_head,
+                            out.stride_token, as<float>(lse), nullptr};
           },
-          "out"_a, "lse"_a = 0, "sink_logit"_a = 0);
+          "out"_a, "lse"_a);
 
   m.def(
       "attend",
-      [](WorkerPool& pool, const std::string& isa, const std::vector<const Run*>& runs, const Rows& q,
-         const ScoreRule& rule, bool causal, const Output& to) {
+      [](WorkerPool& pool, const std::string& isa, const std::vector<Run>& runs, const Rows& q, const ScoreRule& rule,
+         bool causal, const Output& to) {
         const std::vector<AttendArgs> args = args_of(runs, q, rule, causal);
         const KernelTable& kernels = kernels_named(isa);
         nb::gil_scoped_release release;
@@ -196,22 +171,26 @@ NB_MODULE(_native, m) {
       },
       "pool"_a, "isa"_a, "runs"_a, "q"_a, "rule"_a, "causal"_a, "to"_a);
 
-  nb::class_<Call>(m, "Call").def(
-      "__init__",
-      [](Call* call, const std::string& isa, const std::vector<const Run*>& runs, const Rows& q, const Rows& k,
-         const Rows& v, const ScoreRule& rule) {
-        new (call) Call{&kernels_named(isa), {}, q, k, v, rule};
-        for (const Run* run : runs) call->runs.push_back(*run);
-      },
-      "isa"_a, "runs"_a, "q"_a, "k"_a, "v"_a, "rule"_a);
+  nb::class_<PreparedCall>(m, "PreparedCall")
+      .def(
+          "__init__",
+          [](PreparedCall* call, const std::string& isa, const std::vector<Run>& runs, const Rows& q, const Rows& k,
+             const Rows& v,
+             const ScoreRule& rule) { new (call) PreparedCall{&kernels_named(isa), runs, q, k, v, rule}; },
+          "isa"_a, "runs"_a, "q"_a, "k"_a, "v"_a, "rule"_a);
 
+  // The output is [num_seqs, q_len, num_heads, v_head_dim], contiguous.
   m.def(
       "append_and_attend",
-      [](WorkerPool& pool, const Call& call, Address q, Address k, Address v, Address out, Address sink_logit) {
+      [](WorkerPool& pool, const PreparedCall& call, Address q, Address k, Address v, Address out, Address sink_logit) {
         nb::gil_scoped_release release;
-        return call.run(pool, q, k, v, out, sink_logit);
+        const int64_t dim = call.runs.back().arena.v_head_dim, token = call.q.num_heads * dim;
+        const Output to{as<void>(out), call.q.dtype, call.q.num_tokens * token,  dim,
+                        token,         nullptr,      as<const float>(sink_logit)};
+        return append_and_attend(pool, *call.kernels, args_of(call.runs, call.q.at(q), call.rule, true),
+                                 rows_of(call.k.at(k), call.v.at(v)), to);
       },
-      "pool"_a, "call"_a, "q"_a, "k"_a, "v"_a, "out"_a, "sink_logit"_a = 0);
+      "pool"_a, "call"_a, "q"_a, "k"_a, "v"_a, "out"_a, "sink_logit"_a);
 
   m.def(
       "merge",

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kTileTokens = 64;
 
 // What the rows of one head have gathered so far; views into Scratch.
-struct Rows {
+struct HeadRows {
   uint32_t* q_RD;
   float *out_RD, *max_R, *sum_RL;
   int64_t num;
@@ -131,7 +131,7 @@ float score_row(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int
 }
 
 // Raises the running maximum of row r and rescales what the row has gathered so far; what to subtract from scores.
-float raise_maximum(float highest, int64_t stored, int64_t r, const Rows& rows) {
+float raise_maximum(float highest, int64_t stored, int64_t r, const HeadRows& rows) {
   const float old_max = rows.max_R[r];
   if (highest > old_max) {
     const Vec shrink = exp_nonpositive(splat(old_max - highest));
@@ -146,7 +146,7 @@ float raise_maximum(float highest, int64_t stored, int64_t r, const Rows& rows) 
 // Scores of a tile -> probabilities relative to each row's running maximum, as weights of V. Step by step over all
 // rows: each step is a chain of dependent instructions, and those of different rows overlap.
 template <class Element>
-void softmax(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_t stored, const Rows& rows,
+void softmax(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_t stored, const HeadRows& rows,
              Scratch& s) {
   float base_R[kMaxHeadRows];
   for (int64_t r = 0; r < rows.num; ++r) {
@@ -169,7 +169,7 @@ void softmax(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_
 }
 
 template <class Element, class QueryElement>
-void attend_tile(const AttendArgs& args, Tile tile, const Rows& rows, Scratch& s) {
+void attend_tile(const AttendArgs& args, Tile tile, const HeadRows& rows, Scratch& s) {
   constexpr int64_t kPair = pair_of(Element::kDType), kRowBytes = 16 * lane_bytes<Element>();
   const int64_t k_stored = padded(args.kv.arena.head_dim), v_stored = padded(args.kv.arena.v_head_dim);
   const int64_t num_blocks = (tile.end - tile.begin + 15) / 16, num_tokens = num_blocks * 16;
@@ -219,8 +219,8 @@ Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
                  next.v + num_tokens * arena.v_token_bytes()};
     }
     const int64_t row = (tile.head - item.head_begin) * head_rows;
-    const Rows rows{s.q_RD + row * k_stored, s.out_RD + row * v_stored, s.max_R + row, s.sum_RL + row * kLanes,
-                    head_rows};
+    const HeadRows rows{s.q_RD + row * k_stored, s.out_RD + row * v_stored, s.max_R + row, s.sum_RL + row * kLanes,
+                        head_rows};
     attend_tile<Element, QueryElement>(args, tile, rows, s);
   }
   return Status::kOk;

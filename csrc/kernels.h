@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "pages.h"
 #include "worker_pool.h"
 
 namespace tandem {
@@ -27,12 +28,13 @@ struct Output {
   const float* sink_logit;  // [num_heads], see `merge`; or nullptr
 };
 
-// Whether the queries' tokens can be the last ones of a run: it lies inside its table and every sequence has the same
-// length, which counts them.
-bool ends_with_queries(const AttendArgs& run);
-
 // Attention over all runs together. Runs differ in `kv` and `causal` alone; their tokens are disjoint.
 Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to);
+
+// Writes the queries' own tokens to the end of the last run, then attends. Every sequence of that run has the same
+// length, which counts them; else kOutsideTable, and nothing is written.
+Status append_and_attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs,
+                         const TokenRows& rows, const Output& to);
 
 // sink_logit: [num_heads] or nullptr: one more logit in the denominator of every row of a head, which has no value.
 void merge(WorkerPool& pool, const Partials& parts, const float* sink_logit, float* out, float* lse);

@@ -118,7 +118,7 @@ class _Call(NamedTuple):
     third of the Python of a layer. copies: some operand does not lie as C++ reads it."""
 
     layout: tuple[object, ...]
-    native: _native.Call
+    native: _native.PreparedCall
     copies: bool
 
 
@@ -141,7 +141,7 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], rule: Sc
         raise InputError(f"q, k and v must be of the same tokens, got {q.shape[2]} of q and {k.shape[2]} of k")
     dense_q, dense_k, dense_v = (_dense(x) for x in (q, k, v))
     rows = _rows(dense_q), _rows(dense_k), _rows(dense_v)
-    native = _native.Call(resolve_isa(), [_native_run(kv) for kv in runs], *rows, native_rule)
+    native = _native.PreparedCall(resolve_isa(), [_native_run(kv) for kv in runs], *rows, native_rule)
     call = _Call(layout, native, dense_q is not q or dense_k is not k or dense_v is not v)
     _calls[runs[-1]] = call
     return call
