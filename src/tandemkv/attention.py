@@ -11,7 +11,7 @@ from torch import Tensor
 from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
-from tandemkv.kernels import append_and_attend, attend_dense, merge
+from tandemkv.kernels import append_and_attend, attend_dense, gather, merge
 from tandemkv.lanes import LANES, PendingPartial
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
 
@@ -119,8 +119,6 @@ def _lanes_started(q: Tensor, far: tuple[PagedKV, ...], rule: ScoreRule) -> Iter
 
 def _attend_near(q: Tensor, near: PagedKV, rule: ScoreRule) -> Partial:
     """One query per sequence over near pages on a GPU: gathered, then torch's kernels. Correct, not tuned."""
-    from tandemkv.kernels import gather
-
     arena, num_tokens = near.arena, int(near.kv_len.max())
     shape = (q.shape[0], arena.num_kv_heads, num_tokens)
     k = torch.empty((*shape, arena.head_dim), dtype=q.dtype, device=q.device)

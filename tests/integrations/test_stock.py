@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 
 import tandemkv.integrations.transformers as tandem
-from tandemkv.integrations.transformers.cache import IMPLEMENTATIONS
+from tandemkv.integrations.transformers.configs import IMPLEMENTATIONS
 from tests import models
 from tests.integrations.agreement import attached, generate, tiered
 

@@ -47,15 +47,14 @@ def attend(
         mask = stock_mask_of(attention_mask)
         out: tuple[Tensor, Any] = _stock_attention(stock, module)(module, query, key, value, mask, **kwargs)
         return out
+    qkv = query, key, value
     if torch.compiler.is_compiling():
-        _refuse_unsupported(module, layer, (query, key, value), kwargs)
-        padding, (rule, sink_logit) = padding_of(attention_mask, layer.window), _rule_of(query, layer.window, kwargs)
-        marks = layer.handle, layer.length
-        return _compiled(query, key, value, *marks, padding, rule.scale, rule.softcap, sink_logit), None
+        _refuse_unsupported(module, layer, qkv, kwargs)
+        padding, rule, sink_logit = _told(layer, query, attention_mask, kwargs)
+        return _compiled(*qkv, layer.handle, layer.length, padding, rule.scale, rule.softcap, sink_logit), None
     with layer.attending():
-        _refuse_unsupported(module, layer, (query, key, value), kwargs)
-        padding, (rule, sink_logit) = padding_of(attention_mask, layer.window), _rule_of(query, layer.window, kwargs)
-        return layer.attend(query, key, value, padding, rule, sink_logit), None
+        _refuse_unsupported(module, layer, qkv, kwargs)
+        return layer.attend(*qkv, *_told(layer, query, attention_mask, kwargs)), None
 
 
 @torch.library.custom_op("tandemkv::extend_and_attend", mutates_args=("handle", "length"))
@@ -90,13 +89,15 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 
-def _rule_of(query: Tensor, window: int | None, kwargs: dict[str, Any]) -> tuple[ScoreRule, Tensor | None]:
-    """How this layer makes scores, and the logit of its sink."""
-    scaling = kwargs.get("scaling")
-    sinks = kwargs.get("s_aux")
+def _told(
+    layer: TieredLayer, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> tuple[Tensor | None, ScoreRule, Tensor | None]:
+    """The 2D padding mask, how this layer makes scores, and the logit of its sink."""
+    scaling, sinks = kwargs.get("scaling"), kwargs.get("s_aux")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     make = ScoreRule if torch.compiler.is_compiling() else _score_rule
-    return make(scale, kwargs.get("softcap"), window), None if sinks is None else sinks.detach().float()
+    rule = make(scale, kwargs.get("softcap"), layer.window)
+    return padding_of(mask, layer.window), rule, None if sinks is None else sinks.detach().float()
 
 
 _score_rule = cache(ScoreRule)  # a model has a few, and they are asked for in every layer of every token

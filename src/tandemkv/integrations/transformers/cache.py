@@ -12,16 +12,15 @@ from weakref import WeakValueDictionary, proxy
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tandemkv import machine
 from tandemkv.attention import extend_and_attend, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, Moment, TierUse
 from tandemkv.errors import CacheError, InputError, UnsupportedError
+from tandemkv.integrations.transformers.configs import dtype_of, kv_shape, layers_of, refuse_detached
+from tandemkv.integrations.transformers.stock import cropped
 from tandemkv.types import ScoreRule, parse_bytes
-
-IMPLEMENTATIONS = {"sdpa": "tandem", "eager": "tandem_eager"}
-"""The names under which transformers knows our attention function and mask, by the stock one that it replaces."""
 
 LAYER_OF_KEYS = "_tandem_layer"
 """The attribute of updated keys that holds their `TieredLayer`."""
@@ -69,7 +68,7 @@ class TieredCache(Cache):
             num_layers=len(windows),
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            dtype=_dtype(config),
+            dtype=dtype_of(config),
             near_tokens=near_tokens,
             far_bytes=_default_far_bytes() if far_bytes is None else parse_bytes(far_bytes),
             page_size=page_size,
@@ -150,7 +149,7 @@ class TieredCache(Cache):
         now = self.kv.moment
         keep = tokens_to_remove if tokens_to_remove > 0 else max(0, now.seq_len + tokens_to_remove)
         keep = min(keep, now.seq_len)
-        layers = _cropped(self._stock_layers(), now.seq_len, keep)
+        layers = cropped(self._stock_layers(), now.seq_len, keep)
         self._stock_at = now._replace(seq_len=keep), layers
         self.kv.crop(keep)
         self._settle()
@@ -396,64 +395,6 @@ def layer_of(handle: int) -> TieredLayer:
     return _LAYERS[handle]
 
 
-def refuse_detached(config: PreTrainedConfig) -> None:
-    """CacheError unless the config is that of an attached model."""
-    if config._attn_implementation not in IMPLEMENTATIONS.values():
-        raise CacheError(
-            "this config's model is not attached; call tandemkv.integrations.transformers.attach(model) first"
-        )
-
-
-def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """KV heads and head_dim, which older families leave to be derived. The first keys set right what is not so."""
-    heads: int = config.num_attention_heads
-    stated = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
-    num_kv_heads: int = 1 if getattr(config, "multi_query", False) else stated or heads
-    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return num_kv_heads, head_dim
-
-
-def layers_of(config: PreTrainedConfig) -> tuple[list[Any], tuple[int | None, ...]]:
-    """The cache layers of a model as stock has them, None for each that is ours, and the windows of those."""
-    layers = list(DynamicCache(config=config).layers)
-    windows: list[int | None] = []
-    types = getattr(config, "layer_types", None) or [None] * len(layers)
-    for index, (layer, layer_type) in enumerate(zip(layers, types, strict=True)):
-        if type(layer) is DynamicLayer:
-            windows.append(None)
-        elif type(layer) is DynamicSlidingWindowLayer and layer_type != "chunked_attention":
-            windows.append(layer.sliding_window)
-        else:
-            continue
-        layers[index] = None
-    if not windows:
-        raise UnsupportedError(f"none of the layers of a {config.model_type} model keeps plain keys and values")
-    return layers, tuple(windows)
-
-
-def _cropped(layers: dict[int, Any], seq_len: int, keep: int) -> dict[int, Any]:
-    """Copies of stock layers without the tokens from `keep` on; CacheError where one has not recorded what it was."""
-    layers = copy.deepcopy(layers)
-    for layer in layers.values():
-        recorded = _recorded_tokens(layer, seq_len)
-        if seq_len - keep > recorded:
-            raise CacheError(
-                f"cannot crop {seq_len} tokens to {keep}: a layer of linear attention or convolution keeps a state "
-                f"that has moved on, and has recorded {recorded} tokens; reset() and prefill again"
-            )
-        if layer.record_past and layer.is_croppable:
-            layer.crop(keep - seq_len)
-    return layers
-
-
-def _recorded_tokens(layer: Any, seq_len: int) -> int:
-    """How far a stock layer can go back: a convolution, while `generate` looks ahead, as far as the last crop."""
-    if not (layer.record_past and layer.is_croppable):
-        return 0
-    lengths = [(state.shape[-1], layer.conv_kernel_size[index]) for index, state in layer.conv_states.items()]
-    return min(seq_len if length >= seq_len else max(0, length - kernel_size) for length, kernel_size in lengths)
-
-
 def _default_far_bytes() -> int:
     return min(16 << 30, machine.memory().whole.num_bytes)
 
@@ -466,9 +407,3 @@ def _whole_number(num_tokens: int | Tensor) -> int:
     except TypeError:
         pass
     raise InputError(f"crop takes a whole number of tokens, got {num_tokens!r}")
-
-
-def _dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The model's dtype; `save_pretrained` turns it into its name, and a fresh config has none."""
-    found = config.dtype or torch.float32
-    return getattr(torch, found) if isinstance(found, str) else found

@@ -12,7 +12,8 @@ from transformers.masking_utils import AttentionMaskInterface, create_masks_for_
 
 from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.integrations.transformers.attention import attend, end_compiled_pass
-from tandemkv.integrations.transformers.cache import IMPLEMENTATIONS, TieredCache, kv_shape, layers_of
+from tandemkv.integrations.transformers.cache import TieredCache
+from tandemkv.integrations.transformers.configs import IMPLEMENTATIONS, kv_shape, layers_of
 from tandemkv.integrations.transformers.families import refusal_of
 from tandemkv.integrations.transformers.masks import make_mask, stock_mask_of
 from tandemkv.types import MAX_HEAD_DIM
