@@ -1,11 +1,16 @@
 """Every supported family generates over a tiered cache what stock generates with eager attention."""
 
 import re
+import sys
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.cache_utils import DynamicCache, LinearAttentionAndFullAttentionLayer
 
 import tandemkv.integrations.transformers as tandem
 from tandemkv.errors import UnsupportedError
@@ -42,6 +47,56 @@ LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear", "longcat
 REFUSED = tandem.REFUSED | dict.fromkeys(LATENT, MLA) | dict.fromkeys(("bart", "t5"), ENCODER)
 
 
+def asks_for_attention(model: Any) -> bool:
+    """Whether a forward pass comes by the functions that transformers knows by name."""
+    asked = []
+
+    def spy(module: Any, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        asked.append(module)
+        return query.transpose(1, 2), None
+
+    with mock.patch.dict(AttentionInterface._global_mapping, {"sdpa": spy}):
+        model(torch.ones(1, 4, dtype=torch.int64, device="meta"), use_cache=False)
+    return bool(asked)
+
+
+def takes_the_common_cache(model: Any) -> bool:
+    try:
+        model(torch.ones(1, 4, dtype=torch.int64, device="meta"), past_key_values=DynamicCache(config=model.config))
+    except ValueError as error:
+        assert "uses cache of its own" in str(error)
+        return False
+    return True
+
+
+def has(word: str) -> Callable[[Any], bool]:
+    return lambda model: any(word in name for name, _ in model.named_modules())
+
+
+OBSERVED: dict[str, Callable[[Any], bool]] = {
+    MLA: has("kv_a_proj"),
+    ENCODER: has("encoder"),
+    "adds a bias of distance": lambda model: any("alibi" in name for name in vars(sys.modules[type(model).__module__])),
+    "computes attention in code of its own": lambda model: not asks_for_attention(model),
+    "attend to keys and values of another": lambda model: any(
+        getattr(module, "is_kv_shared_layer", False) for module in model.modules()
+    ),
+    "different head widths": lambda model: {256, 512} <= {getattr(module, "head_dim", 0) for module in model.modules()},
+    "and a linear state at once": lambda model: any(
+        isinstance(layer, LinearAttentionAndFullAttentionLayer) for layer in DynamicCache(config=model.config).layers
+    ),
+    "a cache of a class of its own": lambda model: not takes_the_common_cache(model),
+}
+"""What a model does that a reason speaks of."""
+
+
+def test_a_model_that_asks_for_attention_is_seen_to() -> None:
+    with torch.device("meta"):
+        model = models.llama()
+    model.set_attn_implementation("sdpa")
+    assert asks_for_attention(model)
+
+
 def _refused_row(model_type: str, why: str) -> Any:
     title = {MLA: "MLA", ENCODER: "encoder and decoder"}.get(why, why)
     return pytest.param(model_type, why, marks=pytest.mark.refused(model_type, title), id=model_type)
@@ -63,3 +118,5 @@ def test_family_is_refused_by_name(model_type: str, why: str) -> None:
     assert type(model).__name__ in str(caught.value)
     assert model.config._attn_implementation == before
     assert "_tandem_before" not in vars(model)
+    (observe,) = (observe for words, observe in OBSERVED.items() if words in str(caught.value))
+    assert observe(model)

@@ -76,6 +76,7 @@ FAMILIES = (
 _ALIBI = "adds a bias of distance to its scores (ALiBi)"
 _OWN_ATTENTION = "computes attention in code of its own, in which no other attention can take part"
 _SHARED = "has layers that attend to keys and values of another layer"
+_WIDE = "has layers of different head widths, some of them 512"
 _SEVERAL = "has layers that keep keys and values and a linear state at once"
 REFUSED = {
     "bloom": _ALIBI,
@@ -83,7 +84,7 @@ REFUSED = {
     "falcon": _OWN_ATTENTION,
     "falcon_h1": _SEVERAL,
     "gemma3n_text": _SHARED,
-    "gemma4_text": _SHARED,
+    "gemma4_text": _WIDE,
     "gpt_neo": _OWN_ATTENTION,
     "gptj": _OWN_ATTENTION,
     "minimax": "wants a cache of a class of its own",
