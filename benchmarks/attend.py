@@ -27,7 +27,7 @@ A full run takes some ten minutes and 5 GiB (more with the extra peers), appends
 draws attend.png beside it; --quick and --groups append too, but only with --save. --quick leaves out flex_attention.
 
 examples:
-  python -m benchmarks.attend --quick           32 query heads on 8 KV heads of 128, 32K tokens: 30 seconds
+  python -m benchmarks.attend --quick           32 query heads on 8 KV heads of 128, 32K tokens: under 45 seconds
   python -m benchmarks.attend --quick --json    the same for a script: the last line is one JSON object
   python -m benchmarks.attend --groups          8 KV heads of 128 at 32K, 1 to 16 query heads each: ours and its limits
   python -m benchmarks.attend                   32:8, 28:4, 32:32, 16:16 heads of 64 and 128 at 4K, 32K and 128K

@@ -61,9 +61,9 @@ def argument_parser(module: str, teaching: str) -> argparse.ArgumentParser:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="one small case, under 45 seconds; not saved")
+    parser.add_argument("--quick", action="store_true", help="one small case, under 45 seconds; saved only with --save")
     parser.add_argument("--json", action="store_true", help="end with one line that is a JSON object of everything")
-    parser.add_argument("--save", action="store_true", help="save a run that is not full too (a full run always is)")
+    parser.add_argument("--save", action="store_true", help="save rows of a run that is not full, too")
     return parser
 
 

@@ -57,7 +57,9 @@ def asks_for_attention(model: Any) -> bool:
 
     with mock.patch.dict(AttentionInterface._global_mapping, {"sdpa": spy}):
         ids = torch.ones(1, 4, dtype=torch.int64, device="meta")
-        model(ids, attention_mask=torch.zeros(1, 1, 4, 4, device="meta"), use_cache=False)  # ready-made: not looked into
+        model(
+            ids, attention_mask=torch.zeros(1, 1, 4, 4, device="meta"), use_cache=False
+        )  # ready-made: not looked into
     return bool(asked)
 
 

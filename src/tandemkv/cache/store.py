@@ -20,7 +20,6 @@ from tandemkv import kernels
 from tandemkv.cache.pool import PagePool
 
 if TYPE_CHECKING:
-    from tandemkv.cache.tiered import KVCache
     from tandemkv.kernels.cpu import WorkerPool
 
 
@@ -30,7 +29,7 @@ class PageStore:
     def __init__(self, near: PagePool, far: PagePool, workers: "WorkerPool | None" = None) -> None:
         """`workers` move pages."""
         self.near, self.far, self.workers = near, far, workers
-        self.members: WeakSet[KVCache] = WeakSet()  # whose tables refer to pages
+        self.members: WeakSet[object] = WeakSet()  # whose tables refer to pages
         self.is_busy = False  # a change is under way, or was cut off
         self._num_counted = 0  # members whose references the books have
         self._far_copies: dict[int, int] = {}  # near slot -> far slot
@@ -40,12 +39,12 @@ class PageStore:
         """One has left or was collected as garbage: its references are still in the books."""
         return len(self.members) != self._num_counted
 
-    def join(self, member: "KVCache") -> None:
+    def join(self, member: object) -> None:
         """Its references are in the books already."""
         self.members.add(member)
         self._num_counted += 1
 
-    def leave(self, member: "KVCache") -> None:
+    def leave(self, member: object) -> None:
         """The references of a member that uses this store no longer go with the next recount."""
         self.members.discard(member)
 

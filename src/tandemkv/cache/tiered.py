@@ -303,7 +303,8 @@ class KVCache:
 
     def _family(self) -> "list[KVCache]":
         """Those whose tables the store's books are counted from; one may have been cut off while it came or went."""
-        return [member for member in self._the_store.members if member._store is self._store]
+        members = (member for member in self._the_store.members if isinstance(member, KVCache))
+        return [member for member in members if member._store is self._store]
 
     def _recount(self) -> None:
         family = self._family()  # held, so that none is lost between the count and the note of it

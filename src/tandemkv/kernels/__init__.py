@@ -78,7 +78,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, first_quer
         every token real.
     first_query: query i is token `first_query + i` of k's run, which may lie behind its end, and sees what is not newer
         than itself; without it all queries see all tokens.
-    out was rounded to q's dtype by torch's kernel before it became float32.
+    out was rounded to q's dtype by torch's kernel before it became float32, except under a soft cap.
     """
     from tandemkv.kernels import torch_ops
 

@@ -49,11 +49,11 @@ def attend(
         return out
     qkv = query, key, value
     if torch.compiler.is_compiling():
-        _refuse_unsupported(module, layer, qkv, kwargs)
+        _refuse_call(module, layer, qkv, kwargs)
         padding, rule, sink_logit = _told(layer, query, attention_mask, kwargs)
         return _compiled(*qkv, layer.handle, layer.length, padding, rule.scale, rule.softcap, sink_logit), None
     with layer.attending():
-        _refuse_unsupported(module, layer, qkv, kwargs)
+        _refuse_call(module, layer, qkv, kwargs)
         return layer.attend(*qkv, *_told(layer, query, attention_mask, kwargs)), None
 
 
@@ -107,7 +107,7 @@ _RULES = frozenset(("scaling", "softcap", "sliding_window", "s_aux", "dropout"))
 """Keywords that change what a layer computes, and that are answered for."""
 
 
-def _refuse_unsupported(module: Any, layer: TieredLayer, qkv: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_call(module: Any, layer: TieredLayer, qkv: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
     """Whatever would make the answer another than that of a causal layer with our rules of scores."""
     query, key, value = qkv
     if module.config.num_hidden_layers != layer.num_model_layers:

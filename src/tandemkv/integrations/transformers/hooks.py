@@ -34,7 +34,7 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"attach takes a transformers model, got {type(model).__name__}")
-    _refuse_unsupported(model)
+    _refuse_model(model)
     if "_tandem_before" in vars(model):
         detach(model)  # its implementation may have been set to another since
     for stock, name in IMPLEMENTATIONS.items():
@@ -64,7 +64,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _refuse_unsupported(model: PreTrainedModel) -> None:
+def _refuse_model(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     why = refusal_of(model.config)
     if why is not None:
