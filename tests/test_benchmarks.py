@@ -203,7 +203,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 # -- whole tokens and prompts ------------------------------------------------------------------------------------------
 
-OURS = {"ours": 6.0, "read_gbps": 20.0, "attention": 4.0, "weights": 1.5, "native": 3.5}
+OURS = {"ours": 6.0, "read_gbps": 20.0, "attention": 4.0}
 MEDIANS = {name: 10.0 * (i + 3) for i, name in enumerate(decode.STOCK)} | OURS
 
 
@@ -211,8 +211,8 @@ def decode_row(ours_error: float) -> decode.Row:
     truth = torch.zeros(5)
     logits = {"ours": truth + ours_error, decode.AS_GENERATE: truth + 0.1}
     times = {name: [median - 1, median, 2 * median] for name, median in MEDIANS.items()}
-    times |= {"ours": [6.0, 5.0, 20.0], "weights": [1.5, 1.0, 9.0], "native": [3.5, 3.75, 3.0]}
-    return decode.summarise(1024, times, demo.demo_model(small=True), (logits, truth))
+    shares = {"ours": [6.0, 5.0, 20.0], "weights": [1.5, 1.0, 9.0], "native": [3.5, 3.75, 3.0]}
+    return decode.summarise(1024, times, shares, demo.demo_model(small=True), (logits, truth))
 
 
 def test_a_decode_row_follows_from_its_medians() -> None:
@@ -225,11 +225,19 @@ def test_a_decode_row_follows_from_its_medians() -> None:
     kv_bytes = 2 * 2 * 1 * 64 * 2 * 1024  # K and V, layers, heads, dims, bytes, tokens
     assert row.limit_ms == pytest.approx((demo.weight_bytes(model) + kv_bytes) / 20e6)
     assert row.attention_share_of_limit == pytest.approx(kv_bytes / 20e6 / 4.0)
-    assert (row.weights_ms, row.native_ms) == (1.5, 3.5)
+    assert (row.step_ms, row.weights_ms, row.native_ms) == (6.0, 1.5, 3.5)
     assert row.overhead_ms == 1.0  # the median of 6 - 1.5 - 3.5, 5 - 1 - 3.75 and 20 - 9 - 3
+    assert (row.overhead_low_ms, row.overhead_high_ms) == (0.25, 8.0)
     assert row.overhead_share == pytest.approx(1 / 6)
     assert row.max_logit_error == pytest.approx(0.2)
     assert row.stock_logit_error == pytest.approx(0.1)
+
+
+def test_the_interval_of_the_overhead() -> None:
+    """Of 100 steps those of rank 41 and 61, as tables of order statistics say (40 or 41 and 60 or 61)."""
+    steps = [float(i) for i in range(1, 101)]
+    found = decode.shares_of({"ours": steps, "weights": [0.0] * 100, "native": [0.0] * 100})
+    assert (found["overhead_low_ms"], found["overhead_ms"], found["overhead_high_ms"]) == (41.0, 50.5, 61.0)
 
 
 @pytest.mark.parametrize("error", [0.5, math.nan])
