@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch._dynamo.utils import counters
 import tandemkv.integrations.transformers as tandem
 from tandemkv.errors import UnsupportedError
 from tests import models
-from tests.integrations.agreement import assert_far, attached, generate, tiered
+from tests.integrations.agreement import assert_far, attached, generate, logits_of, tiered
 
 
 @pytest.fixture(scope="module", params=models.VARIED)
@@ -288,3 +289,28 @@ def test_ten_caches_and_one_compilation(family: str, backend: str) -> None:
             assert_far(cache)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.way("one model and two caches in two threads", "llama")
+def test_one_model_with_two_caches_in_two_threads() -> None:
+    """Each thread generates from another prompt, several times, while the other does."""
+    stock = models.llama()
+    ours = attached(stock)
+    prompts = [models.random_ids(1, 90), models.random_ids(2, 110, seed=4)]
+    expected = [generate(stock, ids, max_new_tokens=16) for ids in prompts]
+
+    def repeat(which: int) -> list[Any]:
+        found = []
+        for _ in range(5):
+            cache = tiered(ours)
+            found.append(generate(ours, prompts[which], past_key_values=cache, max_new_tokens=16))
+            cache.check()
+            assert_far(cache)
+        return found
+
+    with ThreadPoolExecutor(2) as threads:
+        runs = list(threads.map(repeat, [0, 1]))
+    for truth, answers in zip(expected, runs, strict=True):
+        for found in answers:
+            assert torch.equal(found.sequences, truth.sequences)
+            assert (logits_of(found) - logits_of(truth)).abs().max() <= 1e-4 * logits_of(truth).abs().max()
