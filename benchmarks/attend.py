@@ -142,12 +142,23 @@ def show(rows: Sequence[Row], headline: Row, spinning_ms: Mapping[str, float]) -
     console.print(_table_of_contestants(headline, spinning_ms))
     for name, why in sorted({item for row in rows for item in row.peers_missing.items()}):
         console.print(f"{name} did not take part: {why}", markup=False)
+    for told in _disturbed(rows):
+        console.print(f"{told}: repeat the run on a quiet machine", style="bold red")
+
+
+def _disturbed(rows: Sequence[Row]) -> Iterator[str]:
+    """What no row of a quiet machine says: that something is faster than memory, or registers slower than elsewhere."""
+    fastest: dict[int, float] = {}
     for row in rows:
+        fastest[row.num_threads] = max(row.dot_gops, fastest.get(row.num_threads, 0.0))
+    for row in rows:
+        where = f"{row.shape}, {row.num_threads} threads"
         if row.probe_at_fault:
-            console.print(
-                f"{row.shape}, {row.num_threads} threads: a share of read above 1 is a fault of the probe, which was "
-                "disturbed (nothing reads faster than memory): repeat the run on a quiet machine",
-                style="bold red",
+            yield f"{where}: a share of read above 1 is a fault of the probe (nothing reads faster than memory)"
+        if row.dot_gops < 0.9 * fastest[row.num_threads]:
+            yield (
+                f"{where}: multiply-adds from registers took part at {row.dot_gops:.0f} G/s, in another row at "
+                f"{fastest[row.num_threads]:.0f}, so this arithmetic limit is none"
             )
 
 

@@ -159,6 +159,17 @@ def test_share_above_one_is_said_to_be_the_fault_of_the_probe(
     assert disturbed.to_json()["probe_at_fault"] and "fault of the probe" in capsys.readouterr().out
 
 
+def test_a_disturbed_arithmetic_limit_is_told(row: contest.Row, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [replace(row, dot_gops=speed) for speed in (200.0, 181.0)]
+    attend.show(rows, row, {})
+    assert "this arithmetic limit is none" not in capsys.readouterr().out
+    attend.show([*rows, replace(row, dot_gops=179.0)], row, {})
+    assert (
+        " ".join(capsys.readouterr().out.split()).count("from registers took part at 179 G/s, in another row at 200")
+        == 1
+    )
+
+
 def test_contestants_take_turns() -> None:
     calls: list[str] = []
 
