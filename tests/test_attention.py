@@ -352,6 +352,7 @@ def test_dense_attention_agrees_with_the_reference() -> None:
 
 MASKS = """
 import os
+import time
 import torch
 from tandemkv.attention import worker_pool
 from tandemkv.kernels import cpu
@@ -360,7 +361,12 @@ buffer = torch.ones(64 << 20, dtype=torch.uint8)
 before = set(os.listdir("/proc/self/task"))
 cpu.read_gbps(worker_pool(), buffer)
 started = set(os.listdir("/proc/self/task")) - before
-print([sorted(os.sched_getaffinity(int(thread))) for thread in started], sorted(os.sched_getaffinity(0)))
+for _ in range(100):  # a busy machine: the other thread may not have come to run yet
+    masks = [sorted(os.sched_getaffinity(int(thread))) for thread in started]
+    if all(len(mask) == 1 for mask in masks):
+        break
+    time.sleep(0.01)
+print(masks, sorted(os.sched_getaffinity(0)))
 """
 
 

@@ -54,7 +54,7 @@ class PageMap(NamedTuple):
 
 
 class _View(NamedTuple):
-    """What kernels read of a map, and what it was made of."""
+    """What kernels read of a map, and what it was made of; kept while pages, padding and the near arena stay."""
 
     pages: PageMap
     kv_start: Tensor
@@ -74,7 +74,6 @@ class LayerKV:
         self._is_held = False
         self._map = PageMap(torch.zeros((num_seqs, 0), dtype=torch.int32, device="cpu"), 0, 0)
         self._no_padding = self._kv_start = torch.zeros(num_seqs, dtype=torch.int64, device="cpu")
-        self._view: _View | None = None  # kept while pages and padding stay
 
     @property
     def num_seqs(self) -> int:
@@ -299,13 +298,14 @@ class LayerKV:
             v.copy_(host_v)
 
     def _held(self) -> Held:
-        view = self._view
+        views = self._store.near.views
+        view: _View | None = views.get(self)
         if view is None or not self._is_of_now(view):
             with torch.inference_mode(False):  # kv_len is written again, maybe outside of it
                 has_far = self.window is None and self._map.num_older > 0
                 far = (self._run(self._store.far, 0, self._map.num_older),) if has_far else ()
                 near = self._run(self._store.near, self._map.num_older, self._map.slots.shape[1])
-            view = self._view = _View(self._map, self._kv_start, Held(far, near))
+            view = views[self] = _View(self._map, self._kv_start, Held(far, near))
         view.held.near.kv_len.fill_(self.num_near_tokens)
         return view.held
 
@@ -314,7 +314,6 @@ class LayerKV:
             view.pages.slots is self._map.slots
             and view.pages.num_older == self._map.num_older
             and view.kv_start is self._kv_start
-            and view.held.near.arena is self._store.near.arena  # the pool may have grown
         )
 
     def _run(self, pool: PagePool, first: int, last: int) -> PagedKV:

@@ -1,5 +1,8 @@
 """Equal pages in one arena, with one free list and a count of references to each."""
 
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,7 @@ class PagePool:
         self._knob = knob
         self.num_touched = 0  # slots that were ever handed out: host memory behind the others is not taken yet
         self.num_ever_used = 0
+        self.views: WeakKeyDictionary[object, Any] = WeakKeyDictionary()  # of this arena, kept for those who read it
         self._returned: list[int] = []
         self._counts = torch.zeros(arena.num_slots, dtype=torch.int32, device="cpu")
 
@@ -121,4 +125,4 @@ class PagePool:
         new.v[: self.num_touched] = old.v[: self.num_touched]
         counts = torch.zeros(num_slots, dtype=torch.int32, device="cpu")
         counts[: len(self._counts)] = self._counts
-        self.arena, self._counts = new, counts
+        self.arena, self._counts, self.views = new, counts, WeakKeyDictionary()

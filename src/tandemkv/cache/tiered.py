@@ -237,6 +237,8 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything; the next use may have another batch size."""
         store = self._store
+        if store is not None:
+            store.is_busy = True  # until its forks have recounted the books
         self._store, self._layers, self._step = None, [], None
         if store is not None:
             store.leave(self)
@@ -307,8 +309,10 @@ class KVCache:
         return [member for member in members if member._store is self._store]
 
     def _recount(self) -> None:
-        family = self._family()  # held, so that none is lost between the count and the note of it
-        self._the_store.recount(len(family), *_used(family))
+        store, family = self._the_store, self._family()  # held: none is lost between the count and the note of it
+        for stray in set(store.members).difference(family):  # its reset was cut off
+            store.leave(stray)
+        store.recount(len(family), *_used(family))
 
     def _undo_open_step(self) -> None:
         step, seq_len = self._step, self.seq_len
