@@ -49,7 +49,7 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
     stock_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     model.create_masks_for_generate = partial(_create_masks, stock_masks)
     keeps_stock_layers = any(layers_of(model.config.get_text_config(decoder=True))[0])
-    model._tandem_hooks = _hooked(model.base_model, keeps_stock_layers)
+    model._tandem_hooks = _hooked(model.get_decoder(), keeps_stock_layers)
     model._tandem_before = before
     return model
 
