@@ -253,15 +253,17 @@ def failing(model: Any, layer: int) -> Iterator[None]:
 @pytest.mark.parametrize("num_tokens", [MORE, 1], ids=["prefill", "decode"])
 @pytest.mark.parametrize("layer", [0, 1, -1])
 def test_an_exception_inside_a_layer(pair: Pair, layer: int, num_tokens: int) -> None:
+    """Also behind the last attention, where every layer has grown: the pass ends with the decoder, not before.
+
+    Nobody looks at the cache in between: the next pass undoes what is left of this one.
+    """
     cache, end = pair.held(), HELD + num_tokens
     for _ in range(3):
         with failing(pair.ours, layer), pytest.raises(FailsError):
             pair.feed(cache, end)
-        cache.check()
-        assert cache.get_seq_length() in {HELD, end}
-        if cache.get_seq_length() == end:
-            break
+        assert cache.get_seq_length() == HELD
     pair.assert_goes_on(cache, end)
+    cache.check()
     cache.close()
     assert cache.use() == []
 
@@ -420,21 +422,3 @@ def test_resident_memory_is_flat(llama: Pair) -> None:
         del cache, fork
         held.append(resident_bytes())
     assert max(held[10:]) - min(held[10:]) < 16 << 20
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
-def test_an_exception_behind_the_last_attention(family: str) -> None:
-    """In the last layer's feed-forward: every layer has grown, and none keeps it."""
-    pair = pair_of(family)
-    cache = pair.held()
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("out of luck")
-
-    hook = pair.ours.model.layers[-1].mlp.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        pair.feed(cache, HELD + MORE)
-    hook.remove()
-    assert cache.get_seq_length() == HELD
-    cache.check()
-    pair.assert_goes_on(cache, HELD + MORE)
