@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import set_seed
 
+from tandemkv import attention
 from tandemkv.cache.layer import Held, LayerKV
 from tandemkv.types import PagedKV
 from tests import models
@@ -45,6 +47,24 @@ def test_greedy(pair: tuple[Any, Any]) -> None:
     cache, ids = tiered(ours), models.random_ids(2, 110)
     found = generate(ours, ids, past_key_values=cache)
     assert_agrees(stock, generate(stock, ids), found)
+    assert_far(cache)
+
+
+def test_decoding_as_on_a_device(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU tensors, with every rule of scores: a lane for far pages, near ones gathered, a merge."""
+    stock, ours = pair
+    lengths: list[int] = []
+
+    def on_device(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        lengths.append(q.shape[2])
+        return attention._decode_on_device(q, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "decode_step", on_device)
+    ids, mask = models.left_padded([110, 61])
+    cache = tiered(ours)
+    found = generate(ours, ids, mask, past_key_values=cache)
+    assert lengths == [1] * (len(found.logits) - 1) * cache.kv.spec.num_layers
+    assert_agrees(stock, generate(stock, ids, mask), found, mask)
     assert_far(cache)
 
 
