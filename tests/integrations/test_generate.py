@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import set_seed
+from transformers import DynamicCache, set_seed
 
 from tandemkv import attention
 from tandemkv.cache.layer import Held, LayerKV
@@ -199,6 +199,22 @@ def test_crop_and_continue(plain_pair: tuple[Any, Any], removed: int) -> None:
         found = generate(ours, other, past_key_values=cache)
     assert_agrees(stock, generate(stock, other), found)
     assert_far(cache)
+
+
+def test_sequences_that_are_repeated(pair: tuple[Any, Any]) -> None:
+    """As stock's cache repeats them, told by the next step's logits: every copy goes on with a token of its own."""
+    stock, ours = pair
+    prompts, ids = models.random_ids(2, 90), models.random_ids(6, 1, seed=3)
+    expected, found = DynamicCache(config=stock.config), tiered(ours)
+    logits = []
+    with torch.no_grad():
+        for model, cache in ((stock, expected), (ours, found)):
+            model(prompts, past_key_values=cache)
+            cache.batch_repeat_interleave(3)
+            logits.append(model(ids, past_key_values=cache).logits[:, -1])
+    torch.testing.assert_close(*logits, atol=2e-4, rtol=0)
+    assert found.kv.num_seqs == 6
+    assert_far(found)
 
 
 def test_crop_keeps_a_length_as_transformers_5_17_asks(plain_pair: tuple[Any, Any]) -> None:
