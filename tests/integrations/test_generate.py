@@ -242,7 +242,7 @@ def test_reset_and_reuse_with_another_batch(pair: tuple[Any, Any]) -> None:
         cache.check()
 
 
-@pytest.mark.way("two models and two caches in one process")
+@pytest.mark.way("two models and two caches in one process", "llama", "opt")
 def test_two_models_and_two_caches_in_turn() -> None:
     """Token by token, so that a state shared by mistake would mix them."""
     stocks = [models.llama(), models.build("opt")]
@@ -260,7 +260,7 @@ def test_two_models_and_two_caches_in_turn() -> None:
             assert_far(cache)
 
 
-@pytest.mark.way("one model and two caches in turn")
+@pytest.mark.way("one model and two caches in turn", "qwen2")
 def test_one_model_with_two_caches_in_turn() -> None:
     stock = models.build("qwen2")
     ours = attached(stock)
