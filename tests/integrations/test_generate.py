@@ -26,16 +26,9 @@ from tests.integrations.agreement import (
 )
 
 
-@pytest.fixture(scope="module", params=models.VARIED)
-def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """A stock model and its attached twin."""
-    stock = models.build(request.param)
-    return stock, attached(stock)
-
-
 @pytest.fixture(scope="module", params=models.PLAIN)
 def plain_pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """The same without windows, which cannot be cropped far back."""
+    """A stock model without windows, which cannot be cropped far back, and its attached twin."""
     stock = models.build(request.param)
     return stock, attached(stock)
 

@@ -18,13 +18,6 @@ from tests import models
 from tests.integrations.agreement import assert_far, attached, generate, logits_of, tiered
 
 
-@pytest.fixture(scope="module", params=models.VARIED)
-def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """A stock model and its attached twin."""
-    stock = models.build(request.param)
-    return stock, attached(stock)
-
-
 def recorded() -> tuple[list[tandem.TieredCache], Callable[[Any], tandem.TieredCache]]:
     """The caches that were made, and what makes them."""
     made: list[tandem.TieredCache] = []
