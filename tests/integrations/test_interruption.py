@@ -5,7 +5,6 @@ import gc
 import os
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 import tandemkv.integrations.transformers as tandem
 from tandemkv.errors import CacheError, CapacityError
 from tests import models
-from tests.integrations.agreement import Streamer, attached, generate, tiered
+from tests.integrations.agreement import Streamer, arenas_of, attached, generate, tiered
 from tests.interrupts import OURS, STOCK_STATES, every_line, interrupted
 from tests.processes import resident_bytes
 
@@ -353,12 +352,6 @@ def test_a_prompt_for_which_far_has_no_room(pair: Pair) -> None:
 # -- every byte comes back ---------------------------------------------------------------------------------------------
 
 
-def arenas_of(cache: tandem.TieredCache) -> list[weakref.ref[Tensor]]:
-    store = cache.kv._store
-    assert store is not None
-    return [weakref.ref(half) for pool in (store.near, store.far) for half in (pool.arena.k, pool.arena.v)]
-
-
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
     gc.collect()
@@ -379,13 +372,14 @@ def test_arenas_go_with_the_last_reference(pair: Pair, end: str, is_cut_off: boo
             with failing(pair.ours, 1), pytest.raises(FailsError):
                 pair.feed(cache, HELD + MORE)
         arenas = arenas_of(cache)
-        assert all(arena() is not None for arena in arenas)
+        assert len(arenas) == 4
+        assert not any(arena.expired() for arena in arenas)
         if end == "del":
             del cache
         else:
             getattr(cache, end)()
             assert cache.use() == []
-        assert all(arena() is None for arena in arenas)
+        assert all(arena.expired() for arena in arenas)
 
 
 @pytest.mark.parametrize("end", ["close", "reset", "del"])
@@ -404,7 +398,7 @@ def test_a_fork_gives_back_what_it_alone_had(pair: Pair, end: str) -> None:
     parent.check()
     arenas = arenas_of(parent)
     parent.close()
-    assert all(arena() is None for arena in arenas)
+    assert all(arena.expired() for arena in arenas)
 
 
 def test_resident_memory_is_flat(llama: Pair) -> None:

@@ -2,15 +2,18 @@
 
 import copy
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, CapacityError
 from tests import models
-from tests.integrations.agreement import Streamer, tiered
+from tests.integrations.agreement import Streamer, arenas_of, tiered
 from tests.interrupts import OURS, STOCK_STATES, interrupted
 from tests.soak.sequences import HYBRIDS, WORLDS, Sequence, World
 
@@ -31,6 +34,7 @@ class Garden:
     num_started: int = 0
     num_tokens: int = 0
     far_bytes: int = 0
+    arenas: dict[StorageWeakRef, weakref.ref[PageStore]] = field(default_factory=dict)  # and what they belong to
 
     def __post_init__(self) -> None:
         self.pick = random.Random(self.seed)
@@ -38,6 +42,21 @@ class Garden:
 
     def step(self) -> None:
         """One operation, then everything is checked."""
+        self._operate()
+        for each in self.sequences:
+            each.cache.check()
+        self.check_arenas()
+
+    def check_arenas(self) -> None:
+        """No memory of pages, of all that was ever seen, outlives the last cache of its family."""
+        caches = [sequence.cache for sequence in self.sequences]
+        stores = {cache.kv._store: arenas_of(cache) for cache in caches if cache.kv._store is not None}
+        alive = {arena: store for arena, store in self.arenas.items() if not arena.expired()}
+        leaked = [arena for arena, store in alive.items() if store() not in stores]
+        assert not leaked, f"{len(leaked)} arenas outlive the last cache that used them"
+        self.arenas = alive | {arena: weakref.ref(store) for store, arenas in stores.items() for arena in arenas}
+
+    def _operate(self) -> None:
         weights = [START_WEIGHT, *(weight for weight, _ in OPERATIONS.values())]
         name = self.pick.choices(["start", *OPERATIONS], weights)[0]
         if not self.sequences or (name == "fork" and len(self.sequences) >= MAX_SEQUENCES):
@@ -53,8 +72,6 @@ class Garden:
         self.far_bytes += max(0, _moved_bytes(sequence) - before)
         row = self.counts.setdefault(name, {})
         row[outcome] = row.get(outcome, 0) + 1
-        for each in self.sequences:
-            each.cache.check()
 
     def note(self, text: str) -> None:
         self.journal[-1] += f" {text}"
@@ -276,14 +293,12 @@ def verify(garden: Garden, sequence: Sequence) -> str:
 def forget(_: Garden, sequence: Sequence) -> str:
     """The same cache serves another prompt."""
     sequence.cache.reset()
-    assert sequence.cache.use() == []
     sequence.ids = sequence.ids[:, :40]
     return "done"
 
 
 def close(garden: Garden, sequence: Sequence) -> str:
     sequence.cache.close()
-    assert sequence.cache.use() == []
     garden.lose(sequence)
     return "done"
 
