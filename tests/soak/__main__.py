@@ -2,9 +2,9 @@
 
 what happens:
   Up to eight sequences live at a time, on llama, gemma2, gpt_oss, opt and two hybrids (lfm2, qwen3_next), each in a
-  cache of random sizes, some with hardly any far memory. They generate (greedy, sampled, with beams, by prompt lookup)
-  and are fed, forked, cropped, reordered, cut off by Ctrl-C at a random line or by their streamer, reset, closed and
-  dropped.
+  cache of random sizes, some with hardly any far memory, some left-padded. They generate (greedy, sampled, with beams,
+  by prompt lookup, with a draft model, the prompt in pieces) and are fed, forked, cropped, reordered, cut off by Ctrl-C
+  at a random line or by their streamer, reset, closed and dropped.
 what is checked, after every operation:
   check() of every cache; tokens, and logits where they show, equal stock's (a token may differ where stock's own logits
   are as near as rounding); a refusal has changed nothing; the memory of pages is gone with the last cache that used it.
