@@ -163,6 +163,19 @@ def test_at_every_line_of_a_change(pair: Pair, name: str) -> None:
     pair.assert_goes_on(parent, HELD)
 
 
+@pytest.mark.parametrize("name", CHANGED)
+def test_forks_count_a_change_that_was_cut_off(llama: Pair, name: str) -> None:
+    """While the one that was cut off still lives: at once, and when another fork has come and gone."""
+    parent = llama.held()
+    for moment in every_line(lambda: copy.deepcopy(parent), CHANGED[name].act, "first and last"):
+        cache = copy.deepcopy(parent)
+        with interrupted(moment), pytest.raises(KeyboardInterrupt):
+            CHANGED[name].act(cache)
+        parent.check()
+        copy.deepcopy(parent)  # which goes at once
+        parent.check()
+
+
 def test_at_every_line_of_generate(llama: Pair) -> None:
     """A cache that was never used: also while it is allocated."""
     ids = IDS[:, :MORE]
