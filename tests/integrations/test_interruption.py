@@ -414,6 +414,16 @@ def test_a_fork_gives_back_what_it_alone_had(pair: Pair, end: str) -> None:
     assert all(arena.expired() for arena in arenas)
 
 
+def test_an_outgrown_arena_goes(llama: Pair) -> None:
+    """A prefix rests while its fork grows, and the near tier with it: the smaller arena is nobody's any more."""
+    parent = llama.held()
+    near = arenas_of(parent)[:2]
+    fork = copy.deepcopy(parent)
+    llama.feed(fork, HELD + MORE)
+    assert not set(near) & set(arenas_of(parent))
+    assert all(arena.expired() for arena in near)
+
+
 def test_resident_memory_is_flat(llama: Pair) -> None:
     """Fifty times 8 MiB of pages: a leak of one time in ten would show as 40 MiB."""
     sizes: dict[str, Any] = {"near_tokens": 2048, "far_bytes": "64MiB", "chunk_tokens": 512, "page_size": 64}
