@@ -42,7 +42,7 @@ def test_pages_that_outlive_their_family_are_noticed() -> None:
     assert store is not None
     view = store.near.arena.v[0]
     del store
-    with pytest.raises(AssertionError, match="1 arenas outlive"):
+    with pytest.raises(AssertionError, match="1 arenas are alive that no cache uses"):
         clear(garden)
     del view
     garden.check_arenas()

@@ -7,7 +7,7 @@ what happens:
   at a random line or by their streamer, reset, closed and dropped.
 what is checked, after every operation:
   check() of every cache; tokens, and logits where they show, equal stock's (a token may differ where stock's own logits
-  are as near as rounding); a refusal has changed nothing; the memory of pages is gone with the last cache that used it.
+  are as near as rounding); a refusal has changed nothing; the memory of pages goes with the last cache that uses it.
   Memory: ten times all caches are closed; what is resident then grows by less than 24 MiB from the second time on.
   Asked of runs of a minute and more that came to the third time.
 exit status:

@@ -2,7 +2,6 @@
 
 import copy
 import random
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, CapacityError
 from tests import models
 from tests.integrations.agreement import Streamer, arenas_of, tiered
@@ -35,7 +33,7 @@ class Garden:
     num_started: int = 0
     num_tokens: int = 0
     far_bytes: int = 0
-    arenas: dict[StorageWeakRef, weakref.ref[PageStore]] = field(default_factory=dict)  # and what they belong to
+    arenas: set[StorageWeakRef] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.pick = random.Random(self.seed)
@@ -50,13 +48,11 @@ class Garden:
         self.check_arenas()
 
     def check_arenas(self) -> None:
-        """No memory of pages, of all that was ever seen, outlives the last cache of its family."""
-        caches = [sequence.cache for sequence in self.sequences]
-        stores = {cache.kv._store: arenas_of(cache) for cache in caches if cache.kv._store is not None}
-        alive = {arena: store for arena, store in self.arenas.items() if not arena.expired()}
-        leaked = [arena for arena, store in alive.items() if store() not in stores]
-        assert not leaked, f"{len(leaked)} arenas outlive the last cache that used them"
-        self.arenas = alive | {arena: weakref.ref(store) for store, arenas in stores.items() for arena in arenas}
+        """The memory of pages goes with the last cache that uses it, and where a larger arena takes its place."""
+        in_use = {arena for sequence in self.sequences for arena in arenas_of(sequence.cache)}
+        leaked = {arena for arena in self.arenas if not arena.expired()} - in_use
+        assert not leaked, f"{len(leaked)} arenas are alive that no cache uses"
+        self.arenas = in_use
 
     def _operate(self) -> None:
         weights = [START_WEIGHT, *(weight for weight, _ in OPERATIONS.values())]
