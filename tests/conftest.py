@@ -1,6 +1,7 @@
 """README's tables of what works are made from the tests that ran, and compared with README whenever all of them ran.
 
-`@pytest.mark.way("Beams", ...)` names what users do and the test proves; the rows of tests/models.py are the families.
+`@pytest.mark.way("beams")` names what users do and the test proves. The families that it does so with are rows of
+tests/models.py: those the test is parametrized with, or those the marker names, `way("beams", "llama", "opt")`.
 `pytest tests/integrations --write-tables` (`make tables`) puts the tables into README.
 """
 
@@ -24,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "way(text): a row of README's table of ways to generate, proved by this test")
+    config.addinivalue_line("markers", "way(text, *families): a row of README's table of ways, proved by this test")
     config.addinivalue_line("markers", "family(name): a row of README's table of families, proved by this test")
     config.addinivalue_line("markers", "refused(name, why): a family that README says is refused, proved by this test")
     rows: dict[str, dict[Row, bool]] = {"families": {}, "ways": {}, "refused": {}}
@@ -50,12 +51,20 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What a way was tested with is told by the test, not guessed."""
+    for table, (text, family) in _rows_of(item):
+        if table == "ways" and family not in models.FAMILIES:
+            raise pytest.UsageError(f"{item.nodeid} names no family of tests/models.py for {text!r}: got {family!r}")
+
+
 def _rows_of(item: pytest.Item) -> Iterator[tuple[str, Row]]:
     params = item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
     families = [param for param in params if isinstance(param, str) and param in models.FAMILIES]
     for marker in item.iter_markers():
         if marker.name == "way":
-            yield from (("ways", (marker.args[0], family)) for family in families or ["llama"])
+            text, *named = marker.args
+            yield from (("ways", (text, family)) for family in [*families, *named] or [""])
         elif marker.name == "family":
             yield "families", (models.FAMILIES[marker.args[0]].note, marker.args[0])
         elif marker.name == "refused":

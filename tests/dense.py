@@ -18,12 +18,19 @@ def random_kv(
     return k, torch.randn(shape, generator=generator).to(dtype)
 
 
-def causal_visible(num_tokens: int, q_len: int, kv_start: Tensor, window: int | None = None) -> Tensor:
-    """bool `[num_seqs, q_len, num_tokens]`: the last q_len tokens see what is not newer nor too old, no padding."""
+def visible_tokens(
+    kv_start: Tensor, kv_len: Tensor, q_len: int, num_tokens: int, causal: bool, window: int | None = None
+) -> Tensor:
+    """bool `[num_seqs, q_len, num_tokens]`: the rule of `kernels.attend`, for dense K and V."""
     token = torch.arange(num_tokens)
-    newest = torch.arange(num_tokens - q_len, num_tokens)
-    oldest = newest - (num_tokens if window is None else window) + 1
-    return (token <= newest[:, None]) & (token >= oldest[:, None]) & (token >= kv_start[:, None, None])
+    ends = kv_len[:, None] - (q_len - 1 - torch.arange(q_len) if causal else torch.zeros(q_len, dtype=torch.int64))
+    begins = kv_start[:, None] if window is None else (ends - window).clamp(min=kv_start[:, None])
+    return (token >= begins[:, :, None]) & (token < ends[:, :, None])
+
+
+def causal_visible(num_tokens: int, q_len: int, kv_start: Tensor, window: int | None = None) -> Tensor:
+    """The same where all sequences have num_tokens, of which the last q_len are the queries."""
+    return visible_tokens(kv_start, torch.full_like(kv_start, num_tokens), q_len, num_tokens, True, window)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Partial:

@@ -26,6 +26,7 @@ _COMMON: dict[str, Any] = {
     "intermediate_size": 96,
     "max_position_embeddings": MAX_POSITIONS,
     "initializer_range": 0.3,  # the default of 0.02 makes attention flat: a lost page would hardly show
+    "init_std": 0.3,  # OPT's name for it
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": 0,

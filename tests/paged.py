@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tandemkv.kernels import cpu
 from tandemkv.types import Arena, Packing, PagedKV, PageLayout, ScoreRule
+from tests.dense import visible_tokens
 
 WILD_SLOTS = (2**31 - 1, -1)
 NUM_SPARE_SLOTS = 3
@@ -73,16 +74,6 @@ def build(
     first = kv_start if shape.window is None else (kv_len - shape.q_len + 1 - shape.window).clamp(min=kv_start)
     kv = paginate(k, v, PageLayout(dtype, shape.page_size, packing), first, kv_len, seed)
     return Case(q, replace(kv, kv_start=kv_start), k, v, visible)
-
-
-def visible_tokens(
-    kv_start: Tensor, kv_len: Tensor, q_len: int, num_tokens: int, causal: bool, window: int | None = None
-) -> Tensor:
-    """bool `[num_seqs, q_len, num_tokens]`: the rule of `kernels.attend`, for dense K and V."""
-    token = torch.arange(num_tokens)
-    ends = kv_len[:, None] - (q_len - 1 - torch.arange(q_len) if causal else torch.zeros(q_len, dtype=torch.int64))
-    begins = kv_start[:, None] if window is None else (ends - window).clamp(min=kv_start[:, None])
-    return (token >= begins[:, :, None]) & (token < ends[:, :, None])
 
 
 def paginate(

@@ -283,13 +283,21 @@ def test_decode_as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equals_dense(out, q, k, v, kv_start, num_merges=8)
 
 
-def test_an_error_in_the_lane_reaches_the_caller_and_releases_the_pages() -> None:
-    layer, q, k, v = filled(100, [0])
-    tail = q[:, :, -1:] * math.nan, k[:, :, -1:], v[:, :, -1:], layer
-    with pytest.raises(InputError, match="q contains NaN"):
-        attention._decode_on_device(*tail, RULE)
-    with pytest.raises(InputError, match="q contains NaN"):
-        decode_step(*tail, rule=RULE)
+def test_an_error_in_the_lane_reaches_the_caller_and_releases_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane itself fails, on its thread, while the near part goes well: the new token and its page go back."""
+    layer, q, k, v = filled(96, [0])
+    pages, failed_on = sum(map(len, layer.used_slots())), []
+
+    def failing_attend(*args: Any, **kwargs: Any) -> Partial:
+        failed_on.append(threading.current_thread())
+        raise RuntimeError("the lane failed")
+
+    monkeypatch.setattr("tandemkv.lanes.attend.kernels.attend", failing_attend)
+    with pytest.raises(RuntimeError, match="the lane failed"):
+        attention._decode_on_device(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], layer, RULE)
+    assert len(failed_on) == 1
+    assert failed_on != [threading.current_thread()]
+    assert (layer.seq_len, sum(map(len, layer.used_slots()))) == (96, pages)
     layer.crop(0)
 
 

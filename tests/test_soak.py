@@ -1,9 +1,14 @@
-"""Ten seconds of `make soak`, as a command."""
+"""Ten seconds of `make soak`, as a command; what it must notice."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from tests.soak.__main__ import MAX_GROWTH, MemoryGrewError, assert_flat, clear
+from tests.soak.operations import Garden
 
 
 def test_ten_seconds_of_soak() -> None:
@@ -15,3 +20,29 @@ def test_ten_seconds_of_soak() -> None:
     assert report["operations"] > 10
     assert report["tokens"] > 0
     assert report["far_bytes_moved"] > 0
+
+
+@pytest.mark.parametrize("memory", [[], [9], [9, 5], [9, 5, 5 + MAX_GROWTH], [9, 5, 3, 4]])
+def test_memory_is_flat_or_not_looked_at_often_enough(memory: list[int]) -> None:
+    """Clearings are a tenth of the time apart: `--operations` may stop before the first of them."""
+    assert_flat(memory)
+
+
+def test_memory_that_grows_is_noticed() -> None:
+    with pytest.raises(MemoryGrewError, match="grew by 24 MiB"):
+        assert_flat([9, 5, 6 + MAX_GROWTH, 5])
+
+
+def test_pages_that_outlive_their_family_are_noticed() -> None:
+    """A view of them is enough, also where the tensor that it is a view of is gone."""
+    garden = Garden(0)
+    while not garden.arenas:
+        garden.step()
+    store = garden.sequences[0].cache.kv._store
+    assert store is not None
+    view = store.near.arena.v[0]
+    del store
+    with pytest.raises(AssertionError, match="1 arenas are alive that no cache uses"):
+        clear(garden)
+    del view
+    garden.check_arenas()

@@ -138,16 +138,18 @@ void out_in_other_strides() {
   }
 }
 
-// Every float16 number, those around the middle between two, and random floats.
+// Every float16 and bf16 number, those around the middle between two, and random floats.
 void rounding_to_sixteen_bits() {
   const auto check = [](float x) {
     CHECK(to_float16(x) == float16_bits(x) || (x != x && (to_float16(x) & 0x7FFF) == 0x7E00), x);
     CHECK(to_bf16(x) == bf16_bits(x), x);
   };
-  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
-    const float x = float16_value(static_cast<uint16_t>(bits)), next = float16_value(static_cast<uint16_t>(bits + 1));
-    const float middle = 0.5f * x + 0.5f * next;
-    for (const float y : {x, middle, std::nextafter(middle, -INFINITY), std::nextafter(middle, INFINITY)}) check(y);
+  for (const auto value_of : {float16_value, bf16_value}) {
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+      const float x = value_of(static_cast<uint16_t>(bits)), next = value_of(static_cast<uint16_t>(bits + 1));
+      const float middle = 0.5f * x + 0.5f * next;
+      for (const float y : {x, middle, std::nextafter(middle, -INFINITY), std::nextafter(middle, INFINITY)}) check(y);
+    }
   }
   std::mt19937 random(11);
   for (int i = 0; i < 1000000; ++i) {

@@ -24,14 +24,6 @@ inline float bf16_value(uint16_t bits) {
   return value;
 }
 
-// Nearest, ties to even; a NaN stays one.
-inline uint16_t bf16_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return 0x7FC0;
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-
 // As its definition says: 2^-14 and more have 11 significant bits, smaller ones are multiples of 2^-24.
 inline float float16_value(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -41,20 +33,24 @@ inline float float16_value(uint16_t bits) {
   return bits >> 15 == 0 ? size : -size;
 }
 
-inline uint16_t float16_bits(float value) {
-  if (value != value) return 0x7E00;
-  const double size = std::min(std::abs(static_cast<double>(value)), 1e6);  // infinite in float16
-  int exponent = size < std::ldexp(1.0, -14) ? -14 : std::ilogb(size);
-  double steps = std::nearbyint(std::ldexp(size, 10 - exponent));  // ties to even
-  if (steps == 2048.0) {
-    steps = 1024.0;
-    ++exponent;
+// The nearest number of a format with exponents up to `highest` and `fraction_bits` behind the leading one, ties to
+// even; a NaN stays one. From a power of 2 to the next, and below the lowest, are equally many steps: the bits count
+// them.
+inline uint16_t sixteen_bits(float value, int fraction_bits, int highest) {
+  const int lowest = 1 - highest, steps_of_one = 1 << fraction_bits, infinite = (2 * highest + 1) * steps_of_one;
+  if (value != value) return static_cast<uint16_t>(infinite + steps_of_one / 2);
+  const double size = std::abs(static_cast<double>(value));
+  int bits = infinite;
+  if (size < std::ldexp(1.0, highest + 1)) {
+    const int exponent = size < std::ldexp(1.0, lowest) ? lowest : std::ilogb(size);
+    const double steps = std::nearbyint(std::ldexp(size, fraction_bits - exponent));
+    bits = (exponent - lowest) * steps_of_one + static_cast<int>(steps);
   }
-  uint16_t bits = static_cast<uint16_t>(steps);  // below 1024: subnormal
-  if (steps >= 1024.0) bits = static_cast<uint16_t>((exponent + 15) * 1024 + steps - 1024.0);
-  if (size >= 65520.0) bits = 0x7C00;
   return static_cast<uint16_t>(bits | (std::signbit(value) ? 0x8000 : 0));
 }
+
+inline uint16_t bf16_bits(float value) { return sixteen_bits(value, 7, 127); }
+inline uint16_t float16_bits(float value) { return sixteen_bits(value, 10, 15); }
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 

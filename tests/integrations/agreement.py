@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import tandemkv.integrations.transformers as tandem
 from tests.models import MAX_POSITIONS
@@ -63,6 +64,13 @@ def assert_far(cache: tandem.TieredCache) -> None:
     assert far.used_bytes > 0
     assert far.moved_bytes >= far.used_bytes
     assert cache.get_seq_length() < MAX_POSITIONS
+
+
+def arenas_of(cache: tandem.TieredCache) -> list[StorageWeakRef]:
+    """The memory of K and V, near and far, of a cache and its forks; none before the first use, or after the last."""
+    store = cache.kv._store
+    pools = [] if store is None else [store.near, store.far]
+    return [StorageWeakRef(half.untyped_storage()) for pool in pools for half in (pool.arena.k, pool.arena.v)]
 
 
 class Streamer:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import set_seed
+from torch import Tensor
+from transformers import DynamicCache, set_seed
 
+from tandemkv import attention
 from tandemkv.cache.layer import Held, LayerKV
 from tandemkv.types import PagedKV
 from tests import models
@@ -24,16 +26,9 @@ from tests.integrations.agreement import (
 )
 
 
-@pytest.fixture(scope="module", params=models.VARIED)
-def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """A stock model and its attached twin."""
-    stock = models.build(request.param)
-    return stock, attached(stock)
-
-
 @pytest.fixture(scope="module", params=models.PLAIN)
 def plain_pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """The same without windows, which cannot be cropped far back."""
+    """A stock model without windows, which cannot be cropped far back, and its attached twin."""
     stock = models.build(request.param)
     return stock, attached(stock)
 
@@ -45,6 +40,24 @@ def test_greedy(pair: tuple[Any, Any]) -> None:
     cache, ids = tiered(ours), models.random_ids(2, 110)
     found = generate(ours, ids, past_key_values=cache)
     assert_agrees(stock, generate(stock, ids), found)
+    assert_far(cache)
+
+
+def test_decoding_as_on_a_device(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU tensors, with every rule of scores: a lane for far pages, near ones gathered, a merge."""
+    stock, ours = pair
+    lengths: list[int] = []
+
+    def on_device(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        lengths.append(q.shape[2])
+        return attention._decode_on_device(q, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "decode_step", on_device)
+    ids, mask = models.left_padded([110, 61])
+    cache = tiered(ours)
+    found = generate(ours, ids, mask, past_key_values=cache)
+    assert lengths == [1] * (len(found.logits) - 1) * cache.kv.spec.num_layers
+    assert_agrees(stock, generate(stock, ids, mask), found, mask)
     assert_far(cache)
 
 
@@ -181,6 +194,22 @@ def test_crop_and_continue(plain_pair: tuple[Any, Any], removed: int) -> None:
     assert_far(cache)
 
 
+def test_sequences_that_are_repeated(pair: tuple[Any, Any]) -> None:
+    """As stock's cache repeats them, told by the next step's logits: every copy goes on with a token of its own."""
+    stock, ours = pair
+    prompts, ids = models.random_ids(2, 90), models.random_ids(6, 1, seed=3)
+    expected, found = DynamicCache(config=stock.config), tiered(ours)
+    logits = []
+    with torch.no_grad():
+        for model, cache in ((stock, expected), (ours, found)):
+            model(prompts, past_key_values=cache)
+            cache.batch_repeat_interleave(3)
+            logits.append(model(ids, past_key_values=cache).logits[:, -1])
+    torch.testing.assert_close(*logits, atol=2e-4, rtol=0)
+    assert found.kv.num_seqs == 6
+    assert_far(found)
+
+
 def test_crop_keeps_a_length_as_transformers_5_17_asks(plain_pair: tuple[Any, Any]) -> None:
     _, ours = plain_pair
     cache = tiered(ours)
@@ -206,7 +235,7 @@ def test_reset_and_reuse_with_another_batch(pair: tuple[Any, Any]) -> None:
         cache.check()
 
 
-@pytest.mark.way("two models and two caches in one process")
+@pytest.mark.way("two models and two caches in one process", "llama", "opt")
 def test_two_models_and_two_caches_in_turn() -> None:
     """Token by token, so that a state shared by mistake would mix them."""
     stocks = [models.llama(), models.build("opt")]
@@ -224,7 +253,7 @@ def test_two_models_and_two_caches_in_turn() -> None:
             assert_far(cache)
 
 
-@pytest.mark.way("one model and two caches in turn")
+@pytest.mark.way("one model and two caches in turn", "qwen2")
 def test_one_model_with_two_caches_in_turn() -> None:
     stock = models.build("qwen2")
     ours = attached(stock)

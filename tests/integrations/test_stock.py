@@ -78,6 +78,14 @@ def test_bit_for_bit_as_stock(pair: tuple[Any, Any], compute: Callable[[Any], Te
     assert torch.equal(compute(ours), compute(stock))
 
 
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
+@torch.no_grad()
+def test_every_family_is_bit_for_bit_as_stock(family: str) -> None:
+    """With eager attention, which lives in each family's own file, and layers that stay stock; left-padded."""
+    stock = models.build(family)
+    assert torch.equal(padded(attached(stock)), padded(stock))
+
+
 @pytest.mark.way("training an attached model: the same gradients")
 def test_training_gives_the_same_gradients(pair: tuple[Any, Any]) -> None:
     ids, mask = PADDED

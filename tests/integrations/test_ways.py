@@ -18,13 +18,6 @@ from tests import models
 from tests.integrations.agreement import assert_far, attached, generate, logits_of, tiered
 
 
-@pytest.fixture(scope="module", params=models.VARIED)
-def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """A stock model and its attached twin."""
-    stock = models.build(request.param)
-    return stock, attached(stock)
-
-
 def recorded() -> tuple[list[tandem.TieredCache], Callable[[Any], tandem.TieredCache]]:
     """The caches that were made, and what makes them."""
     made: list[tandem.TieredCache] = []
@@ -61,7 +54,7 @@ def test_prompt_lookup(pair: tuple[Any, Any]) -> None:
     assert_far(cache)
 
 
-@pytest.mark.way("assisted decoding: `assistant_model`")
+@pytest.mark.way("assisted decoding: `assistant_model`", "llama")
 def test_a_draft_model() -> None:
     stock, draft = models.llama(), models.llama(num_hidden_layers=1)
     ours, ids = attached(stock), models.random_ids(1, 90)
@@ -72,7 +65,7 @@ def test_a_draft_model() -> None:
     assert_far(cache)
 
 
-@pytest.mark.way("assisted decoding: `assistant_model` with a tiered cache too")
+@pytest.mark.way("assisted decoding: `assistant_model` with a tiered cache too", "llama")
 def test_a_draft_model_with_a_cache_of_ours() -> None:
     """A draft of other weights is wrong at nearly every token: both caches are cropped all the time."""
     stock = models.llama()
@@ -86,7 +79,7 @@ def test_a_draft_model_with_a_cache_of_ours() -> None:
     assert_far(made[0])
 
 
-@pytest.mark.way("assisted decoding: `assistant_early_exit`")
+@pytest.mark.way("assisted decoding: `assistant_early_exit`", "llama")
 def test_the_first_layers_as_a_draft() -> None:
     stock = models.llama()
     ours, ids = attached(stock), models.random_ids(1, 90)
@@ -134,7 +127,7 @@ def test_forks_of_a_prefix(pair: tuple[Any, Any]) -> None:
     cache.check()
 
 
-@pytest.mark.way("`pipeline`, by `attach(model, make_cache)`")
+@pytest.mark.way("`pipeline`, by `attach(model, make_cache)`", "llama")
 def test_a_pipeline_comes_to_a_cache_by_attach() -> None:
     """A batch of texts of different lengths; one cache for each call, given back behind it."""
     stock = models.llama()

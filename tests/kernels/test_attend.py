@@ -16,6 +16,7 @@ from torch import Tensor
 from tandemkv.errors import InputError, UnavailableError
 from tandemkv.kernels import append_and_attend, attend, cpu, reference
 from tandemkv.types import Packing, PagedKV, PageLayout, Partial, ScoreRule
+from tests.dense import dense_attention
 from tests.paged import WILD_SLOTS, Case, Shape, build, paginate, poisoned_arena
 from tests.tolerances import Bound, U, assert_within, attend_bound, kernel_rounding
 
@@ -99,8 +100,7 @@ def test_every_head_dim(dtype: torch.dtype, packing: Packing) -> None:
         v_head_dim = 1 + (head_dim * 37) % 256
         shape = Shape(16, 1, 2, head_dim, kv_len=(21,), kv_start=(2,), v_head_dim=v_head_dim)
         case = build(shape, dtype, packing, dtype)
-        scores = (shape.scale * (case.q.double() @ case.k.double().mT)).masked_fill(~case.visible[:, None], -math.inf)
-        truth = Partial(torch.softmax(scores, -1) @ case.v.double(), torch.logsumexp(scores, -1))
+        truth = dense_attention(case.q, case.k, case.v, case.visible, shape.scale)
         bound = attend_bound(case.q, case.k, case.v, case.visible, shape.rule, kernel_rounding(dtype))
         for isa in RUNNABLE:
             assert_within(attend(case.q, case.kv, rule=shape.rule, isa=isa), truth, bound)
@@ -227,9 +227,8 @@ def million() -> tuple[PagedKV, Tensor, Tensor]:
 def test_a_million_random_tokens(million: tuple[PagedKV, Tensor, Tensor], isa: str) -> None:
     kv, k, v = million
     q = torch.randn(1, 2, 1, 8, generator=torch.Generator().manual_seed(1))
-    scores = 0.5 * (q.double() @ k.double().mT)
-    truth = Partial(torch.softmax(scores, -1) @ v.double(), torch.logsumexp(scores, -1))
-    bound = attend_bound(q, k, v, torch.ones(1, 1, 2**20, dtype=torch.bool), 0.5)
+    visible = torch.ones(1, 1, 2**20, dtype=torch.bool)
+    truth, bound = dense_attention(q, k, v, visible, 0.5), attend_bound(q, k, v, visible, 0.5)
     assert bound.lse.max() < 1e-3  # one chunk of 64 that is lost or read twice would be 1.6e-2
     assert_within(attend(q, kv, rule=ScoreRule(0.5), isa=isa, pool=cpu.WorkerPool(2)), truth, bound)
 

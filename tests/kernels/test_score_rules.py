@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend, cpu, reference
-from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule
+from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
+from tests.dense import dense_attention
 from tests.paged import Shape, build, paginate, poisoned_arena
 from tests.tolerances import U, assert_within, attend_bound, excess, kernel_rounding
 
@@ -104,14 +105,10 @@ def test_items_in_which_a_row_sees_nothing(dtype: torch.dtype, isa: str) -> None
     """More queries than the window is wide, over several items: early rows are blind in late items and the reverse."""
     shape = Shape(64, 1, 1, 256, kv_len=(3000,), kv_start=(0,), q_len=40, causal=True, window=2970)
     case = build(shape, dtype, "panels", dtype)
-    scores = (shape.scale * (case.q.double() @ case.k.double().mT)).masked_fill(~case.visible[:, None], -math.inf)
-    truth = Partial(torch.softmax(scores, -1) @ case.v.double(), torch.logsumexp(scores, -1))
-    bound = attend_bound(case.q, case.k, case.v, case.visible, shape.rule, kernel_rounding(dtype))
     for window in (2970, 5):
         rule = replace(shape.rule, window=window)
         visible = case.visible & (torch.arange(3000) >= torch.arange(3000 - 40 + 1, 3001)[:, None] - window)
-        scores = (shape.scale * (case.q.double() @ case.k.double().mT)).masked_fill(~visible[:, None], -math.inf)
-        truth = Partial(torch.softmax(scores, -1) @ case.v.double(), torch.logsumexp(scores, -1))
+        truth = dense_attention(case.q, case.k, case.v, visible, shape.scale)
         bound = attend_bound(case.q, case.k, case.v, visible, rule, kernel_rounding(dtype))
         got = attend(case.q, case.kv, rule=rule, causal=True, isa=isa, pool=cpu.WorkerPool(2))
         assert_within(got, truth, bound)

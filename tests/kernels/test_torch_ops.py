@@ -10,8 +10,8 @@ from tandemkv import kernels
 from tandemkv.errors import InputError
 from tandemkv.kernels import attend, merge, reference, torch_ops
 from tandemkv.types import PageLayout, Partial, ScoreRule
-from tests.dense import causal_visible, dense_attention
-from tests.paged import paginate, visible_tokens
+from tests.dense import causal_visible, dense_attention, visible_tokens
+from tests.paged import paginate
 from tests.tolerances import (
     TORCH_BF16,
     TORCH_FLOAT32,
@@ -100,7 +100,7 @@ def test_near_and_far_merge_into_the_whole(dtype: torch.dtype) -> None:
     far = attend(q, paginate(k[:, :, :80], v[:, :, :80], PageLayout(dtype, 16)), rule=ScoreRule(0.2))
     near = torch_ops.attend_dense(q, k[:, :, 80:], v[:, :, 80:], rule=ScoreRule(0.2), first_query=0)
     truth, _ = truth_of(q, k, v, causal=True)
-    visible = visible_tokens(torch.zeros(2, dtype=torch.int64), torch.full((2,), 90), 10, 90, causal=True)
+    visible = causal_visible(90, 10, torch.zeros(2, dtype=torch.int64))
     both = ROUNDING[dtype]._replace(query=kernel_rounding(dtype).query)
     bound = attend_bound(q, k, v, visible, 0.2, both, num_merges=1)
     assert_within(merge([far, near]), truth, bound)

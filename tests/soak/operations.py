@@ -3,16 +3,17 @@
 import copy
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tandemkv.errors import CacheError, CapacityError
 from tests import models
-from tests.integrations.agreement import Streamer, tiered
+from tests.integrations.agreement import Streamer, arenas_of, tiered
 from tests.interrupts import OURS, STOCK_STATES, interrupted
-from tests.soak.sequences import HYBRIDS, WORLDS, Sequence, World
+from tests.soak.sequences import HYBRIDS, WORLDS, Sequence, World, inputs_of
 
 MAX_SEQUENCES, MAX_TOKENS = 8, 500
 LINES = (300, 3000, 12000)  # of our code that pass before a Ctrl-C: in the first layers, in a prompt, in an answer
@@ -25,19 +26,35 @@ class Garden:
     seed: int
     pick: random.Random = field(init=False)
     worlds: list[World] = field(init=False)
+    draft: Any = field(init=False)
     sequences: list[Sequence] = field(default_factory=list)
     journal: list[str] = field(default_factory=list)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     num_started: int = 0
     num_tokens: int = 0
     far_bytes: int = 0
+    arenas: set[StorageWeakRef] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.pick = random.Random(self.seed)
         self.worlds = [World(family) for family in WORLDS]
+        self.draft = models.llama(num_hidden_layers=1)
 
     def step(self) -> None:
         """One operation, then everything is checked."""
+        self._operate()
+        for each in self.sequences:
+            each.cache.check()
+        self.check_arenas()
+
+    def check_arenas(self) -> None:
+        """The memory of pages goes with the last cache that uses it, and where a larger arena takes its place."""
+        in_use = {arena for sequence in self.sequences for arena in arenas_of(sequence.cache)}
+        leaked = {arena for arena in self.arenas if not arena.expired()} - in_use
+        assert not leaked, f"{len(leaked)} arenas are alive that no cache uses"
+        self.arenas = in_use
+
+    def _operate(self) -> None:
         weights = [START_WEIGHT, *(weight for weight, _ in OPERATIONS.values())]
         name = self.pick.choices(["start", *OPERATIONS], weights)[0]
         if not self.sequences or (name == "fork" and len(self.sequences) >= MAX_SEQUENCES):
@@ -53,8 +70,6 @@ class Garden:
         self.far_bytes += max(0, _moved_bytes(sequence) - before)
         row = self.counts.setdefault(name, {})
         row[outcome] = row.get(outcome, 0) + 1
-        for each in self.sequences:
-            each.cache.check()
 
     def note(self, text: str) -> None:
         self.journal[-1] += f" {text}"
@@ -91,27 +106,32 @@ def start(garden: Garden) -> str:
     far_bytes = pick.choice(["32MiB", "32MiB", "128KiB"])
     cache = tiered(world.ours, far_bytes=far_bytes, **sizes)
     garden.num_started += 1
-    ids = models.random_ids(pick.randint(1, 3), pick.randint(2, 150), seed=pick.randrange(1 << 30))
-    garden.sequences.append(Sequence(world, cache, ids, f"{world.family}-{garden.num_started}"))
-    garden.note(f"{garden.sequences[-1].name} {list(ids.shape)} {sizes} {far_bytes}")
+    ids = models.random_ids(pick.choice([1, 1, 2, 3]), pick.randint(2, 150), seed=pick.randrange(1 << 30))
+    padding = torch.zeros(len(ids), dtype=torch.int64)
+    if world.family not in HYBRIDS and pick.random() < 0.7:  # of those stock masks batches only
+        padding[1:] = torch.tensor([pick.randrange(ids.shape[1]) for _ in ids[1:]])
+    garden.sequences.append(Sequence(world, cache, ids, padding, f"{world.family}-{garden.num_started}"))
+    garden.note(f"{garden.sequences[-1].name} {list(ids.shape)} padding {padding.tolist()} {sizes} {far_bytes}")
     return "done"
 
 
 def _options(garden: Garden, sequence: Sequence) -> dict[str, Any]:
-    """Greedy, sampled, with beams or by prompt lookup; what stock itself cannot do for this family is left out."""
-    pick = garden.pick
-    options: dict[str, Any] = {"max_new_tokens": pick.randint(1, 24), "do_sample": False}
-    way = pick.choice(["greedy", "greedy", "sampled", "several", "beams", "lookup"])
-    if way in {"sampled", "several"}:
-        options |= {"do_sample": True, "temperature": 0.9, "top_k": pick.choice([0, 20])}
-    if way == "several" and sequence.held == 0 and len(sequence.ids) == 1:
-        options["num_return_sequences"] = 2
-    if way == "beams" and sequence.held == 0:
-        options |= {"num_beams": pick.randint(2, 3), "max_new_tokens": pick.randint(2, 10)}
+    """One of the ways that stock itself has for this family and batch; the prompt at once or in pieces."""
+    pick, is_new, is_one = garden.pick, sequence.held == 0, len(sequence.ids) == 1
+    sampled = {"do_sample": True, "temperature": 0.9, "top_k": pick.choice([0, 20])}
+    ways: list[dict[str, Any]] = [{}, {}, sampled]
+    if is_new:
+        ways += [{"num_beams": pick.randint(2, 3)}]
+    if is_new and is_one:
+        ways += [sampled | {"num_return_sequences": 2}]
     # Stock feeds the whole prompt again to a cache in use, and does not look ahead with recurrent states.
-    may_look_ahead = len(sequence.ids) == 1 and sequence.held == 0 and sequence.world.family not in HYBRIDS
-    if way == "lookup" and may_look_ahead:
-        options["prompt_lookup_num_tokens"] = 3
+    if is_new and is_one and sequence.world.family not in HYBRIDS:
+        ways += 3 * [{"prompt_lookup_num_tokens": 3}, {"assistant_model": garden.draft}]
+    options = {"do_sample": False, "max_new_tokens": pick.randint(1, 24), **pick.choice(ways)}
+    if "num_beams" in options:
+        options["max_new_tokens"] = min(options["max_new_tokens"], 10)
+    if not options.keys() & {"prompt_lookup_num_tokens", "assistant_model"} and pick.random() < 0.3:
+        options["prefill_chunk_size"] = pick.choice([7, 16, 50])
     return options
 
 
@@ -122,7 +142,8 @@ def generate(garden: Garden, sequence: Sequence) -> str:
     if sequence.held >= sequence.ids.shape[1]:
         garden.more_ids(sequence, 20)
     options, seed = _options(garden, sequence), garden.pick.randrange(1 << 30)
-    garden.note(f"{options} {seed}")
+    told = {name: "draft" if name == "assistant_model" else value for name, value in options.items()}
+    garden.note(f"{told} {seed}")
     before = sequence.ids
     try:
         garden.num_tokens += sequence.generate(seed, options) * len(before)
@@ -160,7 +181,7 @@ def feed(garden: Garden, sequence: Sequence) -> str:
 def fork(garden: Garden, sequence: Sequence) -> str:
     garden.num_started += 1
     name = f"{sequence.world.family}-{garden.num_started}"
-    garden.sequences.append(Sequence(sequence.world, copy.deepcopy(sequence.cache), sequence.ids.clone(), name))
+    garden.sequences.append(replace(sequence, cache=copy.deepcopy(sequence.cache), name=name))
     garden.more_ids(garden.sequences[-1], 10)
     garden.note(name)
     return "done"
@@ -185,7 +206,7 @@ def select(garden: Garden, sequence: Sequence) -> str:
         return "empty"
     rows = garden.pick.choices(range(len(sequence.ids)), k=garden.pick.randint(1, 3))
     sequence.cache.reorder_cache(torch.tensor(rows))
-    sequence.ids = sequence.ids[rows]
+    sequence.ids, sequence.padding = sequence.ids[rows], sequence.padding[rows]
     return "done"
 
 
@@ -210,9 +231,9 @@ def cut_off_forward(garden: Garden, sequence: Sequence) -> str:
     if not garden.room(sequence):
         return "forgotten"
     garden.more_ids(sequence, garden.pick.choice([1, 60]))
-    ids, cache = sequence.ids[:, sequence.held :], sequence.cache
+    inputs, cache = inputs_of(sequence.ids, sequence.padding, sequence.held), sequence.cache
     with torch.no_grad():
-        return _cut_off(garden, sequence, lambda: sequence.world.ours(ids, past_key_values=cache))
+        return _cut_off(garden, sequence, lambda: sequence.world.ours(**inputs, past_key_values=cache))
 
 
 class Stop(Streamer):
@@ -235,7 +256,7 @@ def cut_off_generate(garden: Garden, sequence: Sequence) -> str:
     garden.more_ids(sequence, 20)
     prompt, world, cache = sequence.ids, sequence.world, sequence.cache
     streamer = Stop(garden.pick.randint(0, 8)) if len(prompt) == 1 else None
-    options: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 10}
+    options: dict[str, Any] = {"attention_mask": sequence.mask, "do_sample": False, "max_new_tokens": 10}
     sequence.ids = world.stock.generate(prompt, **options)
     outcome = _cut_off(
         garden, sequence, lambda: world.ours.generate(prompt, past_key_values=cache, streamer=streamer, **options)
@@ -276,14 +297,13 @@ def verify(garden: Garden, sequence: Sequence) -> str:
 def forget(_: Garden, sequence: Sequence) -> str:
     """The same cache serves another prompt."""
     sequence.cache.reset()
-    assert sequence.cache.use() == []
     sequence.ids = sequence.ids[:, :40]
+    sequence.padding = sequence.padding.clamp(max=sequence.ids.shape[1] - 1)
     return "done"
 
 
 def close(garden: Garden, sequence: Sequence) -> str:
     sequence.cache.close()
-    assert sequence.cache.use() == []
     garden.lose(sequence)
     return "done"
 
