@@ -42,14 +42,7 @@ def test_family(family: str) -> None:
     assert_far(cache)
 
 
-PASSED_BY = pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="OPT calls its decoder past the module that attach watches"
-)
-
-
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[PASSED_BY] if name == "opt" else []) for name in sorted(models.FAMILIES)]
-)
+@pytest.mark.parametrize("family", sorted(models.FAMILIES))
 def test_a_pass_is_as_long_as_the_decoders(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It begins before the first layer and ends behind the last: what fails in between is undone whole."""
     seen: list[str] = []

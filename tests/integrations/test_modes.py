@@ -15,9 +15,6 @@ from tests.integrations.agreement import assert_far, attached, tiered
 IDS = models.random_ids(1, 300)
 
 
-PASSED_BY = pytest.mark.xfail(strict=True, reason="OPT calls its decoder past the module that attach watches")
-
-
 @pytest.fixture
 def stock() -> Any:
     return models.llama()
@@ -37,7 +34,7 @@ def test_a_compiled_model_answers_as_stock(stock: Any) -> None:
 
 @pytest.mark.way("`torch.compile(model.forward, fullgraph=True)`, left-padded prompts and several turns")
 @pytest.mark.filterwarnings("ignore")  # dynamo's own, of many kinds
-@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama", pytest.param("opt", marks=PASSED_BY)])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "llama", "opt"])
 def test_compiled_prompts_and_turns(family: str) -> None:
     """Three compilations: the first prompt, as long as it is; one token; so many tokens as come, once another number
     has come. No more for other caches, prompts, paddings and turns."""
