@@ -71,9 +71,7 @@ def _compiled(  # noqa: PLR0913, PLR0917  an operator's schema knows no other wa
 ) -> Tensor:
     """One layer's step in a compiled graph. The tensors named as mutated keep unused calls, and their order."""
     layer = layer_of(int(handle))
-    if layer.index == 0:
-        layer.cache.begin_pass()
-    layer.cache.begin_layer(layer)
+    layer.cache.begin_compiled_layer(layer)
     with layer.attending():
         return layer.attend(q, k, v, padding, ScoreRule(scale, softcap, layer.window), sink_logit)
 

@@ -253,6 +253,13 @@ class TieredCache(Cache):
             refuse_detached(self._config)
         self.pending = layer
 
+    def begin_compiled_layer(self, layer: "TieredLayer") -> None:
+        """The same in a compiled graph, where the first of our layers begins the pass. Layers that stay stock may have
+        moved on before it: where there are any, graphs break, and the pass has announced itself."""
+        if layer.index == 0 and not self._has_stock_layers:
+            self.begin_pass()
+        self.begin_layer(layer)
+
     def begin_step(self, k: Tensor, v: Tensor) -> None:
         """Before the first layer of a forward pass appends k: refuse what any layer could not take."""
         num_tokens = self.kv.seq_len + k.shape[2]
