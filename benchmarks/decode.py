@@ -44,7 +44,8 @@ K and V at every length. `limit_ms` is all weights and all K and V read once at 
 A step of ours has three shares: `weights_ms`, the step of the same model whose attention returns zeros; `native_ms`,
 what our kernel computes; `overhead_ms`, the rest, whatever it is: pages, Python, allocations, threads that wake. They
 are measured apart, these two models alone in turn, 12 times as many steps, `step_ms` each of ours. All are medians, the
-overhead of differences within a turn; `overhead_low_ms` to `overhead_high_ms` holds its true median in 95 of 100 runs.
+overhead of differences within a turn; were turns independent, `overhead_low_ms` to `overhead_high_ms` would hold its
+true median in 95 of 100 runs.
 `max_logit_error` is the largest difference of our logits from stock's float32 logits over the same K and V;
 `stock_logit_error` is the same for stock in bf16.
 

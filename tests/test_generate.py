@@ -224,6 +224,8 @@ def test_it_stops_at_the_end_of_text(run: Run, folder: Path, prompt: Path) -> No
 def test_a_folder_that_asks_for_sampling_is_still_greedy_by_default(run: Run, folder: Path, prompt: Path) -> None:
     _, ids = stock(folder, PROMPT, 30)
     set_json(folder / "generation_config.json", do_sample=True, temperature=9.0, top_k=3, top_p=0.5, num_beams=2)
+    set_json(folder / "generation_config.json", prompt_lookup_num_tokens=3, stop_strings=["a"], prefill_chunk_size=0)
+    set_json(folder / "generation_config.json", cache_implementation="static", repetition_penalty="x")
     report = run(folder, "--prompt-file", prompt, "--max-new-tokens", 30, "--json").report
     assert report["new_ids"] == ids
 
@@ -362,6 +364,11 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no heads": (spoil_config(num_attention_heads=0), "config.json is corrupt or not supported"),
     "unknown activation": (spoil_config(hidden_act="zork"), "config.json is corrupt or not supported"),
     "generation config cut": (write("generation_config.json", b"{"), "generation_config.json is not JSON"),
+    "no such end of text": (
+        write("generation_config.json", b'{"eos_token_id": 100000}'),
+        "generation_config.json: eos_token_id must be a token of the model, 0 to",
+    ),
+    "an end of text of letters": (write("generation_config.json", b'{"eos_token_id": ["a"]}'), "got ['a']"),
     "family unknown": (
         spoil_config(model_type="zork"),
         "model_type 'zork' is not supported: it has not been tested; supported: afmoe",

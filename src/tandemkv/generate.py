@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -78,7 +79,7 @@ class Settings:
             raise InputError(f"--threads must be 1 to {machine.usable_cpus()}, the processors here, got {self.threads}")
 
     def for_transformers(self) -> dict[str, Any]:
-        """Keywords of `generate`. They override what the folder's generation_config.json says of sampling."""
+        """Keywords of `generate`."""
         rules = {"max_new_tokens": self.max_new_tokens, "num_beams": 1, "num_return_sequences": 1, "use_cache": True}
         if self.temperature == 0:
             return {**rules, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -145,9 +146,11 @@ def generate(
     config = read_config(folder, settings.dtype)
     tokenizer = read_tokenizer(folder)
     ids = tokenize(tokenizer, prompt, config.vocab_size)
+    special = special_tokens(folder, config)
     cache = reserve_cache(folder, config, ids.shape[1], settings)
     with console.status("loading the weights"):
         model = load_model(folder, config.dtype)
+    model.generation_config = special
     return _run(model, cache, ids, settings, console, TextStream(tokenizer, write))
 
 
@@ -213,6 +216,23 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, vocab_size: int) -> 
             f"the tokenizer gives token {int(ids.max())}, the model has {vocab_size}: they do not belong together"
         )
     return ids
+
+
+def special_tokens(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """Where text begins and ends. Of generation_config.json nothing else counts: how to generate is told by options,
+    and what looks ahead (prompt lookup, an assistant) goes wrong in stock behind a prompt that is in the cache."""
+    path = folder / "generation_config.json"
+    told = _check_json(path)
+    found = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = found[name] = told.get(name, getattr(config, name, None))
+        tokens = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if value is not None and not all(type(token) is int and 0 <= token < config.vocab_size for token in tokens):
+            where = path if name in told else folder / "config.json"
+            raise InputError(
+                f"{where}: {name} must be a token of the model, 0 to {config.vocab_size - 1}, got {value!r}"
+            )
+    return GenerationConfig(**found)
 
 
 def reserve_cache(

@@ -76,7 +76,7 @@ class PageLayout:
         if self.packing not in get_args(Packing):
             raise InputError(f"packing must be one of {get_args(Packing)}, got {self.packing!r}")
         if not isinstance(self.page_size, int) or self.page_size < BLOCK_TOKENS or self.page_size % BLOCK_TOKENS:
-            raise InputError(f"page_size must be a multiple of {BLOCK_TOKENS}, got {self.page_size}")
+            raise InputError(f"page_size must be a multiple of {BLOCK_TOKENS}, got {self.page_size!r}")
 
     @property
     def pair(self) -> int:

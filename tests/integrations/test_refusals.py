@@ -1,6 +1,8 @@
 """What cannot be served is refused by name, once, and the cache goes on: its books are right and a good call works."""
 
+import copy
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -113,7 +115,7 @@ def test_a_model_that_does_not_attend_its_updates_is_refused(stock: Any, ours: A
     """Its second layer is not computed: nothing was appended, and an attached model goes on."""
     cache = tiered(ours)
     for _ in range(2):
-        with pytest.raises(CacheError, match="never attended: the model is not attached"), torch.no_grad():
+        with pytest.raises(CacheError, match="the model that uses this cache is not attached: call"), torch.no_grad():
             stock(IDS, past_key_values=cache)
     cache.check()
     found = generate(ours, IDS, past_key_values=cache, max_new_tokens=4)
@@ -311,7 +313,7 @@ def test_a_closed_cache(ours: Any, cache: tandem.TieredCache) -> None:
 
 
 def test_near_tokens_must_be_whole(ours: Any) -> None:
-    with pytest.raises(InputError, match=r"whole numbers, got 128\.5"):
+    with pytest.raises(InputError, match=r"whole number, got 128\.5"):
         tandem.TieredCache(ours.config, near_tokens=128.5, far_bytes="1MiB")  # type: ignore[arg-type]
 
 
@@ -329,7 +331,9 @@ def test_wrong_objects_are_named() -> None:
         tandem.attach(None)
     with pytest.raises(InputError, match=r"LlamaModel has no generate: .* with its head"):
         tandem.attach(models.llama().model)
-    with pytest.raises(InputError, match=r"takes the config of an attached model, model\.config, got LlamaForCausalLM"):
+    with pytest.raises(
+        InputError, match=r"takes the config of an attached model, config=model\.config, got LlamaForCausalLM"
+    ):
         tandem.TieredCache(attached(models.llama()))
 
 
@@ -407,3 +411,107 @@ def test_places_of_sequences_that_do_not_exist(
         pytest.raises(InputError, match="expected places of sequences, each from 0 to 0"),
     ):
         cache.batch_select_indices(torch.tensor(indices))
+
+
+# -- a cache in other hands --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_cache_in_use_and_a_model_that_is_not_attached(num_layers: int) -> None:
+    """Before its first layer attends, and nothing is harmed."""
+    stock = models.llama(num_hidden_layers=num_layers)
+    ours = attached(stock)
+    cache = tiered(ours)
+    with torch.no_grad():
+        ours(IDS[:, :HELD], past_key_values=cache)
+        with (
+            unharmed(stock, ours, cache),
+            pytest.raises(CacheError, match="model that uses this cache is not attached"),
+        ):
+            stock(IDS[:, HELD : HELD + 1], past_key_values=cache)
+
+
+@pytest.mark.filterwarnings("ignore")  # dynamo's own, of many kinds
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+def test_a_compiled_model_that_is_not_attached_fails(family: str) -> None:
+    """Never attached, or detached behind the compiler: torch's own error, for no product takes our keys as they are."""
+    torch.compiler.reset()
+    stock = models.build(family)
+    stock.set_attn_implementation("sdpa")
+    ours = attached(stock)
+    cache, ids = tiered(ours), IDS[:, : HELD + 2]
+    with torch.no_grad():
+        ours(ids[:, :HELD], past_key_values=cache)
+        compiled: Any = torch.compile(ours.forward, fullgraph=True, backend="eager")
+        compiled(ids[:, HELD : HELD + 1], past_key_values=cache)
+        for detached in (torch.compile(stock.forward, fullgraph=True, backend="eager"), compiled):
+            tandem.detach(ours)
+            with pytest.raises(Exception, match="dtype|Float but found Int|data-dependent"):
+                detached(ids[:, HELD + 1 :], past_key_values=cache)
+        tandem.attach(ours)
+        found = ours(ids[:, HELD + 1 :], past_key_values=cache).logits
+        torch.testing.assert_close(found[:, -1], stock(ids).logits[:, -1], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kept", [[0], [0, 1], [0, 2], [1, 2], [2]], ids=str)
+def test_a_model_that_leaves_out_layers(stock: Any, ours: Any, cache: tandem.TieredCache, kept: list[int]) -> None:
+    layers = ours.model.layers
+    with unharmed(stock, ours, cache):
+        ours.model.layers = torch.nn.ModuleList(layers[index] for index in kept)
+        with torch.no_grad(), pytest.raises(CacheError, match="left out"):
+            ours(IDS[:, HELD : HELD + 1], past_key_values=cache)
+        ours.model.layers = layers
+
+
+def test_a_cache_and_its_fork_in_two_threads(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    """Turns are told from passes that meet: one comes between the layers of the other."""
+    fork = copy.deepcopy(cache)
+
+    @torch.no_grad()
+    def use_the_fork() -> None:
+        ours(IDS[:, HELD : HELD + 3], past_key_values=fork)
+
+    def between(*_: Any) -> None:
+        hook.remove()
+        other = threading.Thread(target=use_the_fork)
+        other.start()
+        other.join()
+
+    with unharmed(stock, ours, cache):
+        hook = ours.model.layers[1].register_forward_pre_hook(between)
+        with torch.no_grad(), pytest.raises(CacheError, match="one thread at a time"):
+            ours(IDS[:, HELD:], past_key_values=cache)
+    assert fork.get_seq_length() == HELD + 3
+    found = generate(ours, IDS, past_key_values=fork, max_new_tokens=4)
+    assert torch.equal(found.sequences, generate(stock, IDS, max_new_tokens=4).sequences)
+
+
+def test_a_cache_with_stock_layers_and_a_model_of_another_family() -> None:
+    hybrid, llama = attached(models.build("qwen3_next")), attached(models.llama())
+    cache = tiered(hybrid)
+    with torch.no_grad():
+        before = hybrid(IDS, past_key_values=cache).logits[:, -1]
+        with pytest.raises(InputError, match="for a model of type 'qwen3_next', this is a 'llama'"):
+            llama(IDS[:, :1], past_key_values=cache)
+        cache.check()
+        cache.reset()
+        torch.testing.assert_close(hybrid(IDS, past_key_values=cache).logits[:, -1], before)
+
+
+def test_python_types_that_cannot_be(ours: Any, cache: Any) -> None:
+    five: Any = 5
+    for act, message in (
+        (lambda: tandem.detach(None), "detach takes a transformers model, got NoneType"),
+        (lambda: tandem.attach(ours, five), "make_cache takes a function of a config, such as TieredCache, got 5"),
+        (lambda: cache.reserve(1.5, 3), r"whole numbers, .* got 1\.5, 3"),
+        (lambda: cache.reserve("1", None), "whole numbers, .* got '1', None"),
+        (lambda: cache.batch_select_indices(None), "expected places of sequences, .* got None"),
+        (lambda: cache.batch_repeat_interleave(1.5), r"a whole number of times, at least once, got 1\.5"),
+        (lambda: cache.batch_repeat_interleave(0), "a whole number of times, at least once, got 0"),
+        (lambda: tiered(ours, near_tokens="128"), "near_tokens is a whole number, got '128'"),
+        (lambda: tiered(ours, page_size="64"), "page_size must be a multiple of 16, got '64'"),
+        (tandem.TieredCache, "takes the config of an attached model, config=model.config, got NoneType"),
+    ):
+        with pytest.raises(InputError, match=message):
+            act()
+    cache.check()

@@ -233,17 +233,20 @@ def _(x: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own, of many kinds
-@pytest.mark.parametrize(("family", "backend"), [("gemma2", "eager"), ("llama", "inductor")])
+@pytest.mark.parametrize(
+    ("family", "backend"), [("gemma2", "eager"), ("lfm2", "eager"), ("llama", "inductor"), ("qwen3", "aot_eager")]
+)
 @pytest.mark.parametrize("layer", [0, 1, -1])
 def test_a_compiled_pass_that_fails_is_undone(family: str, backend: str, layer: int) -> None:
-    """Behind the attention of a layer, the last one too."""
+    """Behind the attention of a layer, the last one too; in layers that stay stock, too."""
     torch.compiler.reset()
     stock = models.build(family)
     ours, ids = attached(stock), models.random_ids(1, 90)
     cache = tiered(ours)
-    mlp = ours.model.layers[layer].mlp
+    block = ours.model.layers[layer]
+    mlp = block.feed_forward if family == "lfm2" else block.mlp
     mlp.register_forward_hook(lambda _, __, out: pass_on(out))
-    compiled: Any = torch.compile(ours.forward, fullgraph=True, backend=backend)
+    compiled: Any = torch.compile(ours.forward, fullgraph=family != "lfm2", backend=backend)
     with torch.no_grad():
         ours(ids[:, :80], past_key_values=cache)
         for end in (81, 83):
@@ -262,7 +265,8 @@ def test_a_compiled_pass_that_fails_is_undone(family: str, backend: str, layer: 
 @pytest.mark.way("`torch.compile(model.forward, fullgraph=True)`, ten caches, one compilation")
 @pytest.mark.filterwarnings("ignore")  # inductor's own, of many kinds
 @pytest.mark.parametrize(
-    ("family", "backend"), [("gemma2", "eager"), ("gpt_oss", "eager"), ("llama", "inductor"), ("qwen3", "eager")]
+    ("family", "backend"),
+    [("gemma2", "eager"), ("gpt_oss", "eager"), ("llama", "inductor"), ("opt", "aot_eager"), ("qwen3", "aot_eager")],
 )
 def test_ten_caches_and_one_compilation(family: str, backend: str) -> None:
     """Append and attend are one operator; of lengths, handles and caches nothing is compiled in."""

@@ -43,10 +43,9 @@ class CacheSpec:
             )
         if self.windows and len(self.windows) != self.num_layers:
             raise InputError(f"expected a window or None for each of {self.num_layers} layers, got {self.windows}")
-        if not isinstance(self.near_tokens, int) or not isinstance(self.chunk_tokens, int):
-            raise InputError(
-                f"near_tokens and chunk_tokens are whole numbers, got {self.near_tokens}, {self.chunk_tokens}"
-            )
+        for name in ("near_tokens", "chunk_tokens"):
+            if not isinstance(getattr(self, name), int):
+                raise InputError(f"{name} is a whole number, got {getattr(self, name)!r}")
         if self.near_tokens < 2 * self.page_size:
             raise InputError(f"near_tokens must be at least two pages, {2 * self.page_size}, got {self.near_tokens}")
         if self.chunk_tokens < self.page_size or self.chunk_tokens % self.page_size:

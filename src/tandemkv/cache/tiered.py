@@ -116,9 +116,11 @@ class KVCache:
         self._refuse_if_closed()
         self.settle()
         spec = self.spec
-        if num_seqs < 1 or num_tokens < 0:
+        are_whole = isinstance(num_seqs, int) and isinstance(num_tokens, int)
+        if not are_whole or num_seqs < 1 or num_tokens < 0:
             raise InputError(
-                f"reserve expects at least one sequence and no negative length, got {num_seqs}, {num_tokens}"
+                "reserve expects whole numbers, at least one sequence and no negative length, got "
+                f"{num_seqs!r}, {num_tokens!r}"
             )
         self._take_batch(num_seqs)
         far_pages = spec.num_far_pages(num_seqs, num_tokens)
@@ -192,10 +194,24 @@ class KVCache:
                 past[index] = layer.fork()
         self._step = _Step(begin, begin + num_tokens, past)
 
+    def refuse_out_of_turn(self, index: int) -> None:
+        """CacheError where layer `index` is not the next one to grow."""
+        step, layers = self._step, self._layers
+        is_next = step is not None and layers[index - 1].seq_len == step.end and layers[index].seq_len == step.begin
+        if not is_next:
+            raise CacheError(
+                f"layer {index} is not the next to grow: the forward pass has left out a layer, or another thread has "
+                "used this cache or a fork of it meanwhile; these belong to one thread at a time"
+            )
+
     def end_step(self) -> None:
-        """Every layer has grown: from here on the new tokens count."""
-        step, self._step = self._step, None
+        """From here on the new tokens count. CacheError, and they do not, where a layer has not grown."""
+        step = self._step
         if step is not None:
+            if any(layer.seq_len != step.end for layer in self._layers):
+                self.undo_step()
+                raise CacheError("a forward pass has left out some of this cache's layers: it is undone")
+            self._step = None
             for past in step.windows.values():
                 past.release()
             self._the_store.is_busy = False

@@ -42,12 +42,13 @@ def attend(
     query: `[num_seqs, num_q_heads, q_len, head_dim]`; key, value: the new tokens, not repeated for grouped heads.
     Returns `[num_seqs, q_len, num_q_heads, v_head_dim]`, contiguous, and attention weights where stock gives them.
     """
-    layer: TieredLayer | None = getattr(key, LAYER_OF_KEYS, None)
-    if layer is None:
+    found: tuple[TieredLayer, torch.dtype] | None = getattr(key, LAYER_OF_KEYS, None)
+    if found is None:
         mask = stock_mask_of(attention_mask)
         out: tuple[Tensor, Any] = _stock_attention(stock, module)(module, query, key, value, mask, **kwargs)
         return out
-    qkv = query, key, value
+    layer, dtype = found
+    qkv = query, key.view(dtype), value
     if torch.compiler.is_compiling():
         _refuse_call(module, layer, qkv, kwargs)
         padding, rule, sink_logit = _told(layer, query, attention_mask, kwargs)
@@ -69,7 +70,7 @@ def _compiled(  # noqa: PLR0913, PLR0917  an operator's schema knows no other wa
     softcap: float | None,
     sink_logit: Tensor | None,
 ) -> Tensor:
-    """One layer's step in a compiled graph. The tensors named as mutated keep unused calls, and their order."""
+    """One layer's step in a compiled graph. Named as mutated, `handle` and `length` keep the order of these calls."""
     layer = layer_of(int(handle))
     layer.cache.begin_compiled_layer(layer)
     with layer.attending():
@@ -79,7 +80,9 @@ def _compiled(  # noqa: PLR0913, PLR0917  an operator's schema knows no other wa
 @torch.library.custom_op("tandemkv::end_pass", mutates_args=("handle", "length"))
 def end_compiled_pass(handle: Tensor, length: Tensor, out: Tensor) -> None:
     """A compiled decoder has come to its end; `out` is what it returns, so that this cannot come earlier."""
-    layer_of(int(handle)).cache.end_pass()
+    cache = layer_of(int(handle)).cache
+    cache.end_pass()
+    length.copy_(cache.length)  # `length` may be a copy, which the graph then writes over the cache's own
 
 
 @_compiled.register_fake

@@ -23,7 +23,12 @@ from tandemkv.integrations.transformers.stock import cropped
 from tandemkv.types import ScoreRule, parse_bytes
 
 LAYER_OF_KEYS = "_tandem_layer"
-"""The attribute of updated keys that holds their `TieredLayer`."""
+"""The attribute of updated keys that holds their `TieredLayer` and their dtype."""
+
+_SEALED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The dtype as which a compiled graph sees updated keys, by their bytes."""
+
+_ATTACH = "call tandemkv.integrations.transformers.attach(model) first"
 
 _UPDATE_KEYWORDS = {"cache_kwargs", "cache_position", "cos", "sin"}
 """What models tell `Cache.update` beside keys and values: positions, which a cache of all tokens does not need."""
@@ -39,7 +44,7 @@ class TieredCache(Cache):
 
     def __init__(
         self,
-        config: PreTrainedConfig,
+        config: PreTrainedConfig | None = None,
         near_tokens: int = 4096,
         far_bytes: int | str | None = None,
         *,
@@ -48,15 +53,15 @@ class TieredCache(Cache):
     ) -> None:
         """Nothing is allocated until the first use.
 
-        config: of an attached model. near_tokens: per sequence and layer, at least two pages. far_bytes: capacity in
-        host memory for all layers and sequences, and for forks, such as "16GiB", which is what None stands for, or all
-        that the machine has where that is less. Memory is taken as it fills.
+        config: of an attached model, always needed. near_tokens: per sequence and layer, at least two pages. far_bytes:
+        capacity in host memory for all layers and sequences, and for forks, such as "16GiB", which is what None stands
+        for, or all that the machine has where that is less. Memory is taken as it fills.
         chunk_tokens: a prompt is worked through in runs of this many tokens.
         Raises InputError for values that cannot be, CapacityError where far_bytes exceeds the machine.
         """
         if not isinstance(config, PreTrainedConfig):
             raise InputError(
-                f"TieredCache takes the config of an attached model, model.config, got {type(config).__name__}"
+                f"TieredCache takes the config of an attached model, config=model.config, got {type(config).__name__}"
             )
         self._config = config = config.get_text_config(decoder=True)
         refuse_detached(config)
@@ -93,7 +98,7 @@ class TieredCache(Cache):
 
     def reserve(self, num_seqs: int, num_tokens: int) -> None:
         """Refuse now, with the arithmetic, what could not be held later; `generate` of an attached model calls this."""
-        if self.max_positions is not None and num_tokens > self.max_positions:
+        if self.max_positions is not None and isinstance(num_tokens, int) and num_tokens > self.max_positions:
             raise InputError(
                 f"{num_tokens} tokens (prompt and new ones) exceed the model's {self.max_positions} positions; "
                 "shorten the prompt or lower max_new_tokens"
@@ -160,6 +165,8 @@ class TieredCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence several times, one behind the other, by reference."""
+        if not isinstance(repeats, int) or repeats < 1:
+            raise InputError(f"a sequence is repeated a whole number of times, at least once, got {repeats!r}")
         self.batch_select_indices(torch.arange(self.kv.num_seqs, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -177,6 +184,8 @@ class TieredCache(Cache):
     def _checked_indices(self, indices: Tensor) -> Tensor:
         """As torch reads them: places, or a bool for every sequence."""
         num_seqs = self.kv.num_seqs
+        if not isinstance(indices, (Tensor, list, tuple)):
+            raise InputError(f"expected places of sequences, each from 0 to {num_seqs - 1}, got {indices!r}")
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool and indices.shape == (num_seqs,):
             indices = indices.nonzero().flatten()
@@ -208,12 +217,16 @@ class TieredCache(Cache):
 
     def begin_pass(self) -> None:
         """Before the first layer of a model: what is cut off from here on is undone."""
-        if self.pending is not None and self._stock_at is None and self._has_stock_layers:
-            self._is_spoiled = True  # updated by a pass that was not announced
         self._refuse_spoiled()
         self._settle()
         self.pending = None
         self._stock_at = self.kv.moment, copy.deepcopy(self._stock_layers())
+
+    def refuse_foreign(self, config: PreTrainedConfig) -> None:
+        """InputError for a model of another family, where layers stay stock: those cannot tell it themselves."""
+        model_type = config.get_text_config(decoder=True).model_type
+        if self._has_stock_layers and model_type != self._config.model_type:
+            raise InputError(f"this cache is for a model of type {self._config.model_type!r}, this is a {model_type!r}")
 
     def _refuse_spoiled(self) -> None:
         if self._is_spoiled:
@@ -228,26 +241,21 @@ class TieredCache(Cache):
         self._stock_at = None
         self.length.fill_(self.kv.seq_len)
 
-    def end_layers(self) -> None:
-        """All of ours have grown. Stock ones may come behind them: then the pass has announced itself."""
-        if self._stock_at is None:
-            self.end_pass()
-
     # -- a forward pass ------------------------------------------------------------------------------------------------
 
     def begin_layer(self, layer: "TieredLayer") -> None:
         """A layer was updated; its attention must come before the next update."""
-        if self._has_stock_layers and self._stock_at is None:
-            self._is_spoiled = True
-            self.kv.undo_step()
+        if self._stock_at is None:
+            self._is_spoiled |= self._has_stock_layers
             self._refuse_spoiled()
+            raise CacheError(f"the model that uses this cache is not attached: {_ATTACH}")
         cut_off = layer.index == 0 < self.kv.spec.num_layers - 1  # the last pass, between update and attention
         if self.pending is not None and not cut_off:
             self.pending = None
             self.kv.undo_step()
             raise CacheError(
-                "the last update of this cache was never attended: the model is not attached, or it changes keys after "
-                "Cache.update, which is not supported; that forward pass is undone"
+                "the last update of this cache was never attended: the model was detached meanwhile, or changes keys "
+                "after Cache.update, which is not supported; that forward pass is undone"
             )
         if layer.index == 0:
             refuse_detached(self._config)
@@ -345,10 +353,12 @@ class TieredLayer(CacheLayerMixin):
         unknown = kwargs.keys() - _UPDATE_KEYWORDS
         if unknown:
             raise UnsupportedError(f"the model passes {', '.join(sorted(unknown))} to Cache.update: not supported yet")
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # whoever attends to these without us fails: no product takes them
+            marked = key_states.view(_SEALED[key_states.dtype.itemsize])
+        else:
             self.cache.begin_layer(self)
-        marked = key_states.view_as(key_states)
-        setattr(marked, LAYER_OF_KEYS, self)
+            marked = key_states.view_as(key_states)
+        setattr(marked, LAYER_OF_KEYS, (self, key_states.dtype))
         return marked, value_states
 
     @contextmanager
@@ -368,6 +378,8 @@ class TieredLayer(CacheLayerMixin):
         cache, kv = self.cache, self.cache.kv
         if self.index == 0:
             cache.begin_step(k, v)
+        else:
+            kv.refuse_out_of_turn(self.index)
         if k.device != kv.spec.device:
             raise UnsupportedError(
                 f"layer {self.index} is on {k.device}, the cache's near tier on {kv.spec.device}: "
@@ -375,10 +387,7 @@ class TieredLayer(CacheLayerMixin):
             )
         layer = kv.layer(self.index)
         layer.set_kv_start(cache.padding(padding))
-        out = extend_and_attend(q, k, v, layer, rule, sink_logit)
-        if self.index + 1 == kv.spec.num_layers:
-            cache.end_layers()
-        return out
+        return extend_and_attend(q, k, v, layer, rule, sink_logit)
 
     def get_seq_length(self) -> int | Tensor:
         """Tokens held, near and far; a tensor while a model is compiled, as in stock's static cache."""

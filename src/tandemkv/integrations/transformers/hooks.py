@@ -34,6 +34,8 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"attach takes a transformers model, got {type(model).__name__}")
+    if make_cache is not None and not callable(make_cache):
+        raise InputError(f"make_cache takes a function of a config, such as TieredCache, got {make_cache!r}")
     _refuse_model(model)
     if "_tandem_before" in vars(model):
         detach(model)  # its implementation may have been set to another since
@@ -56,6 +58,8 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`; returns the same model. A model that is not attached stays as it is."""
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"detach takes a transformers model, got {type(model).__name__}")
     if "_tandem_before" in vars(model):
         model.set_attn_implementation(model._tandem_before)
         del model._tandem_before, model._prepare_cache_for_generation, model.create_masks_for_generate
@@ -92,12 +96,13 @@ def _hooked(decoder: torch.nn.Module, keeps_stock_layers: bool) -> tuple[Removab
     return begin, decoder.register_forward_hook(_end_pass, with_kwargs=True)
 
 
-def _begin_pass(keeps_stock_layers: bool, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin_pass(keeps_stock_layers: bool, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         if not keeps_stock_layers:
             return  # the attention of our first layer begins the pass
         torch._dynamo.graph_break(msg="a TieredCache keeps what stock layers were before a pass, outside of the graph")
     for cache in _tiered(args, kwargs):
+        cache.refuse_foreign(decoder.config)
         cache.begin_pass()
 
 
