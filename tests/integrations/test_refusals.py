@@ -446,7 +446,7 @@ def test_a_compiled_model_that_is_not_attached_fails(family: str) -> None:
         compiled(ids[:, HELD : HELD + 1], past_key_values=cache)
         for detached in (torch.compile(stock.forward, fullgraph=True, backend="eager"), compiled):
             tandem.detach(ours)
-            with pytest.raises(Exception, match="dtype|Float but found Int|data-dependent"):
+            with pytest.raises(Exception, match=r"dtype|Float but found Int|data-dependent"):
                 detached(ids[:, HELD + 1 :], past_key_values=cache)
         tandem.attach(ours)
         found = ours(ids[:, HELD + 1 :], past_key_values=cache).logits
