@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.__main__ import MAX_GROWTH, MemoryGrewError, assert_flat, clear
+from tests.soak.__main__ import MAX_GROWTH, Held, MemoryGrewError, assert_flat, clear
 from tests.soak.operations import Garden
 
 
@@ -22,15 +22,16 @@ def test_ten_seconds_of_soak() -> None:
     assert report["far_bytes_moved"] > 0
 
 
-@pytest.mark.parametrize("memory", [[], [9], [9, 5], [9, 5, 5 + MAX_GROWTH], [9, 5, 3, 4]])
-def test_memory_is_flat_or_not_looked_at_often_enough(memory: list[int]) -> None:
+@pytest.mark.parametrize("held", [[], [9], [9, 5], [9, 5, 5 + MAX_GROWTH], [9, 5, 3, 4]])
+def test_memory_is_flat_or_not_looked_at_often_enough(held: list[int]) -> None:
     """Clearings are a tenth of the time apart: `--operations` may stop before the first of them."""
-    assert_flat(memory)
+    assert_flat([Held(30.0 * (i + 1), num_bytes) for i, num_bytes in enumerate(held)])
 
 
-def test_memory_that_grows_is_noticed() -> None:
-    with pytest.raises(MemoryGrewError, match="grew by 24 MiB"):
-        assert_flat([9, 5, 6 + MAX_GROWTH, 5])
+def test_memory_that_grows_is_noticed_once_it_is_warm() -> None:
+    assert_flat([Held(20, 0), Held(59, 6), Held(61, MAX_GROWTH), Held(80, 2 * MAX_GROWTH)])
+    with pytest.raises(MemoryGrewError, match="grew by 8 MiB"):
+        assert_flat([Held(61, 5), Held(70, 6 + MAX_GROWTH), Held(80, 5)])
 
 
 def test_pages_that_outlive_their_family_are_noticed() -> None:
