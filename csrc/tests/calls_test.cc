@@ -149,58 +149,6 @@ void appended_and_attended() {
   }
 }
 
-TokenRows rows_from(Problem& p, int64_t token) {
-  const int64_t k_row = p.shape.head_dim * 4, v_row = p.shape.v_head_dim() * 4, heads = p.shape.num_kv_heads;
-  return {reinterpret_cast<char*>(&p.k[p.k_at(0, 0, token)]),
-          reinterpret_cast<char*>(&p.v[p.v_at(0, 0, token)]),
-          heads * p.num_tokens * k_row,
-          p.num_tokens * k_row,
-          k_row,
-          heads * p.num_tokens * v_row,
-          p.num_tokens * v_row,
-          v_row};
-}
-
-// The queries' own tokens are written behind the others, then everything is attended: as where they were there before.
-// Where the lengths cannot be right, nothing is written.
-void appended_and_attended() {
-  WorkerPool pool(2);
-  const DType f32 = DType::kFloat32;
-  for (const Packing packing : {Packing::kRows, Packing::kPanels}) {
-    const Shape shape{f32, f32, packing, 2, 3, 3, 24, 16, true, {0, 5}, {66, 66}, 40};
-    for (const KernelTable* kernels : available_kernels()) {
-      Problem p(shape, fill_normal);
-      current_case() = case_name(*kernels, p);
-      const Result before = run_attend(pool, *kernels, p);
-      const AttendArgs args = args_of(p);
-      const int64_t first = shape.kv_len[0] - shape.q_len;
-      const TokenRange own{args.kv.table, shape.num_seqs(), first, shape.kv_len[0]};
-      Problem unknown(shape, [](Problem& q, std::mt19937&) {
-        for (auto* values : {&q.q, &q.k, &q.v}) std::fill(values->begin(), values->end(), kNan);
-      });
-      CHECK(copy_tokens(pool, *kernels, p.pages.arena, own, rows_from(unknown, 0), Direction::kAppend) == Status::kOk);
-      CHECK(std::isnan(run_attend(pool, *kernels, p).out[0]));
-
-      Result found{Status::kOk, std::vector<float>(before.out.size(), kNan),
-                   std::vector<float>(before.lse.size(), kNan)};
-      const int64_t dim = shape.v_head_dim(), head = shape.q_len * dim;
-      const Output to{found.out.data(), f32, shape.num_q_heads() * head, head, dim, found.lse.data(), nullptr};
-      for (const int64_t wrong : {shape.kv_len[0] - 1, shape.q_len - 1}) {
-        const std::vector<int64_t> other{shape.kv_len[0], wrong}, tooShort{wrong, wrong};
-        for (const auto& lengths : {other, tooShort}) {
-          if (lengths[0] == lengths[1] && wrong >= shape.q_len) continue;  // a shorter run, but a right one
-          AttendArgs bad = args;
-          bad.kv.kv_len = lengths.data();
-          CHECK(append_and_attend(pool, *kernels, {bad}, rows_from(p, first), to) == Status::kOutsideTable, wrong);
-        }
-      }
-      CHECK(std::isnan(run_attend(pool, *kernels, p).out[0]) && std::isnan(found.out[0]));
-      CHECK(append_and_attend(pool, *kernels, {args}, rows_from(p, first), to) == Status::kOk);
-      CHECK(found.out == before.out && found.lse == before.lse);
-    }
-  }
-}
-
 // Into 16-bit rows that lie apart, tokens outside heads, as a model wants them: the same numbers, rounded once.
 void check_rounded_out(WorkerPool& pool, const KernelTable& kernels, const Problem& p, DType dtype) {
   const Shape& shape = p.shape;
