@@ -225,28 +225,19 @@ def test_reset_forgets_what_stock_layers_hold(family: str) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [600, 20], ids=["prefill", "decode"])
-def test_a_signal(pair: Pair, num_tokens: int) -> None:
-    """SIGINT from another thread while `generate` runs, at moments that nobody has chosen.
-
-    Again after two seconds, as users do: Python drops what is raised while it calls back for a weak reference.
-    """
+def test_a_signal(pair: Pair, num_tokens: int, request: pytest.FixtureRequest) -> None:
+    """SIGINT from another thread while `generate` runs, at moments that nobody has chosen."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     ids, cache = models.random_ids(1, num_tokens), tiered(pair.ours)
     for delay_ms in range(1, 60, 6):
-        has_come = threading.Event()
-
-        def interrupt(delay: float, has_come: threading.Event = has_come) -> None:
-            while not has_come.wait(delay):
-                os.kill(os.getpid(), signal.SIGINT)
-                delay = 2.0
-
-        other = threading.Thread(target=interrupt, args=(delay_ms / 1000,))
+        timer = threading.Timer(delay_ms / 1000, os.kill, (os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            other.start()
+            timer.start()
             while True:
                 generate(pair.ours, ids, past_key_values=cache, max_new_tokens=300)
                 cache.reset()
-        has_come.set()
-        other.join()
+        timer.join()
         cache.check()
         cache.reset()
         assert cache.use() == []
