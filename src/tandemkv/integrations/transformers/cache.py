@@ -249,8 +249,7 @@ class TieredCache(Cache):
             self._is_spoiled |= self._has_stock_layers
             self._refuse_spoiled()
             raise CacheError(f"the model that uses this cache is not attached: {_ATTACH}")
-        cut_off = layer.index == 0 < self.kv.spec.num_layers - 1  # the last pass, between update and attention
-        if self.pending is not None and not cut_off:
+        if self.pending is not None:
             self.pending = None
             self.kv.undo_step()
             raise CacheError(
