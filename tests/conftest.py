@@ -5,6 +5,7 @@ tests/models.py: those the test is parametrized with, or those the marker names,
 `pytest tests/integrations --write-tables` (`make tables`) puts the tables into README.
 """
 
+import signal
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What a shell runs in the background ignores SIGINT, and so do its children: tests of Ctrl-C would wait forever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "way(text, *families): a row of README's table of ways, proved by this test")
     config.addinivalue_line("markers", "family(name): a row of README's table of families, proved by this test")
     config.addinivalue_line("markers", "refused(name, why): a family that README says is refused, proved by this test")

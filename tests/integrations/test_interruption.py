@@ -225,10 +225,8 @@ def test_reset_forgets_what_stock_layers_hold(family: str) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [600, 20], ids=["prefill", "decode"])
-def test_a_signal(pair: Pair, num_tokens: int, request: pytest.FixtureRequest) -> None:
+def test_a_signal(pair: Pair, num_tokens: int) -> None:
     """SIGINT from another thread while `generate` runs, at moments that nobody has chosen."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     ids, cache = models.random_ids(1, num_tokens), tiered(pair.ours)
     for delay_ms in range(1, 60, 6):
         timer = threading.Timer(delay_ms / 1000, os.kill, (os.getpid(), signal.SIGINT))
