@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import tokenizers.models
 import torch
 import transformers
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -155,6 +155,30 @@ def tokenizer() -> Any:
     words = Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
+
+
+def byte_tokenizer() -> Any:
+    """A token per byte, and two special ones."""
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, vocab_size=258, show_progress=False
+    )
+    tokenizer.train_from_iterator([], trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def word_tokenizer() -> Any:
+    """Words that carry the space before them, as SentencePiece has it, and one special token."""
+    words = ["<unk>", "<s>", "▁a", "▁b", "c", "▁", "\n", "é"]
+    tokenizer = Tokenizer(
+        tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
 # Whose tests of ways to generate stand for all: learned positions, biases, a wide head_dim; every rule of scores.

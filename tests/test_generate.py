@@ -14,48 +14,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from tandemkv import cli, machine
-from tandemkv.generate import TextStream
-from tests.models import build, random_ids
+from tests.models import build, byte_tokenizer, random_ids
 from tests.models import tokenizer as numbered_words
 
 PROMPT = "Once upon a time, in a café by the sea…\n" * 25
 """About 1100 bytes, a token each: two chunks and a rest."""
-
-
-def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """A token per byte, and two special ones."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, vocab_size=258, show_progress=False
-    )
-    tokenizer.train_from_iterator([], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def word_tokenizer() -> PreTrainedTokenizerBase:
-    """Words that carry the space before them, as SentencePiece has it, and one special token."""
-    words = ["<unk>", "<s>", "▁a", "▁b", "c", "▁", "\n", "é"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
 def save_tiny_llama(folder: Path) -> Path:
@@ -228,21 +200,6 @@ def test_a_folder_that_asks_for_sampling_is_still_greedy_by_default(run: Run, fo
     set_json(folder / "generation_config.json", cache_implementation="static", repetition_penalty="x")
     report = run(folder, "--prompt-file", prompt, "--max-new-tokens", 30, "--json").report
     assert report["new_ids"] == ids
-
-
-def test_ctrl_c_while_a_piece_is_written_writes_it_once() -> None:
-    pieces: list[str] = []
-
-    def interrupted(text: str) -> None:
-        pieces.append(text)
-        raise KeyboardInterrupt
-
-    stream = TextStream(BYTES, interrupted)
-    stream.put(torch.tensor([[5]]))
-    with pytest.raises(KeyboardInterrupt):
-        stream.put(torch.tensor(BYTES("x").input_ids))
-    stream.end()
-    assert pieces == ["x"]
 
 
 def test_sampling_repeats_with_a_seed_and_varies_without(run: Run, source: Path, prompt: Path) -> None:
@@ -482,36 +439,3 @@ def assert_refused(done: Done, expected: str) -> None:
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
     assert done.out == ""
-
-
-def streamed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The pieces that a stream writes."""
-    pieces: list[str] = []
-    stream = TextStream(tokenizer, pieces.append)
-    stream.put(torch.tensor([[5, 6, 7]]))
-    for token in ids:
-        stream.put(torch.tensor([token]))
-    stream.end()
-    assert stream.ids == ids
-    assert stream.text == "".join(pieces)
-    return pieces
-
-
-BYTES, WORDS = byte_tokenizer(), word_tokenizer()
-
-
-@given(st.text(max_size=20), st.lists(st.integers(0, 257), max_size=20))
-def test_pieces_of_bytes_make_the_whole_text(text: str, ids: list[int]) -> None:
-    ids = BYTES(text).input_ids + ids
-    assert "".join(streamed(BYTES, ids)) == BYTES.decode(ids, skip_special_tokens=True)
-
-
-@given(st.lists(st.integers(0, 7), max_size=20))
-def test_pieces_of_words_make_the_whole_text(ids: list[int]) -> None:
-    assert "".join(streamed(WORDS, ids)) == WORDS.decode(ids, skip_special_tokens=True)
-
-
-def test_a_character_waits_for_its_last_byte_and_the_last_piece_is_written() -> None:
-    ids = BYTES("é…").input_ids
-    assert streamed(BYTES, ids) == ["é", "…"]
-    assert streamed(BYTES, [*ids[:2], 1, ids[2]]) == ["é", "\N{REPLACEMENT CHARACTER}"]

@@ -1,6 +1,8 @@
 """Ours beside stock: both models, their caches, and a tolerance that stock's own error sets."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,9 +10,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import tandemkv.integrations.transformers as tandem
-from tests.models import MAX_POSITIONS
+from tests.models import MAX_POSITIONS, random_ids
 
 PAGE_SIZE, NEAR_TOKENS, CHUNK_TOKENS = 16, 32, 48
+IDS, HELD = random_ids(1, 90), 70  # the tokens of a cache in use, and how many of them it holds
 
 
 def attached(stock: Any) -> Any:
@@ -64,6 +67,23 @@ def assert_far(cache: tandem.TieredCache) -> None:
     assert far.used_bytes > 0
     assert far.moved_bytes >= far.used_bytes
     assert cache.get_seq_length() < MAX_POSITIONS
+
+
+@contextmanager
+def unharmed(stock: Any, ours: Any, cache: tandem.TieredCache) -> Iterator[None]:
+    """What happens inside leaves the cache's tokens as they were, and the next turn is right."""
+    held = cache.get_seq_length()
+    before = [layer.read(0, held) for layer in cache.kv._layers]
+    yield
+    cache.check()
+    assert cache.get_seq_length() == held
+    for (k, v), layer in zip(before, cache.kv._layers, strict=True):
+        got_k, got_v = layer.read(0, held)
+        assert torch.equal(got_k, k)
+        assert torch.equal(got_v, v)
+    found = generate(ours, IDS, past_key_values=cache, max_new_tokens=4)
+    assert torch.equal(found.sequences, generate(stock, IDS, max_new_tokens=4).sequences)
+    cache.check()
 
 
 def arenas_of(cache: tandem.TieredCache) -> list[StorageWeakRef]:

@@ -1,8 +1,6 @@
 """What cannot be served is refused by name, once, and the cache goes on: its books are right and a good call works."""
 
-import copy
 import pickle
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,47 +14,7 @@ import tandemkv.integrations.transformers as tandem
 from tandemkv import machine
 from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
 from tests import models
-from tests.integrations.agreement import attached, generate, tiered
-
-HELD = 70
-IDS = models.random_ids(1, 90)
-
-
-@pytest.fixture(scope="module")
-def stock() -> Any:
-    return models.llama()
-
-
-@pytest.fixture
-def ours(stock: Any) -> Any:
-    return attached(stock)
-
-
-@pytest.fixture
-def cache(ours: Any) -> tandem.TieredCache:
-    """A cache in use: 70 tokens, two of three pages far."""
-    cache = tiered(ours)
-    with torch.no_grad():
-        ours(IDS[:, :HELD], past_key_values=cache)
-    assert cache.use()[1].used_bytes > 0
-    return cache
-
-
-@contextmanager
-def unharmed(stock: Any, ours: Any, cache: tandem.TieredCache) -> Iterator[None]:
-    """What happens inside leaves the cache's tokens as they were, and the next turn is right."""
-    held = cache.get_seq_length()
-    before = [layer.read(0, held) for layer in cache.kv._layers]
-    yield
-    cache.check()
-    assert cache.get_seq_length() == held
-    for (k, v), layer in zip(before, cache.kv._layers, strict=True):
-        got_k, got_v = layer.read(0, held)
-        assert torch.equal(got_k, k)
-        assert torch.equal(got_v, v)
-    found = generate(ours, IDS, past_key_values=cache, max_new_tokens=4)
-    assert torch.equal(found.sequences, generate(stock, IDS, max_new_tokens=4).sequences)
-    cache.check()
+from tests.integrations.agreement import HELD, IDS, attached, generate, tiered, unharmed
 
 
 @contextmanager
@@ -411,91 +369,6 @@ def test_places_of_sequences_that_do_not_exist(
         pytest.raises(InputError, match="expected places of sequences, each from 0 to 0"),
     ):
         cache.batch_select_indices(torch.tensor(indices))
-
-
-# -- a cache in other hands --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_layers", [1, 3])
-def test_a_cache_in_use_and_a_model_that_is_not_attached(num_layers: int) -> None:
-    """Before its first layer attends, and nothing is harmed."""
-    stock = models.llama(num_hidden_layers=num_layers)
-    ours = attached(stock)
-    cache = tiered(ours)
-    with torch.no_grad():
-        ours(IDS[:, :HELD], past_key_values=cache)
-        with (
-            unharmed(stock, ours, cache),
-            pytest.raises(CacheError, match="model that uses this cache is not attached"),
-        ):
-            stock(IDS[:, HELD : HELD + 1], past_key_values=cache)
-
-
-@pytest.mark.filterwarnings("ignore")  # dynamo's own, of many kinds
-@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
-def test_a_compiled_model_that_is_not_attached_fails(family: str) -> None:
-    """Never attached, or detached behind the compiler: torch's own error, for no product takes our keys as they are."""
-    torch.compiler.reset()
-    stock = models.build(family)
-    stock.set_attn_implementation("sdpa")
-    ours = attached(stock)
-    cache, ids = tiered(ours), IDS[:, : HELD + 2]
-    with torch.no_grad():
-        ours(ids[:, :HELD], past_key_values=cache)
-        compiled: Any = torch.compile(ours.forward, fullgraph=True, backend="eager")
-        compiled(ids[:, HELD : HELD + 1], past_key_values=cache)
-        for detached in (torch.compile(stock.forward, fullgraph=True, backend="eager"), compiled):
-            tandem.detach(ours)
-            with pytest.raises(Exception, match=r"dtype|Float but found Int|data-dependent"):
-                detached(ids[:, HELD + 1 :], past_key_values=cache)
-        tandem.attach(ours)
-        found = ours(ids[:, HELD + 1 :], past_key_values=cache).logits
-        torch.testing.assert_close(found[:, -1], stock(ids).logits[:, -1], atol=2e-4, rtol=0)
-
-
-@pytest.mark.parametrize("kept", [[0], [0, 1], [0, 2], [1, 2], [2]], ids=str)
-def test_a_model_that_leaves_out_layers(stock: Any, ours: Any, cache: tandem.TieredCache, kept: list[int]) -> None:
-    layers = ours.model.layers
-    with unharmed(stock, ours, cache):
-        ours.model.layers = torch.nn.ModuleList(layers[index] for index in kept)
-        with torch.no_grad(), pytest.raises(CacheError, match="left out"):
-            ours(IDS[:, HELD : HELD + 1], past_key_values=cache)
-        ours.model.layers = layers
-
-
-def test_a_cache_and_its_fork_in_two_threads(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
-    """Turns are told from passes that meet: one comes between the layers of the other."""
-    fork = copy.deepcopy(cache)
-
-    @torch.no_grad()
-    def use_the_fork() -> None:
-        ours(IDS[:, HELD : HELD + 3], past_key_values=fork)
-
-    def between(*_: Any) -> None:
-        hook.remove()
-        other = threading.Thread(target=use_the_fork)
-        other.start()
-        other.join()
-
-    with unharmed(stock, ours, cache):
-        hook = ours.model.layers[1].register_forward_pre_hook(between)
-        with torch.no_grad(), pytest.raises(CacheError, match="one thread at a time"):
-            ours(IDS[:, HELD:], past_key_values=cache)
-    assert fork.get_seq_length() == HELD + 3
-    found = generate(ours, IDS, past_key_values=fork, max_new_tokens=4)
-    assert torch.equal(found.sequences, generate(stock, IDS, max_new_tokens=4).sequences)
-
-
-def test_a_cache_with_stock_layers_and_a_model_of_another_family() -> None:
-    hybrid, llama = attached(models.build("qwen3_next")), attached(models.llama())
-    cache = tiered(hybrid)
-    with torch.no_grad():
-        before = hybrid(IDS, past_key_values=cache).logits[:, -1]
-        with pytest.raises(InputError, match="for a model of type 'qwen3_next', this is a 'llama'"):
-            llama(IDS[:, :1], past_key_values=cache)
-        cache.check()
-        cache.reset()
-        torch.testing.assert_close(hybrid(IDS, past_key_values=cache).logits[:, -1], before)
 
 
 def test_python_types_that_cannot_be(ours: Any, cache: Any) -> None:
