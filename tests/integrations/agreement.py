@@ -1,6 +1,7 @@
 """Ours beside stock: both models, their caches, and a tolerance that stock's own error sets."""
 
 import copy
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,6 +85,17 @@ def unharmed(stock: Any, ours: Any, cache: tandem.TieredCache) -> Iterator[None]
     found = generate(ours, IDS, past_key_values=cache, max_new_tokens=4)
     assert torch.equal(found.sequences, generate(stock, IDS, max_new_tokens=4).sequences)
     cache.check()
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """What is gone in here went with its last reference."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def arenas_of(cache: tandem.TieredCache) -> list[StorageWeakRef]:

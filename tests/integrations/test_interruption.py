@@ -1,7 +1,6 @@
 """Whatever is cut off, at whatever line: the cache is whole, goes on as stock does, and gives every byte back."""
 
 import copy
-import gc
 import os
 import signal
 import threading
@@ -17,7 +16,7 @@ from torch import Tensor
 import tandemkv.integrations.transformers as tandem
 from tandemkv.errors import CacheError, CapacityError
 from tests import models
-from tests.integrations.agreement import Streamer, arenas_of, attached, generate, tiered
+from tests.integrations.agreement import Streamer, arenas_of, attached, generate, no_garbage_collection, tiered
 from tests.interrupts import OURS, STOCK_STATES, every_line, interrupted
 from tests.processes import resident_bytes
 
@@ -363,16 +362,6 @@ def test_a_prompt_for_which_far_has_no_room(pair: Pair) -> None:
 
 
 # -- every byte comes back ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize("end", ["close", "reset", "del"])

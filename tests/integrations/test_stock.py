@@ -1,6 +1,7 @@
 """An attached model without our cache computes what it computed before; `attach` leaves no trace after `detach`."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 import tandemkv.integrations.transformers as tandem
 from tandemkv.integrations.transformers.configs import IMPLEMENTATIONS
 from tests import models
-from tests.integrations.agreement import attached, generate, tiered
+from tests.integrations.agreement import attached, generate, no_garbage_collection, tiered
 
 PADDED = models.left_padded([30, 4, 17])
 
@@ -129,6 +130,15 @@ def test_detach_restores(implementation: str) -> None:
     assert model.config._attn_implementation == implementation
     assert set(vars(model)) == before
     assert torch.equal(torch.stack(generate(model, ids).logits), torch.stack(expected))
+
+
+def test_a_detached_model_gives_its_memory_back_at_once() -> None:
+    model = tandem.attach(models.llama())
+    weight = weakref.ref(model.lm_head.weight)
+    tandem.detach(model)
+    with no_garbage_collection():
+        del model
+        assert weight() is None
 
 
 def test_attach_again_after_detach() -> None:

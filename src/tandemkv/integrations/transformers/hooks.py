@@ -28,6 +28,8 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
 
     Changes this instance only: its attention implementation, and its `generate`, which reserves the cache before it
     starts; and its decoder tells the cache when a forward pass begins and ends.
+    The model then refers to itself: after `del model` its memory comes back at the next `gc.collect()`; after
+    `detach(model)` at once, as before.
     make_cache: where given, a `generate` that is not handed a cache uses `make_cache(model.config)`, which is how a
     pipeline comes to one.
     Raises UnsupportedError, with the name, for a family, layer type or option not supported.
