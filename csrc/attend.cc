@@ -18,8 +18,6 @@ namespace {
 constexpr int64_t kMaxChunkBytes = 2 << 20, kMinChunkBytes = 256 << 10, kMinChunks = 4;
 constexpr int64_t kChunkStep = 64;
 
-constexpr int64_t kMaxSharedRows = 4;  // of a head that shares an item with others
-
 // Items that answer for the same rows, in the order of their chunks.
 struct Span {
   int64_t first_item, num_items;
@@ -79,9 +77,8 @@ Schedule cut(const std::vector<AttendArgs>& runs) {
   const int64_t rows_per_head = first.group_size() * first.q.q_len, num_heads = first.kv.arena.num_kv_heads;
   const int64_t head_rows = std::min(rows_per_head, kMaxHeadRows);
   Schedule schedule;
-  // As many heads as fit, in items of equal size: 7 of 8 heads and then 1 took 4 % longer than 4 and 4. But a head of
-  // many rows has an item of its own, so that its queries and output stay in L1 (4 to 8 % of a call on two threads).
-  const int64_t num_shares = head_rows > kMaxSharedRows ? num_heads : ceil_div(num_heads, kMaxItemRows / head_rows);
+  // As many heads as fit, in items of equal size: 7 of 8 heads and then 1 took 4 % longer than 4 and 4.
+  const int64_t num_shares = ceil_div(num_heads, kMaxItemRows / head_rows);
   schedule.item_heads = ceil_div(num_heads, num_shares);
   for (int64_t seq = 0; seq < first.q.num_seqs; ++seq) {
     for (int64_t head = 0; head < num_heads; head += schedule.item_heads) {

@@ -108,8 +108,9 @@ struct AttendArgs {
 // tokens. Row r of a KV head is query head kv_head * group_size + r / q_len, query token r % q_len.
 //
 // An item walks pages, and inside a page its heads, because that is how they lie in memory: on a 2-core Xeon 6, 16 KiB
-// slices of one head in random pages were read at 20 GB/s, whole pages of 8 heads at 28, one long run at 31.
-constexpr int64_t kMaxItemRows = 64;
+// slices of one head in random pages were read at 20 GB/s, whole pages of 8 heads at 28, one long run at 31. The fewer
+// rows, the more of their queries and output stay in L1: docs/architecture.md, section 5.
+constexpr int64_t kMaxItemRows = 24;
 constexpr int64_t kMaxHeadRows = 16;
 
 struct WorkItem {

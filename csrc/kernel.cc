@@ -25,7 +25,7 @@ struct HeadRows {
   int64_t num;
 };
 
-// What one item needs beside the pages: about 280 KiB, on the worker's stack.
+// What one item needs beside the pages: about 190 KiB, on the worker's stack.
 struct alignas(64) Scratch {
   uint32_t q_RD[kMaxItemRows * kMaxHeadDim];
   float out_RD[kMaxItemRows * kMaxHeadDim];
