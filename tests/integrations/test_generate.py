@@ -120,6 +120,27 @@ def test_chunked_prefill(pair: tuple[Any, Any], prefill_chunk_size: int) -> None
     assert_far(cache)
 
 
+@pytest.mark.parametrize("prefill_chunk_size", [None, 30])
+@pytest.mark.parametrize("num_tokens", [60, 90], ids=["while decoding", "in the prompt"])
+@pytest.mark.parametrize("family", ["phi3", "phimoe"])
+def test_rope_changes_to_long_factors(family: str, num_tokens: int, prefill_chunk_size: int | None) -> None:
+    """Behind 64 tokens Phi-3 starts anew, into a cache of its own: into ours, which is far in the end."""
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    factors |= {"original_max_position_embeddings": 64}
+    if family == "phimoe":
+        factors |= {"short_mscale": 1.0, "long_mscale": 1.2}
+    stock = models.build(family, original_max_position_embeddings=64, rope_parameters=factors)
+    ours = attached(stock)
+    cache, ids = tiered(ours), models.random_ids(2, num_tokens)
+    options = {"max_new_tokens": 12, "prefill_chunk_size": prefill_chunk_size}
+    found = generate(ours, ids, past_key_values=cache, **options)
+    expected = generate(stock, ids, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(logits_of(found), logits_of(expected), atol=2e-4, rtol=0)
+    assert cache.get_seq_length() == num_tokens + 11
+    assert_far(cache)
+
+
 def test_one_bool_mask_for_every_piece_of_a_prompt(pair: tuple[Any, Any]) -> None:
     """transformers hands a bool mask on as it is: the same object, which is longer than the pieces, again and again."""
     stock, ours = pair

@@ -1,5 +1,6 @@
 """A cache in other hands: models that are not attached, that leave out layers, another family's; threads that meet."""
 
+import contextlib
 import copy
 import threading
 from typing import Any
@@ -60,8 +61,9 @@ def test_a_model_that_leaves_out_layers(stock: Any, ours: Any, cache: tandem.Tie
         ours.model.layers = layers
 
 
-def test_a_cache_and_its_fork_in_two_threads(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
-    """Turns are told from passes that meet: one comes between the layers of the other."""
+@pytest.mark.parametrize("place", ["layers.1", "layers.1.mlp", "layers.2.mlp", "norm"])
+def test_a_cache_and_its_fork_in_two_threads(stock: Any, ours: Any, cache: tandem.TieredCache, place: str) -> None:
+    """Turns are told from passes that meet: one comes between the layers of the other, or behind its last attention."""
     fork = copy.deepcopy(cache)
 
     @torch.no_grad()
@@ -75,12 +77,48 @@ def test_a_cache_and_its_fork_in_two_threads(stock: Any, ours: Any, cache: tande
         other.join()
 
     with unharmed(stock, ours, cache):
-        hook = ours.model.layers[1].register_forward_pre_hook(between)
+        hook = ours.model.get_submodule(place).register_forward_pre_hook(between)
         with torch.no_grad(), pytest.raises(CacheError, match="one thread at a time"):
             ours(IDS[:, HELD:], past_key_values=cache)
     assert fork.get_seq_length() == HELD + 3
     found = generate(ours, IDS, past_key_values=fork, max_new_tokens=4)
     assert torch.equal(found.sequences, generate(stock, IDS, max_new_tokens=4).sequences)
+
+
+@pytest.mark.parametrize("place", ["layers.0", "layers.2.mlp"])
+def test_a_check_in_the_middle_of_a_pass(stock: Any, ours: Any, cache: tandem.TieredCache, place: str) -> None:
+    """Who checks a fork undoes what is under way: the pass does not end as if nothing had happened."""
+    fork = copy.deepcopy(cache)
+    with unharmed(stock, ours, cache):
+        hook = ours.model.get_submodule(place).register_forward_pre_hook(lambda *_: fork.check())
+        with torch.no_grad(), contextlib.suppress(CacheError):
+            ours(IDS[:, HELD:], past_key_values=cache)
+            assert place == "layers.0"  # nothing was under way yet
+            cache.crop(HELD)
+        hook.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_a_model_whose_only_layer_attends_elsewhere(family: str) -> None:
+    """Another attention was set after `attach`, and the cache is one of an attached twin."""
+    types = {"layer_types": ["conv", "full_attention"]} if family == "lfm2" else {"num_hidden_layers": 1}
+    stock = models.build(family, **types)
+    ours, other = attached(stock), attached(stock)
+    other.set_attn_implementation("sdpa")
+    cache = tiered(ours)
+    with torch.no_grad():
+        ours(IDS[:, :HELD], past_key_values=cache)
+    with unharmed(stock, ours, cache), torch.no_grad(), pytest.raises(CacheError, match=r"attach\(model\)"):
+        other(IDS[:, HELD : HELD + 1], past_key_values=cache)
+
+
+def test_gradient_checkpointing_leaves_no_cache_behind(stock: Any, ours: Any, cache: tandem.TieredCache) -> None:
+    # the name of today, and that of transformers 5.17
+    getattr(ours, "activation_checkpointing_enable", ours.gradient_checkpointing_enable)()
+    with unharmed(stock, ours.eval(), cache):
+        with pytest.raises(CacheError, match="checkpointing"):
+            ours.train()(IDS[:, HELD:], past_key_values=cache)
+        ours.eval()
 
 
 def test_a_cache_with_stock_layers_and_a_model_of_another_family() -> None:

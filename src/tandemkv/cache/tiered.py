@@ -207,14 +207,19 @@ class KVCache:
     def end_step(self) -> None:
         """From here on the new tokens count. CacheError, and they do not, where a layer has not grown."""
         step = self._step
-        if step is not None:
-            if any(layer.seq_len != step.end for layer in self._layers):
-                self.undo_step()
-                raise CacheError("a forward pass has left out some of this cache's layers: it is undone")
-            self._step = None
-            for past in step.windows.values():
-                past.release()
-            self._the_store.is_busy = False
+        if step is None:
+            raise CacheError(
+                "a forward pass ends that this cache knows nothing of: either no layer of the model attended over it "
+                "(call attach(model) again; no gradient checkpointing), or it was undone on its way by another use of "
+                "this cache or a fork of it; these belong to one thread at a time"
+            )
+        if any(layer.seq_len != step.end for layer in self._layers):
+            self.undo_step()
+            raise CacheError("a forward pass has left out some of this cache's layers: it is undone")
+        self._step = None
+        for past in step.windows.values():
+            past.release()
+        self._the_store.is_busy = False
 
     def undo_step(self) -> None:
         """A layer failed: none keeps tokens of the forward pass under way."""

@@ -1,7 +1,7 @@
 """attach(model) and detach(model): the only hooks, on the instance and undone."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -50,6 +50,7 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
     else:
         model.set_attn_implementation(IMPLEMENTATIONS[before])
     model._prepare_cache_for_generation = MethodType(partial(_prepare_cache, make_cache), model)
+    model.prepare_inputs_for_generation = MethodType(_keeping_cache(type(model).prepare_inputs_for_generation), model)
     stock_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
     model.create_masks_for_generate = partial(_create_masks, stock_masks)
     keeps_stock_layers = any(layers_of(model.config.get_text_config(decoder=True))[0])
@@ -64,7 +65,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         raise InputError(f"detach takes a transformers model, got {type(model).__name__}")
     if "_tandem_before" in vars(model):
         model.set_attn_implementation(model._tandem_before)
-        del model._tandem_before, model._prepare_cache_for_generation, model.create_masks_for_generate
+        del model._tandem_before, model._prepare_cache_for_generation
+        del model.prepare_inputs_for_generation, model.create_masks_for_generate
         for hook in vars(model).pop("_tandem_hooks", ()):
             hook.remove()
     return model
@@ -153,6 +155,22 @@ def _prepare_cache(
     cache.adapt(model.dtype, model.device)
     num_seqs = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     cache.reserve(num_seqs, max_cache_length)
+
+
+def _keeping_cache(stock: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Phi-3 leaves its cache behind where RoPE changes from short to long factors, and reads the whole text again, into
+    a cache of its own making: into ours, then, from the first token on."""
+
+    @wraps(stock)
+    def prepare_inputs(model: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = stock(model, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, TieredCache) and inputs.get("past_key_values") is None:
+            cache.reset()
+            inputs["past_key_values"] = cache
+        return inputs
+
+    return prepare_inputs
 
 
 def _refuse_many_devices(model: PreTrainedModel) -> None:
