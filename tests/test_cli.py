@@ -87,6 +87,14 @@ def test_the_installed_script_prints_the_version() -> None:
     assert done.stdout.strip() == tandemkv.__version__
 
 
+def test_a_full_device_is_one_line() -> None:
+    command = [Path(sys.executable).parent / "tandemkv", "--version"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: the output cannot be written: No space left on device\n"
+
+
 @pytest.mark.parametrize("args", [["doctor", "--frob"], ["--frob"], ["frob"]])
 def test_an_unknown_option_or_command_is_refused_by_name(args: list[str]) -> None:
     result = CliRunner().invoke(cli.app, args)

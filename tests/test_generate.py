@@ -184,6 +184,20 @@ def test_other_families(run: Run, tmp_path: Path, family: str) -> None:
     assert done.report["tiers"][1]["used_bytes"] > 0
 
 
+def test_a_long_prompt_of_long_factors_is_read_at_once(run: Run, tmp_path: Path) -> None:
+    """Read in pieces, the first ones of Phi-3 would have the RoPE of short texts."""
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    positions = {"original_max_position_embeddings": 600}
+    build("phi3", rope_parameters={**factors, **positions}, **positions).save_pretrained(tmp_path)
+    tokenizer = numbered_words()
+    tokenizer.save_pretrained(tmp_path)
+    text = tokenizer.decode(random_ids(1, 700)[0])
+    (tmp_path / "prompt.txt").write_text(text)
+    prompt = ("--prompt-file", tmp_path / "prompt.txt")
+    done = run(tmp_path, *prompt, "--near-tokens", 128, "--max-new-tokens", 12, "--json")
+    assert done.report["new_ids"] == stock(tmp_path, text, 12)[1]
+
+
 def test_it_stops_at_the_end_of_text(run: Run, folder: Path, prompt: Path) -> None:
     _, ids = stock(folder, PROMPT, 40)
     end = next(index for index in range(10, 40) if ids[index] not in ids[:index])
@@ -387,6 +401,10 @@ BAD_OPTIONS = {
     "near_tokens beyond memory": (["--near-tokens", str(1 << 44)], "lower --near-tokens"),
     "max_new_tokens": (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     "temperature": (["--temperature", "-1"], "--temperature must be 0"),
+    "temperature of almost nothing": (
+        ["--temperature", "1e-40"],
+        "--temperature must be 0 (greedy), or 1e-30 or above",
+    ),
     "temperature nan": (["--temperature", "nan"], "--temperature must be 0"),
     "top_p": (["--temperature", "1", "--top-p", "1.5"], "--top-p must be above 0 and at most 1"),
     "top_p of greedy": (["--top-p", "0.5"], "give a --temperature above 0"),

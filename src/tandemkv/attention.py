@@ -144,7 +144,7 @@ def _prefill_rows(
     part = attend_dense(queries, k, v, rule=rule, first_query=0)
     # torch's kernel hides NaN in runs shorter than a block; in others it shows in lse, which is cheaper to read than q.
     if bool((queries if queries.shape[2] < BLOCK_TOKENS else part.lse).isnan().any()):
-        raise InputError("q contains NaN: a layer before this attention produced it")
+        raise InputError("q contains NaN, or k does: a layer before this attention produced it")
     oldest = 0 if rule.window is None else max(0, history - rule.window + 1)  # that the first query sees
     for begin in range(max(oldest, min(kv_start, history)), history, PREFILL_PIECE_TOKENS):
         piece_k, piece_v = layer.read(begin, min(begin + PREFILL_PIECE_TOKENS, history), seqs)

@@ -2,9 +2,11 @@
 how torch's threads wait.
 """
 
+import errno
 import json
 import os
 import re
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,6 +53,12 @@ def main() -> None:
     except TandemError as error:
         told = escape(_as_options(str(error)))
         Console(stderr=True).print(f"[red]error: {told}[/red]", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        Console(stderr=True).print(f"[red]error: the output cannot be written: {error.strerror}[/red]")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python would try to write once more
         raise SystemExit(2) from None
 
 

@@ -41,6 +41,8 @@ from tandemkv.errors import CapacityError, InputError, TandemError, UnsupportedE
 from tandemkv.types import format_bytes, parse_bytes
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+MIN_TEMPERATURE = 1e-30  # logits divided by less leave float32
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Finish = Literal["eos", "length", "interrupted"]
 
@@ -67,8 +69,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"--temperature must be 0 (greedy) or above, got {self.temperature}")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise InputError(f"--temperature must be 0 (greedy), or {MIN_TEMPERATURE} or above, got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
         if self.temperature == 0 and (self.top_p is not None or self.seed is not None):
@@ -377,6 +379,9 @@ def _prefill(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor, con
     num_tokens, chunk_tokens = ids.shape[1], cache.kv.spec.chunk_tokens
     if num_tokens == 0:
         return
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # its factors follow from the length of what is read at once
+        chunk_tokens = num_tokens
     columns = (TextColumn("prefill"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("prefill", total=num_tokens, rate="")

@@ -206,16 +206,22 @@ def parse_bytes(size: int | str) -> int:
     if isinstance(size, int) and size < 0:
         raise InputError(f"a size in bytes cannot be negative, got {size}")
     if isinstance(size, int):
-        return size
+        return _below_8_eib(size)
     text = size if isinstance(size, str) else ""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?B?)|B?)\s*", text, re.IGNORECASE)
     if match is None:
         raise InputError(f"expected a size such as '16GiB' or 17179869184, got {size!r}")
     number, prefix, unit = match.groups()
     if prefix is None:
-        return int(float(number))
+        return _below_8_eib(float(number))
     base = 1000 if unit.upper() == "B" else 1024
-    return int(float(number) * base ** (1 + "KMGT".index(prefix.upper())))
+    return _below_8_eib(float(number) * base ** (1 + "KMGT".index(prefix.upper())))
+
+
+def _below_8_eib(num_bytes: float) -> int:
+    if num_bytes >= 1 << 63:
+        raise InputError("expected a size below 8 EiB, such as '16GiB' or 17179869184, got more")
+    return int(num_bytes)
 
 
 def format_bytes(num_bytes: float) -> str:

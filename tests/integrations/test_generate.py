@@ -132,7 +132,7 @@ def test_rope_changes_to_long_factors(family: str, num_tokens: int, prefill_chun
     stock = models.build(family, original_max_position_embeddings=64, rope_parameters=factors)
     ours = attached(stock)
     cache, ids = tiered(ours), models.random_ids(2, num_tokens)
-    options = {"max_new_tokens": 12, "prefill_chunk_size": prefill_chunk_size}
+    options: dict[str, Any] = {"max_new_tokens": 12, "prefill_chunk_size": prefill_chunk_size}
     found = generate(ours, ids, past_key_values=cache, **options)
     expected = generate(stock, ids, **options)
     assert torch.equal(found.sequences, expected.sequences)

@@ -1,12 +1,15 @@
 """Whatever is cut off, at whatever line: the cache is whole, goes on as stock does, and gives every byte back."""
 
+import contextlib
 import copy
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -240,6 +243,35 @@ def test_a_signal(pair: Pair, num_tokens: int) -> None:
         assert cache.use() == []
     found = generate(pair.ours, ids, past_key_values=cache, max_new_tokens=4)
     assert torch.equal(found.sequences, generate(pair.stock, ids, max_new_tokens=4).sequences)
+
+
+@pytest.mark.parametrize("which", ["LayerKV.extended", "TieredLayer.attending"])
+def test_a_traceback_that_is_kept(pair: Pair, which: str) -> None:
+    """Cut off as a `with` has entered its generator: that is closed when the traceback goes, and changes nothing."""
+    cache, kept = pair.held(), []
+
+    def returning(frame: FrameType, event: str, _: Any) -> Any:
+        generator = getattr(frame.f_locals.get("self"), "gen", None)
+        if event == "return" and generator is not None and generator.__qualname__ == which:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return returning
+
+    enter = vars(contextlib)["_GeneratorContextManager"].__enter__.__code__
+    sys.settrace(lambda frame, *_: returning if frame.f_code is enter else None)
+    try:
+        pair.feed(cache, HELD + 1)
+    except KeyboardInterrupt as error:
+        kept.append(error)
+    finally:
+        sys.settrace(None)
+    pair.assert_goes_on(cache, HELD + 1)
+    hook = pair.ours.get_decoder().layers[1].register_forward_pre_hook(lambda *_: kept.clear())  # amid a later pass
+    assert len(kept) == 1
+    pair.assert_goes_on(cache, HELD + 3)
+    hook.remove()
+    assert kept == []
+    cache.check()
 
 
 class FailsError(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 import tandemkv.integrations.transformers as tandem
 from tandemkv import machine
@@ -41,9 +41,10 @@ def with_attention(implementation: str) -> Any:
     [
         (lambda: MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=11)), "'mamba'"),
         (lambda: models.llama(head_dim=260), "LlamaForCausalLM has head_dim 260"),
+        (lambda: models.build("gpt2", add_cross_attention=True), "attends to an encoder as well"),
         (lambda: with_attention("flex_attention"), "attends with 'flex_attention'.*'sdpa' or 'eager'"),
     ],
-    ids=["unknown", "large-head", "another-attention"],
+    ids=["unknown", "large-head", "cross-attention", "another-attention"],
 )
 def test_unsupported_models_are_refused_by_name(build: Callable[[], Any], message: str) -> None:
     model = build()
@@ -369,6 +370,14 @@ def test_places_of_sequences_that_do_not_exist(
         pytest.raises(InputError, match="expected places of sequences, each from 0 to 0"),
     ):
         cache.batch_select_indices(torch.tensor(indices))
+
+
+@pytest.mark.parametrize("made", [None, 3, DynamicCache()], ids=["None", "3", "DynamicCache"])
+def test_a_function_that_makes_no_tiered_cache(stock: Any, made: Any) -> None:
+    model = attached(stock)
+    tandem.attach(model, lambda _: made)
+    with pytest.raises(InputError, match=f"make_cache must return a TieredCache, got {type(made).__name__}"):
+        generate(model, IDS, max_new_tokens=1)
 
 
 def test_python_types_that_cannot_be(ours: Any, cache: Any) -> None:

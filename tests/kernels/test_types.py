@@ -42,6 +42,14 @@ def test_parse_bytes_refuses(size: str) -> None:
         parse_bytes(size)
 
 
+@pytest.mark.parametrize(
+    "size", ["9" * 400, "9" * 5000, "9000000TiB", 1 << 63, 10**400], ids=["text", "long", "TiB", "2**63", "int"]
+)
+def test_parse_bytes_refuses_what_no_machine_has(size: int | str) -> None:
+    with pytest.raises(InputError, match="expected a size below 8 EiB"):
+        parse_bytes(size)
+
+
 def test_parse_bytes_refuses_negative_numbers() -> None:
     with pytest.raises(InputError, match="cannot be negative, got -1"):
         parse_bytes(-1)

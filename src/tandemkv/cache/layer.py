@@ -160,6 +160,8 @@ class LayerKV:
         try:
             yield self._held()
             self._is_held = False
+        except GeneratorExit:  # cut off before the block began, and closed whenever the traceback goes: `settle` undoes
+            raise
         except BaseException:
             self.let_go()
             self.crop(before)

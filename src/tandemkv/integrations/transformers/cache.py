@@ -248,7 +248,10 @@ class TieredCache(Cache):
         if self._stock_at is None:
             self._is_spoiled |= self._has_stock_layers
             self._refuse_spoiled()
-            raise CacheError(f"the model that uses this cache is not attached: {_ATTACH}")
+            raise CacheError(
+                f"the model that uses this cache is not attached: {_ATTACH}; or else the cache was reset, cropped, "
+                "forked, checked or used by another thread in the middle of a forward pass"
+            )
         if self.pending is not None:
             self.pending = None
             self.kv.undo_step()
@@ -366,6 +369,8 @@ class TieredLayer(CacheLayerMixin):
         self.cache.pending = None
         try:
             yield
+        except GeneratorExit:  # cut off before the block began, and closed whenever the traceback goes
+            raise
         except BaseException:
             self.cache.kv.undo_step()
             raise

@@ -98,6 +98,8 @@ def refusal_of(config: PreTrainedConfig) -> str | None:
     """Why a model of this config is not supported, to be read behind its name; None where it is."""
     if config.is_encoder_decoder:
         return "is an encoder and a decoder, which attends to the encoder as well"
+    if getattr(config, "add_cross_attention", False):
+        return "attends to an encoder as well (add_cross_attention)"
     text: Any = config.get_text_config(decoder=True)
     if text.model_type not in FAMILIES and getattr(text, "kv_lora_rank", None) is not None:
         return "keeps one latent for all heads in its cache and makes keys and values of it at every step (MLA)"

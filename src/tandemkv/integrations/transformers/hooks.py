@@ -143,7 +143,10 @@ def _prepare_cache(
     """`generate` calls this before the first forward pass: the place to refuse what could not be finished."""
     wants_default = generation_config.use_cache and generation_config.cache_implementation is None
     if make_cache is not None and wants_default and model_kwargs.get("past_key_values") is None:
-        model_kwargs["past_key_values"] = make_cache(model.config)
+        made: object = make_cache(model.config)
+        if not isinstance(made, TieredCache):
+            raise InputError(f"make_cache must return a TieredCache, got {type(made).__name__}")
+        model_kwargs["past_key_values"] = made
     stock = type(model)._prepare_cache_for_generation  # not a bound one: a deep copy of the model would keep it
     stock(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = model_kwargs.get("past_key_values")
