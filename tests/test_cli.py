@@ -88,7 +88,7 @@ def test_the_installed_script_prints_the_version() -> None:
 
 
 def test_a_full_device_is_one_line() -> None:
-    command = [Path(sys.executable).parent / "tandemkv", "--version"]
+    command = [str(Path(sys.executable).parent / "tandemkv"), "--version"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 2
