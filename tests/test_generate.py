@@ -332,6 +332,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "model_type ['llama'] is not supported",
     ),
     "config of nonsense": (spoil_config(hidden_size="many"), "config.json is corrupt or not supported"),
+    "layers below zero": (spoil_config(num_hidden_layers=-1), "config.json is corrupt or not supported"),
     "no heads": (spoil_config(num_attention_heads=0), "config.json is corrupt or not supported"),
     "unknown activation": (spoil_config(hidden_act="zork"), "config.json is corrupt or not supported"),
     "generation config cut": (write("generation_config.json", b"{"), "generation_config.json is not JSON"),

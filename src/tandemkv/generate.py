@@ -244,7 +244,7 @@ def reserve_cache(
     _check_positions(num_prompt_tokens, settings.max_new_tokens, config.max_position_embeddings)
     with _blaming(folder / "config.json"), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    tandem.attach(skeleton)
+        tandem.attach(skeleton)
     far_bytes = 0 if settings.far_bytes is None else parse_bytes(settings.far_bytes)
     cache = tandem.TieredCache(skeleton.config, settings.near_tokens, far_bytes)
     spec = cache.kv.spec
