@@ -9,7 +9,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -51,15 +51,17 @@ def main() -> None:
     try:
         app()
     except TandemError as error:
-        told = escape(_as_options(str(error)))
-        Console(stderr=True).print(f"[red]error: {told}[/red]", soft_wrap=True, highlight=False)
-        raise SystemExit(2) from None
+        _stop(_as_options(str(error)))
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
-        Console(stderr=True).print(f"[red]error: the output cannot be written: {error.strerror}[/red]")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python would try to write once more
-        raise SystemExit(2) from None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try to write it once more
+        _stop(f"the output cannot be written: {error.strerror}")
+
+
+def _stop(told: str) -> NoReturn:
+    Console(stderr=True).print(f"[red]error: {escape(told)}[/red]", soft_wrap=True, highlight=False)
+    raise SystemExit(2) from None
 
 
 def _as_options(text: str) -> str:

@@ -375,12 +375,12 @@ def _run(
 
 @torch.no_grad()
 def _prefill(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor, console: Console) -> None:
-    """Work through `[1, num_tokens]` a chunk at a time, so that memory is bounded by a chunk and the bar moves."""
+    """Work through `[1, num_tokens]` a chunk at a time, so that memory is bounded by a chunk and the bar moves; at once
+    where a model's keys depend on it."""
     num_tokens, chunk_tokens = ids.shape[1], cache.kv.spec.chunk_tokens
     if num_tokens == 0:
         return
-    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # its factors follow from the length of what is read at once
+    if tandem.depends_on_length(model.config):
         chunk_tokens = num_tokens
     columns = (TextColumn("prefill"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(*columns, console=console) as progress:

@@ -137,7 +137,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.grow(member, max(1, int(pages * self.spec.chunk_tokens)), num_layers=self.spec.num_layers - 1)
         assert member.cache.seq_len == member.seq_len
         if is_noticed:
-            member.cache.undo_step()
+            member.cache.settle()
 
     @rule(who=members, q_len=st.integers(1, 8))
     def decode_step_that_fails_and_one_that_works(self, who: int, q_len: int) -> None:

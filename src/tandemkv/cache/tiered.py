@@ -214,16 +214,12 @@ class KVCache:
                 "this cache or a fork of it; these belong to one thread at a time"
             )
         if any(layer.seq_len != step.end for layer in self._layers):
-            self.undo_step()
+            self.settle()
             raise CacheError("a forward pass has left out some of this cache's layers: it is undone")
         self._step = None
         for past in step.windows.values():
             past.release()
         self._the_store.is_busy = False
-
-    def undo_step(self) -> None:
-        """A layer failed: none keeps tokens of the forward pass under way."""
-        self.settle()
 
     # -- all layers at once --------------------------------------------------------------------------------------------
 

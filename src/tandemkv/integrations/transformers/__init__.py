@@ -12,7 +12,17 @@ is refused. Without a mark (another cache, no cache, training) an attached model
 """
 
 from tandemkv.integrations.transformers.cache import TieredCache
+from tandemkv.integrations.transformers.configs import depends_on_length
 from tandemkv.integrations.transformers.families import FAMILIES, REFUSED, refusal_of, refusal_of_type
 from tandemkv.integrations.transformers.hooks import attach, detach
 
-__all__ = ["FAMILIES", "REFUSED", "TieredCache", "attach", "detach", "refusal_of", "refusal_of_type"]
+__all__ = [
+    "FAMILIES",
+    "REFUSED",
+    "TieredCache",
+    "attach",
+    "depends_on_length",
+    "detach",
+    "refusal_of",
+    "refusal_of_type",
+]

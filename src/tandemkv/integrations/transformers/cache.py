@@ -254,7 +254,7 @@ class TieredCache(Cache):
             )
         if self.pending is not None:
             self.pending = None
-            self.kv.undo_step()
+            self.kv.settle()
             raise CacheError(
                 "the last update of this cache was never attended: the model was detached meanwhile, or changes keys "
                 "after Cache.update, which is not supported; that forward pass is undone"
@@ -372,7 +372,7 @@ class TieredLayer(CacheLayerMixin):
         except GeneratorExit:  # cut off before the block began, and closed whenever the traceback goes
             raise
         except BaseException:
-            self.cache.kv.undo_step()
+            self.cache.kv.settle()
             raise
 
     def attend(

@@ -29,6 +29,12 @@ def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
     return num_kv_heads, head_dim
 
 
+def depends_on_length(config: PreTrainedConfig) -> bool:
+    """Whether a token's key depends on how many tokens are read with it (longrope): then a prompt is read at once."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return bool(rope.get("rope_type") == "longrope")
+
+
 def layers_of(config: PreTrainedConfig) -> tuple[list[Any], tuple[int | None, ...]]:
     """The cache layers of a model as stock has them, None for each that is ours, and the windows of those."""
     layers = list(DynamicCache(config=config).layers)
