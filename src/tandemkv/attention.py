@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tandemkv import machine
-from tandemkv.cache import LayerKV
+from tandemkv.cache import Held, LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend_dense, gather, merge
 from tandemkv.lanes import LANES, PendingPartial
+from tandemkv.select import MAX_SELECT_QUERIES, SELECTORS, choose_pages
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def decode_step(
     if q.device.type != "cpu":
         return _decode_on_device(q, k, v, layer, rule, sink_logit)
     with layer.extended(q.shape[2]) as held:  # one processor reaches near and far: one call
-        runs = (*held.far, held.near)
+        runs = (*_taking_part(q, layer, held), held.near)
         return append_and_attend(q, k, v, *runs, rule=rule, sink_logit=sink_logit, pool=worker_pool())
 
 
@@ -64,7 +65,7 @@ def extend_and_attend(
     except for the result.
     """
     num_seqs, num_q_heads, q_len, _ = q.shape
-    if q_len <= (MAX_DECODE_QUERIES if q.device.type == "cpu" else 1):
+    if q_len <= _max_step(q, layer):
         worker_pool().rouse()  # they wake while this thread makes room
         layer.evict()
         return decode_step(q, k, v, layer, rule, sink_logit)
@@ -91,6 +92,26 @@ def worker_pool() -> "WorkerPool":
     return WorkerPool(min(torch.get_num_threads(), machine.default_threads()), machine.pinned_cpus())
 
 
+def _max_step(q: Tensor, layer: LayerKV) -> int:
+    """Queries that one step serves: where a selector picks, as many as one choice may serve."""
+    if q.device.type != "cpu":
+        return 1
+    return MAX_DECODE_QUERIES if layer.sparse is None else MAX_SELECT_QUERIES
+
+
+def _taking_part(q: Tensor, layer: LayerKV, held: Held) -> tuple[PagedKV, ...]:
+    """The far tokens that these queries attend to: all, or what its selector picks within its budget."""
+    sparse = layer.sparse
+    if sparse is None or not held.far:
+        return held.far
+    summaries = layer.summaries
+    num_chosen = (sparse.budget_tokens - layer.num_near_tokens) // summaries.page_size
+    if num_chosen >= summaries.num_pages:
+        return held.far
+    scores = SELECTORS[sparse.selector].score(q, summaries)
+    return (layer.far_part(choose_pages(scores, summaries, sparse.num_sink_tokens, num_chosen)),)
+
+
 def _decode_on_device(
     q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None = None
 ) -> Tensor:
@@ -98,7 +119,7 @@ def _decode_on_device(
         raise InputError("q contains NaN: a layer before this attention produced it")
     with layer.extended(q.shape[2]) as held:
         layer.write(k, v)
-        with _lanes_started(q, held.far, rule) as far:
+        with _lanes_started(q, _taking_part(q, layer, held), rule) as far:
             near = _attend_near(q, held.near, rule)  # the device works while the lanes do
             part = merge([*(pending.result() for pending in far), near], sink_logit=sink_logit)
     return part.out.transpose(1, 2).to(q.dtype).contiguous()

@@ -19,13 +19,20 @@ import tandemkv
 from tandemkv import machine
 from tandemkv.errors import TandemError
 
+DEFAULT_LENGTH = 8192
+
 app = typer.Typer(name="tandemkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for programs.")]
 Context = Annotated[int, typer.Option(help="Tokens of context. Up to 32768 are prefilled, more are filled in.")]
+Budgets = Annotated[list[int], typer.Option(help="Tokens per KV head that a sparse system attends to; repeat it.")]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
     typer.Option(help="To run in; auto takes what config.json says."),
+]
+Forms = Annotated[
+    str,
+    typer.Option(help="requests: each question alone behind the context; turns: one after another, as a conversation."),
 ]
 FarBytes = Annotated[
     str | None,
@@ -33,14 +40,27 @@ FarBytes = Annotated[
         help="Capacity for older tokens, such as 16GiB.", show_default="what the prompt and the new tokens need"
     ),
 ]
+Length = Annotated[int, typer.Option(help="Tokens of a context; rows are as long as they are.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many, if the text does not end before.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder of a supported family.")]
 NearTokens = Annotated[int, typer.Option(help="Recent tokens kept near, per layer; at least 128.")]
 PromptFile = Annotated[
     Path, typer.Option(help="The text to continue, UTF-8, taken as it is (no chat template); - reads stdin.")
 ]
+RowsFolder = Annotated[
+    Path | None,
+    typer.Option(help="With kv-retrieval-75_keys.jsonl.gz and longchat_200_lines.jsonl, for kv_rows and lines_rows."),
+]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default="none")]
+Systems = Annotated[list[str], typer.Option(help="Repeat it; dense always runs.")]
+Tasks = Annotated[
+    str, typer.Option(help="Names with commas; counted: those the shipped model is a judge of; all: every one.")
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above 0 samples.")]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(help="What facts are hidden in: a text or a folder of *.txt.", show_default="a novel that is shipped"),
+]
 Threads = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="what this machine grants")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this mass.", show_default="1")]
 
@@ -167,3 +187,61 @@ def generate(  # noqa: PLR0913  one argument per option
     print_generation(found, console)
     if found.finish == "interrupted":
         raise typer.Exit(130)
+
+
+@app.command(name="eval")
+def evaluate(  # noqa: PLR0913  one argument per option
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="A local Hugging Face folder.", show_default="the shipped one"),
+    ] = None,
+    *,
+    system: Systems = ("dense", "window"),
+    budget: Budgets = (256, 512, 1024, 2048),
+    tasks: Tasks = "counted",
+    length: Length = DEFAULT_LENGTH,
+    forms: Forms = "requests,turns",
+    contexts: Annotated[int, typer.Option(help="Shared contexts of a task.")] = 50,
+    questions: Annotated[int, typer.Option(help="About each context.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of contexts and questions.")] = 0,
+    text: TextFile = None,
+    rows: RowsFolder = None,
+    out: Annotated[
+        Path, typer.Option(help="Where scores and the picture go; a run that was stopped goes on there.")
+    ] = Path("tandemkv-eval"),
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a system loses to dense attention: retrieval at every depth of a long context, and perplexity.
+
+    Every context is prefilled densely once and forked; question and answer run under the system, with one selection
+    for at most 16 tokens. Tasks on which dense attention answers less than 90 % do not count in averages.
+
+    Example: tandemkv eval --system window --budget 512 --budget 2048 --tasks needle,lines
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+    from tandemkv import assets
+    from tandemkv.evaluate.command import evaluate_folder, read_text
+    from tandemkv.evaluate.report import print_report
+    from tandemkv.evaluate.run import Settings, contestants, read_forms
+    from tandemkv.evaluate.tasks import read_tasks
+
+    console = Console(stderr=as_json)
+    settings = Settings(
+        tasks=read_tasks(tasks, rows),
+        contestants=tuple(contestants(system, budget)),
+        length=length,
+        text=read_text(text),
+        out=out,
+        forms=read_forms(forms),
+        num_contexts=contexts,
+        num_questions=questions,
+        seed=seed,
+        rows=rows,
+    )
+    found = evaluate_folder(folder or assets.MODEL, settings, dtype, threads, console)
+    print_report(found.report, console)
+    console.print(f"Scores: {out / 'scores.jsonl'}. Picture: {found.picture}", soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(found.report.to_dict()))

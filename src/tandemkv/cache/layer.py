@@ -26,6 +26,7 @@ from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, InputError
+from tandemkv.select import Sparse, Summaries
 from tandemkv.types import PagedKV
 
 
@@ -74,6 +75,7 @@ class LayerKV:
         self._is_held = False
         self._map = PageMap(torch.zeros((num_seqs, 0), dtype=torch.int32, device="cpu"), 0, 0)
         self._no_padding = self._kv_start = torch.zeros(num_seqs, dtype=torch.int64, device="cpu")
+        self.sparse: Sparse | None = None  # picks the far tokens that take part in a step; None: all do
 
     @property
     def num_seqs(self) -> int:
@@ -223,7 +225,7 @@ class LayerKV:
         twin = LayerKV(self._store, pages.slots.shape[0], self._spec, self._index)
         self._share(pages)
         self._map = self._map._replace(owns_open_page=False)
-        twin._map, twin._kv_start = pages, kv_start
+        twin._map, twin._kv_start, twin.sparse = pages, kv_start, self.sparse
         return twin
 
     def replace_with(self, other: "LayerKV") -> None:
@@ -298,6 +300,19 @@ class LayerKV:
             kernels.gather(arena, table, offset, host_k, host_v, self._store.workers)
             k.copy_(host_k)
             v.copy_(host_v)
+
+    @property
+    def summaries(self) -> Summaries:
+        """What selectors know of the far pages."""
+        return Summaries(self._store.far.arena.num_kv_heads, self.num_far_pages, self._page_size, self._kv_start)
+
+    def far_part(self, pages: Tensor) -> PagedKV:
+        """Some far pages as one run. pages: int64 `[num_seqs, num_kv_heads, num_chosen]`, in order, as chosen."""
+        num_seqs, num_kv_heads, num_chosen = pages.shape
+        slots = self._map.slots[:, None, : self._map.num_older].expand(num_seqs, num_kv_heads, -1)
+        padded = (self._kv_start[:, None] - pages[:, 0] * self._page_size).clamp_(0, self._page_size)
+        kv_len = torch.full_like(self._kv_start, num_chosen * self._page_size)
+        return PagedKV(self._store.far.arena, slots.gather(2, pages), padded.sum(1), kv_len)
 
     def _held(self) -> Held:
         views = self._store.near.views

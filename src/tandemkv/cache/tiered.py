@@ -19,6 +19,7 @@ from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, CapacityError, InputError
+from tandemkv.select import Sparse
 from tandemkv.types import Arena, format_bytes
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class KVCache:
         self._store: PageStore | None = None
         self._step: _Step | None = None
         self._num_selections = 0
+        self._sparse: Sparse | None = None
         self._is_closed = False
 
     @property
@@ -95,6 +97,25 @@ class KVCache:
     def moment(self) -> Moment:
         """What tells whether a step, a crop or a selection has happened."""
         return Moment(self._num_selections, self.seq_len)
+
+    @property
+    def sparse(self) -> Sparse | None:
+        """What picks the far tokens that take part in a step, from the next one on; None: every token does.
+
+        Prompts (more than MAX_SELECT_QUERIES tokens at once) attend to everything. A fork takes it along.
+        """
+        return self._sparse
+
+    @sparse.setter
+    def sparse(self, sparse: Sparse | None) -> None:
+        if sparse is not None:
+            if not isinstance(sparse, Sparse):
+                raise InputError(f"sparse is a Sparse(selector, budget_tokens) or None, got {type(sparse).__name__}")
+            sparse.check(self.spec.near_tokens, self.spec.page_size)
+        self.settle()
+        self._sparse = sparse
+        for layer in self._layers:
+            layer.sparse = sparse
 
     # -- before work starts --------------------------------------------------------------------------------------------
 
@@ -246,6 +267,7 @@ class KVCache:
         """The same tokens in a cache that grows on its own. Pages are shared until one of the two writes to them."""
         self._refuse_if_closed()
         twin = KVCache(self.spec, self._workers)
+        twin._sparse = self._sparse
         if self._store is not None:
             with self._changing():
                 twin._join(self._store, [layer.fork() for layer in self._layers])
@@ -359,7 +381,10 @@ class KVCache:
             PagePool(far, "far", "raise far_bytes or near_tokens, or shorten the prompt"),
             self._workers,
         )
-        self._join(store, [LayerKV(store, num_seqs, spec, index) for index in range(spec.num_layers)])
+        layers = [LayerKV(store, num_seqs, spec, index) for index in range(spec.num_layers)]
+        for layer in layers:
+            layer.sparse = self._sparse
+        self._join(store, layers)
 
     def _join(self, store: PageStore, layers: list[LayerKV]) -> None:
         """Become one of those whose tables the store's books are counted from."""

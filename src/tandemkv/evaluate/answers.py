@@ -1,0 +1,130 @@
+"""How a system answers: a shared context is prefilled densely once, and every system goes on from a fork of it."""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import tandemkv.integrations.transformers as tandem
+from tandemkv.evaluate.prompts import Asked
+from tandemkv.select import MAX_SELECT_QUERIES, Sparse
+
+Questions = Sequence[Sequence[Asked]]
+Answers = list[list[list[int]]]
+
+PAGE_SIZE = 16
+NEAR_TOKENS = 64
+
+SPARE_TOKENS = 4  # an answer may be so much longer than the perfect one
+
+
+class SharedContexts:
+    """Contexts of equal length in one cache of an attached model, prefilled densely, to be forked by every system.
+
+    Questions come as `[context][question]`, as many for each context, and answers as `[context][question]` tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, contexts: Sequence[tuple[int, ...]], num_new_tokens: int) -> None:
+        """num_new_tokens: the most that a fork will add, all its sequences together."""
+        self._model, self._num_contexts = model, len(contexts)
+        config = model.config.get_text_config(decoder=True)
+        self._cache = tandem.TieredCache(config, NEAR_TOKENS, 0, page_size=PAGE_SIZE)
+        spec = self._cache.kv.spec
+        pages = spec.num_far_pages(len(contexts), len(contexts[0]) + PAGE_SIZE)
+        pages += spec.num_full_layers * (num_new_tokens // PAGE_SIZE + 1)
+        self._cache = tandem.TieredCache(config, NEAR_TOKENS, pages * spec.far_page_bytes, page_size=PAGE_SIZE)
+        ids = torch.tensor(contexts)
+        _forward(model, self._cache, ids[:, :-PAGE_SIZE])
+        _forward(model, self._cache, ids[:, -PAGE_SIZE:])  # demotes what a chunk left near: once, not in every fork
+
+    def close(self) -> None:
+        """Give every byte back."""
+        self._cache.close()
+
+    def ask(self, questions: Questions, sparse: Sparse | None) -> Answers:
+        """Each question is asked alone behind its context. Those of equal length share a batch."""
+        if are_even(questions):
+            found = self._answer_at_once(questions, sparse)
+        else:
+            assert len(questions) == 1, "only contexts with even questions share a cache"
+            found = [[self._answer_at_once([[question]], sparse)[0][0] for question in questions[0]]]
+        return found
+
+    def converse(self, questions: Questions, sparse: Sparse | None) -> Answers:
+        """The questions of a context are asked one after another. Behind every answer of its own the model reads the
+        perfect one instead, so that one mistake does not spoil the next turn (SCBench, 2412.10319)."""
+        fork = self._fork(sparse, 1)
+        turns = []
+        for asked in zip(*questions, strict=True):
+            turn = copy.deepcopy(fork)
+            prompts = _stack([question.prompt for question in asked])
+            turns.append(_generate(self._model, turn, prompts, len(asked[0].answer) + SPARE_TOKENS))
+            turn.close()
+            _feed(self._model, fork, torch.cat([prompts, _stack([question.answer for question in asked])], 1))
+        fork.close()
+        return [list(answers) for answers in zip(*turns, strict=True)]
+
+    def surprise(self, continuations: Sequence[tuple[int, ...]], sparse: Sparse | None) -> list[float]:
+        """For each context the mean negative log-probability, in nats, of the tokens behind it, after the first."""
+        fork = self._fork(sparse, 1)
+        ids = torch.tensor(continuations)
+        logits = torch.cat(list(_feed_all(self._model, fork, ids[:, :-1])), 1).float()
+        fork.close()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        return losses.mean(1).tolist()
+
+    def _answer_at_once(self, questions: Questions, sparse: Sparse | None) -> Answers:
+        flat = [question for of_context in questions for question in of_context]
+        each = len(questions[0])
+        fork = self._fork(sparse, each)
+        prompts = _stack([question.prompt for question in flat])
+        found = _generate(self._model, fork, prompts, len(flat[0].answer) + SPARE_TOKENS)
+        fork.close()
+        return [found[i : i + each] for i in range(0, len(found), each)]
+
+    def _fork(self, sparse: Sparse | None, copies: int) -> tandem.TieredCache:
+        fork = copy.deepcopy(self._cache)
+        if copies > 1:
+            fork.batch_repeat_interleave(copies)
+        fork.kv.sparse = sparse
+        return fork
+
+
+def are_even(questions: Questions) -> bool:
+    """Whether all prompts, and all answers, have the same number of tokens."""
+    lengths = {(len(question.prompt), len(question.answer)) for of_context in questions for question in of_context}
+    return len(lengths) == 1
+
+
+def _stack(rows: Sequence[tuple[int, ...]]) -> Tensor:
+    return torch.tensor(rows)
+
+
+def _generate(model: PreTrainedModel, cache: tandem.TieredCache, prompts: Tensor, num_tokens: int) -> list[list[int]]:
+    """Greedy: `num_tokens` new tokens for each prompt `[num_seqs, prompt_len]`."""
+    token = _feed(model, cache, prompts).argmax(-1)
+    tokens = [token]
+    for _ in range(num_tokens - 1):
+        token = _forward(model, cache, token[:, None])[:, -1].argmax(-1)
+        tokens.append(token)
+    return torch.stack(tokens, 1).tolist()
+
+
+def _feed(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor) -> Tensor:
+    """The logits `[num_seqs, vocab_size]` behind the last token; see `_feed_all`."""
+    return list(_feed_all(model, cache, ids))[-1][:, -1]
+
+
+def _feed_all(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor) -> Iterator[Tensor]:
+    """Logits of every token, in runs for each of which a system selects once: were a question read at once, its last
+    tokens would find in its first ones what those had found, and every policy would look good."""
+    for run in ids.split(MAX_SELECT_QUERIES, 1):
+        yield _forward(model, cache, run, every=True)
+
+
+@torch.inference_mode()
+def _forward(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor, *, every: bool = False) -> Tensor:
+    logits: Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=0 if every else 1).logits
+    return logits

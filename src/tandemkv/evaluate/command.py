@@ -1,0 +1,73 @@
+"""`tandemkv eval`: a local model, or the shipped one, through the tasks; what it found as table, JSON and picture."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers.utils import logging
+
+from tandemkv import assets, machine
+from tandemkv.errors import InputError
+from tandemkv.evaluate.report import Report, draw, make_report
+from tandemkv.evaluate.run import Settings, evaluate
+from tandemkv.integrations.transformers.folders import Dtype, load_model, read_config, read_tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """folder: of the model. picture: where it was drawn, or why it was not."""
+
+    folder: Path
+    report: Report
+    picture: str
+
+
+def evaluate_folder(folder: Path, settings: Settings, dtype: Dtype, threads: int | None, console: Console) -> Evaluated:
+    """Everything that `settings` ask for and that its ledger lacks, then the report over the whole ledger."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads or min(torch.get_num_threads(), machine.default_threads()))
+    config = read_config(folder, dtype)
+    tokenizer = read_tokenizer(folder)
+    if config.max_position_embeddings < settings.length:
+        raise InputError(
+            f"--length {settings.length} exceeds the model's {config.max_position_embeddings} positions: lower it"
+        )
+    with console.status("loading the weights"):
+        model = load_model(folder, config.dtype)
+    ledger = evaluate(model, tokenizer, f"{_fingerprint(folder)} {config.dtype}", settings, console)
+    report = make_report(ledger, list(settings.contestants))
+    return Evaluated(folder, report, _draw(report, settings.out / "accuracy.png"))
+
+
+def read_text(path: Path | None) -> str:
+    """What facts are hidden in: a file, all *.txt of a folder, or the shipped novel."""
+    if path is None:
+        return assets.held_out_text()
+    paths = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not paths:
+        raise InputError(f"{path} holds no *.txt: --text takes a text or a folder of texts")
+    try:
+        return "\n\n".join(each.read_text("utf-8") for each in paths)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--text {path} cannot be read as UTF-8: {error}") from error
+
+
+def _fingerprint(folder: Path) -> str:
+    """Tells models apart, whatever their folders are called."""
+    digest = hashlib.blake2s(digest_size=8)
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer.json")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _draw(report: Report, path: Path) -> str:
+    if not report.averages or all(who.budget_tokens is None for who in report.averages):
+        return "none: no task counts, or no system has a budget"
+    try:
+        draw(report, path)
+    except ImportError:
+        return "none: pip install 'tandemkv[plot]'"
+    return str(path)

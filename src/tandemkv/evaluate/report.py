@@ -1,0 +1,216 @@
+"""What a run found: a table, averages with intervals, and one picture."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tandemkv.evaluate.formats import HELD_OUT_OF_TRAINING
+from tandemkv.evaluate.run import Contestant, Ledger
+from tandemkv.evaluate.tasks import PERPLEXITY
+
+COUNTS_FROM = 0.9  # a task counts in averages where dense attention answers this share
+LEAST_COUNTED = 4
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval, bootstrapped over contexts."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A task in a form, for one contestant. `loss` is dense minus this, over the same questions; None for dense.
+
+    For perplexity `score` is the perplexity, and `loss` by how much of dense's it is higher.
+    """
+
+    task: str
+    form: str
+    contestant: Contestant
+    score: float
+    num_questions: int
+    loss: Interval | None
+    counts: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows of all tasks, and for each contestant the mean over the tasks that count."""
+
+    settings: dict[str, Any]
+    rows: list[Row]
+    counted: list[tuple[str, str]]
+    averages: dict[Contestant, tuple[float, Interval | None]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "settings": self.settings,
+            "rows": [
+                {
+                    "task": row.task,
+                    "form": row.form,
+                    **_name(row.contestant),
+                    "score": row.score,
+                    "num_questions": row.num_questions,
+                    "loss": None if row.loss is None else [row.loss.mean, row.loss.low, row.loss.high],
+                    "counts": row.counts,
+                }
+                for row in self.rows
+            ],
+            "counted": [f"{task}/{form}" for task, form in self.counted],
+            "is_a_judge": len({task for task, _ in self.counted}) >= LEAST_COUNTED,
+            "averages": [
+                {**_name(who), "score": mean, "loss": None if loss is None else [loss.mean, loss.low, loss.high]}
+                for who, (mean, loss) in self.averages.items()
+            ],
+        }
+
+
+def make_report(ledger: Ledger, contestants: list[Contestant]) -> Report:
+    """Compare what is in the ledger."""
+    tables = _tables(ledger)
+    rows, counted = [], []
+    for (task, form), by_contestant in tables.items():
+        dense = by_contestant.get(Contestant("dense"))
+        if dense is None:
+            continue
+        counts = task != PERPLEXITY and task not in HELD_OUT_OF_TRAINING and float(dense.mean()) >= COUNTS_FROM
+        if counts:
+            counted.append((task, form))
+        for contestant in contestants:
+            if (scores := by_contestant.get(contestant)) is not None:
+                rows.append(_row((task, form), contestant, scores, dense, counts))
+    averages = {who: _average([tables[key] for key in counted], who) for who in contestants if counted}
+    return Report(ledger.settings, rows, counted, averages)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The table for people: a row for a task, a column for a contestant."""
+    contestants = list(dict.fromkeys(row.contestant for row in report.rows))
+    length = report.settings["length"]
+    table = Table(title=f"Share of values found in the answers, %, after {length} tokens", title_justify="left")
+    table.add_column("task")
+    for contestant in contestants:
+        table.add_column(_label(contestant), justify="right")
+    by_task: dict[tuple[str, str], dict[Contestant, Row]] = {}
+    for row in report.rows:
+        by_task.setdefault((row.task, row.form), {})[row.contestant] = row
+    for (task, form), cells in by_task.items():
+        counts = any(row.counts for row in cells.values())
+        name = task if task == PERPLEXITY else f"{task}, {form}{'' if counts else ' *'}"
+        table.add_row(name, *(_cell(cells.get(who)) for who in contestants))
+    if report.averages:
+        table.add_section()
+        table.add_row("mean of those that count", *(_told(*report.averages[who]) for who in contestants))
+    console.print(table)
+    tasks = {task for task, _ in report.counted}
+    console.print(
+        f"In brackets: points lost to dense, with a 95 % interval over contexts. * does not count: dense is below "
+        f"{COUNTS_FROM:.0%}, or the format was held out of training. {len(tasks)} tasks count."
+    )
+    if len(tasks) < LEAST_COUNTED:
+        console.print(f"[yellow]Fewer than {LEAST_COUNTED} tasks count: this run judges nothing.[/yellow]")
+
+
+def draw(report: Report, path: Path) -> None:
+    """Accuracy against budget, a line for each system, dense as the ceiling. Needs matplotlib."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    ceiling, _ = report.averages[Contestant("dense")]
+    axes.axhline(100 * ceiling, color="0.3", linestyle="--", label="dense")
+    lines: dict[str, list[tuple[int, float, Interval]]] = {}
+    for who, (mean, loss) in report.averages.items():
+        if who.budget_tokens is not None and loss is not None:
+            lines.setdefault(who.system, []).append((who.budget_tokens, mean, loss))
+    for system, points in lines.items():
+        budgets, means, losses = zip(*sorted(points), strict=True)
+        low = [100 * (loss.high - loss.mean) for loss in losses]
+        high = [100 * (loss.mean - loss.low) for loss in losses]
+        axes.errorbar(budgets, [100 * mean for mean in means], yerr=(low, high), marker="o", capsize=3, label=system)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("budget, tokens per KV head")
+    axes.set_ylabel("values found, %")
+    axes.set_ylim(0, 102)
+    tasks = len({task for task, _ in report.counted})
+    axes.set_title(f"{tasks} tasks after {report.settings['length']:,} tokens; bars: 95 % of the loss", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def bootstrap(losses: np.ndarray) -> Interval:
+    """The mean of losses `[num_contexts]`, or of tasks `[num_tasks, num_contexts]` averaged, and its 95 %."""
+    rng = np.random.default_rng(0)
+    losses = np.atleast_2d(losses)
+    means = np.zeros(RESAMPLES)
+    for row in losses:  # contexts of different tasks are different contexts
+        means += row[rng.integers(0, len(row), (RESAMPLES, len(row)))].mean(1) / len(losses)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(losses.mean()), float(low), float(high))
+
+
+def _tables(ledger: Ledger) -> dict[tuple[str, str], dict[Contestant, np.ndarray]]:
+    """Scores `[num_contexts, num_questions]` by task and form, then by contestant; contexts in order."""
+    found: dict[tuple[str, str], dict[Contestant, list[tuple[int, tuple[float, ...]]]]] = {}
+    for scores in ledger.found.values():
+        who = Contestant(scores.system, scores.budget_tokens)
+        found.setdefault((scores.task, scores.form), {}).setdefault(who, []).append((scores.context, scores.scores))
+    return {
+        key: {who: np.array([row for _, row in sorted(rows)]) for who, rows in by.items()} for key, by in found.items()
+    }
+
+
+def _row(key: tuple[str, str], who: Contestant, scores: np.ndarray, dense: np.ndarray, counts: bool) -> Row:
+    task, form = key
+    mean = float(scores.mean())
+    if task == PERPLEXITY:
+        ratio = bootstrap((scores - dense).mean(1))
+        loss = Interval(*(math.expm1(x) for x in (ratio.mean, ratio.low, ratio.high)))
+        mean = math.exp(mean)
+    else:
+        loss = bootstrap((dense - scores).mean(1))
+    return Row(task, form, who, mean, scores.size, loss if who.system != "dense" else None, counts)
+
+
+def _average(tables: list[dict[Contestant, np.ndarray]], who: Contestant) -> tuple[float, Interval | None]:
+    dense = Contestant("dense")
+    losses = np.array([(table[dense] - table[who]).mean(1) for table in tables])
+    mean = float(np.mean([table[who].mean() for table in tables]))
+    return mean, None if who == dense else bootstrap(losses)
+
+
+def _name(who: Contestant) -> dict[str, object]:
+    return {"system": who.system, "budget_tokens": who.budget_tokens}
+
+
+def _label(who: Contestant) -> str:
+    return who.system if who.budget_tokens is None else f"{who.system} {who.budget_tokens}"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.task == PERPLEXITY:
+        return f"{row.score:.2f}" + ("" if row.loss is None else f" (+{100 * row.loss.mean:.1f} %)")
+    return _told(row.score, row.loss)
+
+
+def _told(score: float, loss: Interval | None) -> str:
+    told = f"{100 * score:.1f}"
+    return told if loss is None else f"{told} ({100 * loss.mean:.1f}: {100 * loss.low:.1f} to {100 * loss.high:.1f})"

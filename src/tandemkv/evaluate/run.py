@@ -1,0 +1,287 @@
+"""The evaluation: tasks for systems and budgets, every score kept, so that a run that was stopped goes on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tandemkv.errors import InputError
+from tandemkv.evaluate.answers import (
+    NEAR_TOKENS,
+    PAGE_SIZE,
+    SPARE_TOKENS,
+    Answers,
+    Questions,
+    SharedContexts,
+    are_even,
+)
+from tandemkv.evaluate.prompts import Asked, Author, Context, Encode, Text
+from tandemkv.evaluate.tasks import (
+    CONTINUATION_TOKENS,
+    PERPLEXITY,
+    ROWS,
+    TASKS,
+    read_rows,
+    write_contexts,
+    write_passages,
+)
+from tandemkv.evaluate.vocabulary import Vocabulary
+from tandemkv.select import Sparse
+from tandemkv.systems import SYSTEMS
+
+Form = Literal["requests", "turns"]
+"""Questions about a shared context, each alone behind it, or one after another in one conversation."""
+
+BATCHED_CONTEXTS = 10  # that share a cache, where their questions are even
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A system with a budget in tokens per KV head; `dense` has none."""
+
+    system: str
+    budget_tokens: int | None = None
+
+    @property
+    def sparse(self) -> Sparse | None:
+        """As a cache takes it."""
+        selector = SYSTEMS[self.system].selector
+        if selector is None or self.budget_tokens is None:
+            return None
+        return Sparse(selector, self.budget_tokens)
+
+
+def read_forms(names: str) -> tuple[Form, ...]:
+    """Forms named with commas."""
+    forms: tuple[Form, ...] = get_args(Form)
+    found = tuple(form for form in forms if form in names.split(","))
+    if not found or set(names.split(",")) - set(forms):
+        raise InputError(f"forms are {', '.join(forms)}, named with commas, got {names!r}")
+    return found
+
+
+def contestants(systems: list[str], budgets: list[int]) -> list[Contestant]:
+    """Every system with every budget, dense first; InputError for unknown names and for budgets that are too small."""
+    unknown = [name for name in systems if name not in SYSTEMS]
+    if unknown:
+        raise InputError(f"unknown system {unknown[0]!r}: the known ones are {', '.join(SYSTEMS)}")
+    found = [Contestant("dense")]
+    for name in dict.fromkeys(systems):
+        if SYSTEMS[name].selector is None:
+            continue
+        if not budgets:
+            raise InputError(f"system {name!r} needs a budget, in tokens per KV head: give --budget")
+        found += [Contestant(name, budget) for budget in dict.fromkeys(budgets)]
+    for contestant in found:
+        if contestant.sparse is not None:
+            contestant.sparse.check(NEAR_TOKENS, PAGE_SIZE)
+    return found
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of whom.
+
+    length: tokens of a generated context. text: what facts are hidden in and perplexity is measured on. rows: a folder
+    with published prompts, for the tasks that read them. out: where scores are kept.
+    """
+
+    tasks: tuple[str, ...]
+    contestants: tuple[Contestant, ...]
+    length: int
+    text: str
+    out: Path
+    forms: tuple[Form, ...] = get_args(Form)
+    num_contexts: int = 50
+    num_questions: int = 10
+    seed: int = 0
+    rows: Path | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown:
+            raise InputError(f"unknown task {unknown[0]!r}: the known ones are {', '.join(TASKS)}")
+        least = 2 * NEAR_TOKENS
+        for name, value, at_least in (
+            ("--length", self.length, least),
+            ("--contexts", self.num_contexts, 1),
+            ("--questions", self.num_questions, 1),
+        ):
+            if value < at_least:
+                raise InputError(f"{name} must be at least {at_least}, got {value}")
+
+    def identity(self, model: str) -> dict[str, Any]:
+        """What scores depend on, beside task, form, context and contestant."""
+        kept = ("length", "num_contexts", "num_questions", "seed")
+        text = hashlib.blake2s(self.text.encode(), digest_size=8).hexdigest()
+        return {"model": model, "text": text, **{name: getattr(self, name) for name in kept}}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one context: a score for each question, 0 to 1, or the mean surprise of the text behind it in nats."""
+
+    task: str
+    form: str
+    context: int
+    system: str
+    budget_tokens: int | None
+    scores: tuple[float, ...]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What a run does once."""
+        return self.task, self.form, self.context, self.system, self.budget_tokens
+
+
+@dataclass
+class Ledger:
+    """All scores of a run: `scores.jsonl` in a folder, its first line the settings; one line for each `Scores`."""
+
+    folder: Path
+    settings: dict[str, Any]
+    found: dict[tuple[object, ...], Scores] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._path = self.folder / "scores.jsonl"
+        if not self._path.exists():
+            self._path.write_text(json.dumps(self.settings) + "\n")
+            return
+        first, *lines = self._path.read_text().split("\n")
+        before = json.loads(first)
+        differing = [name for name in self.settings if before.get(name) != self.settings[name]]
+        if differing:
+            name = differing[0]
+            raise InputError(
+                f"{self._path} was made with {name} {before.get(name)!r}, this run has {self.settings[name]!r}: "
+                "give another --out, or delete it"
+            )
+        whole = [line for line in lines if line.endswith("}")]  # a last line may have been cut off
+        self._path.write_text("\n".join([first, *whole]) + "\n")
+        for line in whole:
+            row = json.loads(line)
+            scores = Scores(**{**row, "scores": tuple(row["scores"])})
+            self.found[scores.key] = scores
+
+    def add(self, scores: Scores) -> None:
+        """Note what was found."""
+        self.found[scores.key] = scores
+        with self._path.open("a") as file:
+            file.write(json.dumps(asdict(scores)) + "\n")
+
+
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, settings: Settings, console: Console
+) -> Ledger:
+    """Ask an attached model everything that the ledger in `settings.out` does not hold yet; `name` tells models apart.
+
+    Raises InputError, before any work, for what cannot be asked.
+    """
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    text = Text(encode(settings.text), "the text")
+    words = Vocabulary.of_text(settings.text, held_out=True).even(lambda item: len(encode(f" {item}")))
+    author = Author(encode, text, words, settings.length)
+    ledger = Ledger(settings.out, settings.identity(name))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(settings.tasks) * settings.num_contexts)
+        for task in settings.tasks:
+            progress.update(bar, description=task)
+            contexts = _contexts(task, author, settings, encode)
+            for places in batches(contexts):
+                _fill(ledger, model, _Batch(task, contexts, places, tokenizer.decode), settings)
+                progress.advance(bar, len(places))
+    return ledger
+
+
+def _contexts(task: str, author: Author, settings: Settings, encode: Encode) -> list[Context]:
+    num_contexts, num_questions = settings.num_contexts, settings.num_questions
+    if task == PERPLEXITY:
+        return write_passages(author, num_contexts, settings.seed)
+    if task in ROWS:
+        return read_rows(task, settings.rows, encode, num_contexts, num_questions)
+    return write_contexts(task, author, num_contexts, num_questions, settings.seed)
+
+
+class _Batch(NamedTuple):
+    """Contexts of a task that share a cache."""
+
+    task: str
+    contexts: list[Context]
+    places: range
+    decode: Callable[[list[int]], str]
+
+    @property
+    def ids(self) -> list[tuple[int, ...]]:
+        return [self.contexts[place].ids for place in self.places]
+
+    @property
+    def questions(self) -> list[tuple[Asked, ...]]:
+        return [self.contexts[place].questions for place in self.places]
+
+    @property
+    def num_new_tokens(self) -> int:
+        """That a fork may add, all its sequences together; near tokens of each sequence may become far too."""
+        each = [len(q.prompt) + len(q.answer) + SPARE_TOKENS + NEAR_TOKENS for asked in self.questions for q in asked]
+        return 2 * sum(each) + CONTINUATION_TOKENS * len(self.places)
+
+    def scores(self, shared: SharedContexts, form: str, sparse: Sparse | None) -> list[tuple[float, ...]]:
+        """For each context what a contestant's answers are worth."""
+        if self.task == PERPLEXITY:
+            return [(loss,) for loss in shared.surprise([asked[0].answer for asked in self.questions], sparse)]
+        answer = shared.ask if form == "requests" else shared.converse
+        return score(self.questions, answer(self.questions, sparse), self.decode)
+
+
+def _fill(ledger: Ledger, model: PreTrainedModel, batch: _Batch, settings: Settings) -> None:
+    """What the ledger lacks of a batch; the contexts are prefilled only where something is."""
+    forms = settings.forms if batch.task != PERPLEXITY else ("text",)
+    missing = [
+        (form, who)
+        for form in forms
+        for who in settings.contestants
+        if any(
+            Scores(batch.task, form, i, who.system, who.budget_tokens, ()).key not in ledger.found for i in batch.places
+        )
+    ]
+    if not missing:
+        return
+    shared = SharedContexts(model, batch.ids, batch.num_new_tokens)
+    for form, who in missing:
+        found = batch.scores(shared, form, who.sparse)
+        for place, scores in zip(batch.places, found, strict=True):
+            ledger.add(Scores(batch.task, form, place, who.system, who.budget_tokens, scores))
+    shared.close()
+
+
+def batches(contexts: list[Context]) -> Iterator[range]:
+    """Places of contexts that share a cache: several where lengths are even, one where not."""
+    questions: Questions = [context.questions for context in contexts]
+    even = are_even(questions) and len({len(context.ids) for context in contexts}) == 1
+    size = BATCHED_CONTEXTS if even else 1
+    for begin in range(0, len(contexts), size):
+        yield range(begin, min(begin + size, len(contexts)))
+
+
+def score(questions: Questions, answers: Answers, decode: Callable[[list[int]], str]) -> list[tuple[float, ...]]:
+    """For each question the share of its values that stand in the first line of the answer (RULER's string match)."""
+    return [
+        tuple(_share_found(question.values, decode(answer)) for question, answer in zip(asked, given, strict=True))
+        for asked, given in zip(questions, answers, strict=True)
+    ]
+
+
+def _share_found(values: tuple[str, ...], answer: str) -> float:
+    line = answer.lstrip("\n").split("\n", 1)[0]
+    return sum(value in line for value in values) / len(values)

@@ -1,0 +1,81 @@
+"""What every selector is, and what is done for all of them: first tokens, the budget, the top k."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tandemkv.errors import InputError
+
+# One selection serves all queries of a call up to this many; longer runs are prompts and attend to everything.
+MAX_SELECT_QUERIES = 16
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """That not everything is attended, but what `selector` picks.
+
+    budget_tokens: what each KV head attends to at most, near, first and new tokens included.
+    num_sink_tokens: first tokens that are always kept (StreamingLLM, 2309.17453); their page is kept whole.
+    """
+
+    selector: str
+    budget_tokens: int
+    num_sink_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        from tandemkv.select import SELECTORS
+
+        if self.selector not in SELECTORS:
+            raise InputError(f"selector must be one of {', '.join(sorted(SELECTORS))}, got {self.selector!r}")
+        for name, least in (("budget_tokens", 1), ("num_sink_tokens", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+    def check(self, near_tokens: int, page_size: int) -> None:
+        """InputError unless first and recent tokens fit into the budget."""
+        sinks = -(-self.num_sink_tokens // page_size) * page_size
+        least = sinks + near_tokens + MAX_SELECT_QUERIES
+        if self.budget_tokens < least:
+            raise InputError(
+                f"budget_tokens must be at least {least}: {sinks} for the pages of the first {self.num_sink_tokens} "
+                f"tokens, {near_tokens} near ones and {MAX_SELECT_QUERIES} new ones; got {self.budget_tokens}"
+            )
+
+
+class Summaries(NamedTuple):
+    """What a selector knows of the far pages of a layer.
+
+    kv_start: int64 `[num_seqs]`, tokens of padding in front.
+    """
+
+    num_kv_heads: int
+    num_pages: int
+    page_size: int
+    kv_start: Tensor
+
+
+class Selector(Protocol):
+    """Scores far pages; sees what is asked for, never where it lies."""
+
+    def score(self, q: Tensor, summaries: Summaries) -> Tensor:
+        """float32 `[num_seqs, num_kv_heads, num_pages]`, higher = keep.
+
+        q: `[num_seqs, num_q_heads, q_len, head_dim]`, the queries of one step, q_len at most MAX_SELECT_QUERIES.
+        """
+
+
+def choose_pages(scores: Tensor, summaries: Summaries, num_sink_tokens: int, num_chosen: int) -> Tensor:
+    """The far pages that take part, in their order: int64 `[num_seqs, num_kv_heads, at most num_chosen]`.
+
+    Those of the first `num_sink_tokens` tokens behind the padding always do. Pages of padding come in only where
+    nothing else is left, for all heads alike; without sinks, so does a page that begins with padding.
+    """
+    begins = torch.arange(summaries.num_pages) * summaries.page_size
+    kv_start = summaries.kv_start[:, None, None]
+    is_first = (begins + summaries.page_size > kv_start) & (begins < kv_start + num_sink_tokens)
+    ranked = scores.masked_fill(begins < kv_start, -torch.inf).masked_fill(is_first, torch.inf)
+    chosen = ranked.topk(min(num_chosen, summaries.num_pages), dim=-1, sorted=False).indices
+    return chosen.sort(dim=-1).values
