@@ -1,7 +1,7 @@
 """Documents to train on: book text, repeated random chunks, and facts with questions about them at every depth.
 
-Values, keys and texts of tests do not occur here: words, numbers and names come from a `Vocabulary` of training, texts from
-the books that are not held out. Answers weigh five times a word of a book: they are what the model is for.
+Values, keys and texts of tests do not occur here: words, numbers and names come from a `Vocabulary` of training, texts
+from the books that are not held out. Answers weigh five times a word of a book: they are what the model is for.
 """
 
 import math
@@ -28,26 +28,45 @@ class Document:
 
     @staticmethod
     def join(parts: list["Document"]) -> "Document":
+        """Behind each other."""
         return Document(np.concatenate([p.ids for p in parts]), np.concatenate([p.weights for p in parts]))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def cut(self, length: int) -> "Document":
+        """The first `length` tokens."""
         return Document(self.ids[:length], self.weights[:length])
 
 
-# -- formats that only training uses: short ones, for the first stages, and many wordings, so that none is learnt by heart ----
+# -- a format that only training uses: short, for the first stages, in many wordings, so that none is learnt by heart --
 
 
 def plain(vocabulary: Vocabulary, rng: random.Random, num_facts: int, num_questions: int) -> Episode:
     """`key is value.` in one of many wordings, the key one word or two, the value digits, a word or a pair."""
-    join = rng.choice((" is", ":", " =", " ->", f" {vocabulary.word(rng)}", f" {vocabulary.word(rng)} {vocabulary.word(rng)}"))
-    before = rng.choice(("", "", f" the {vocabulary.word(rng)} of", f" {vocabulary.word(rng)}", f" {vocabulary.word(rng)} {vocabulary.word(rng)}"))
+    join = rng.choice(
+        (" is", ":", " =", " ->", f" {vocabulary.word(rng)}", f" {vocabulary.word(rng)} {vocabulary.word(rng)}")
+    )
+    before = rng.choice(
+        (
+            "",
+            "",
+            f" the {vocabulary.word(rng)} of",
+            f" {vocabulary.word(rng)}",
+            f" {vocabulary.word(rng)} {vocabulary.word(rng)}",
+        )
+    )
     end = rng.choice((".", ";", ",", "\n"))
     draw_key = rng.choice((vocabulary.key, vocabulary.word, vocabulary.variable))
     digits = rng.choice((3, 4, 5, 6, 7, 8))
-    draw_value = rng.choice((lambda r: vocabulary.number(r, digits), lambda r: vocabulary.number(r, digits), vocabulary.word, vocabulary.key))
+    draw_value = rng.choice(
+        (
+            lambda r: vocabulary.number(r, digits),
+            lambda r: vocabulary.number(r, digits),
+            vocabulary.word,
+            vocabulary.key,
+        )
+    )
     keys: dict[str, str] = {}
     while len(keys) < num_facts:
         keys[draw_key(rng)] = draw_value(rng)
@@ -106,7 +125,9 @@ class Writer:
             else:
                 names = [name for name, (_, _, shortest) in TRAINED.items() if part >= shortest] or ["plain"]
                 short = 3.0 if length < 512 else 1.0  # the first stage learns from the shortest formats
-                name = rng.choices(names, [TRAINED[n][1] * (short if n in ("plain", "mqar") else 1.0) for n in names])[0]
+                name = rng.choices(names, [TRAINED[n][1] * (short if n in ("plain", "mqar") else 1.0) for n in names])[
+                    0
+                ]
                 parts.append(self.questions(rng, part, TRAINED[name][0]))
             missing -= len(parts[-1])
         return Document.join(parts).cut(length)
@@ -121,7 +142,9 @@ class Writer:
         generator = np.random.default_rng(rng.getrandbits(32))
         size = rng.randint(8, max(16, min(128, length // 4)))
         chunks = [
-            generator.integers(1, self._tokenizer.get_vocab_size(), size, dtype=np.uint16) if rng.random() < 0.7 else self.text(rng, size).ids
+            generator.integers(1, self._tokenizer.get_vocab_size(), size, dtype=np.uint16)
+            if rng.random() < 0.7
+            else self.text(rng, size).ids
             for _ in range(max(1, int(length * rng.uniform(0.2, 0.6)) // size))
         ]
         parts = [self._weigh(chunk, UNKNOWABLE) for chunk in chunks]
@@ -153,7 +176,10 @@ class Writer:
         facts = [self._weigh(self._encode(fact), WORDING) for fact in episode.facts]
         ending = [self._weigh(self._encode(episode.closing), WORDING)] if episode.closing else []
         for question in episode.questions:
-            ending += [self._weigh(self._encode(question.prompt), WORDING), self._weigh(self._encode(question.answer), ANSWER)]
+            ending += [
+                self._weigh(self._encode(question.prompt), WORDING),
+                self._weigh(self._encode(question.answer), ANSWER),
+            ]
         missing = length - len(opening) - sum(map(len, facts)) - sum(map(len, ending))
         if episode.in_text and missing > 0:
             cuts = sorted(rng.randrange(missing + 1) for _ in facts)

@@ -1,5 +1,6 @@
 """The texts of a folder, split by book: what is held out is never trained on."""
 
+import gzip
 import hashlib
 from pathlib import Path
 
@@ -15,6 +16,11 @@ def read_texts(folder: Path, *, held_out: bool) -> dict[str, str]:
     if not paths:
         raise FileNotFoundError(f"expected *.txt in {folder}, found none: give --texts a folder of texts")
     return {path.name: path.read_text("utf-8") for path in paths if _is_held_out(path.name) is held_out}
+
+
+def read_file(path: Path) -> str:
+    """The text of a file, unpacked where its name ends with .gz."""
+    return gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
 
 
 def encode_texts(texts: dict[str, str], tokenizer: Tokenizer) -> np.ndarray:

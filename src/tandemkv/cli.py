@@ -20,6 +20,7 @@ from tandemkv import machine
 from tandemkv.errors import TandemError
 
 DEFAULT_LENGTH = 8192
+_SYSTEMS, _BUDGETS = ["window"], [256, 512, 1024, 2048]
 
 app = typer.Typer(name="tandemkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -196,8 +197,8 @@ def evaluate(  # noqa: PLR0913  one argument per option
         typer.Argument(metavar="[MODEL]", help="A local Hugging Face folder.", show_default="the shipped one"),
     ] = None,
     *,
-    system: Systems = ("dense", "window"),
-    budget: Budgets = (256, 512, 1024, 2048),
+    system: Systems = _SYSTEMS,
+    budget: Budgets = _BUDGETS,
     tasks: Tasks = "counted",
     length: Length = DEFAULT_LENGTH,
     forms: Forms = "requests,turns",
