@@ -19,7 +19,7 @@ from training.model import load_weights, make_model, save_model, weighted_loss
 from training.texts import encode_texts, read_file, read_texts
 from training.tokenizer import load_tokenizer, train_tokenizer
 
-LOG_EVERY, JUDGE_EVERY = 40, 400  # steps
+LOG_EVERY, JUDGE_EVERY = 40, 200  # steps
 WARM_UP = 100  # steps, after every start: the optimisers' state is not saved
 
 
@@ -40,11 +40,11 @@ class Stage:
 # questions in the mixture nothing had moved after 3.4 M. Positions are spread before lengths grow: it costs nothing.
 STAGES = (
     Stage(128, 32, 3_200_000, 2e-3, 128, Mixture(text=0.2, repeats=0.8)),
-    Stage(256, 16, 6_000_000, 2e-3, 256, Mixture(text=0.2, repeats=0.15)),
-    Stage(512, 8, 6_000_000, 2e-3, 2048, Mixture(text=0.25, repeats=0.15)),
-    Stage(1024, 6, 5_000_000, 1.5e-3, 8192, Mixture(text=0.25, repeats=0.1)),
-    Stage(2048, 4, 5_000_000, 1.2e-3, 8192, Mixture(text=0.25, repeats=0.1)),
-    Stage(4096, 2, 4_000_000, 1e-3, 10240, Mixture(text=0.25, repeats=0.1)),
+    Stage(256, 16, 3_200_000, 2e-3, 256, Mixture(text=0.2, repeats=0.15)),
+    Stage(512, 8, 2_400_000, 2e-3, 2048, Mixture(text=0.25, repeats=0.1)),
+    Stage(1024, 6, 2_500_000, 1.5e-3, 8192, Mixture(text=0.25, repeats=0.05)),
+    Stage(2048, 4, 3_000_000, 1.2e-3, 8192, Mixture(text=0.25, repeats=0.05)),
+    Stage(4096, 2, 3_000_000, 1e-3, 10240, Mixture(text=0.25, repeats=0.05)),
     Stage(8192, 1, 4_000_000, 8e-4, 10240, Mixture(text=0.25, repeats=0.05), decay=True),
 )
 

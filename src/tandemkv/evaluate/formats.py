@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tandemkv.errors import InputError
 from tandemkv.evaluate.vocabulary import Vocabulary
 
 
@@ -43,9 +44,13 @@ Format = Callable[[Vocabulary, random.Random, int, int], Episode]
 
 def _distinct(draw: Callable[[], str], count: int) -> list[str]:
     found: dict[str, None] = {}
-    while len(found) < count:
+    for _ in range(100 * count + 1000):
+        if len(found) == count:
+            return list(found)
         found.setdefault(draw())
-    return list(found)
+    raise InputError(
+        f"{count} different keys cannot be drawn from this text's words: give a longer text or a smaller length"
+    )
 
 
 def _listed(values: tuple[str, ...]) -> str:
@@ -173,8 +178,8 @@ def lines(vocabulary: Vocabulary, rng: random.Random, num_facts: int, num_questi
 
 
 def mqar(vocabulary: Vocabulary, rng: random.Random, num_facts: int, num_questions: int) -> Episode:
-    """Pairs of words, then first words alone (Zoology's multi-query associative recall)."""
-    keys = _distinct(lambda: vocabulary.word(rng), min(num_facts, len(vocabulary.words) // 2))
+    """Keys with a word each, then keys alone (Zoology's multi-query associative recall)."""
+    keys = _distinct(lambda: vocabulary.key(rng), num_facts)
     pairs = [(key, vocabulary.word(rng)) for key in keys]
     return Episode(
         "Pairs:\n",
@@ -229,7 +234,7 @@ def _list_of_words(words: list[str], rng: random.Random, counts: list[int]) -> s
 
 def common_words(vocabulary: Vocabulary, rng: random.Random, num_facts: int, num_questions: int) -> Episode:
     """Lists of words in which two come often and the others once (RULER's common words), many lists in a context."""
-    keys = _distinct(lambda: vocabulary.word(rng), max(num_facts, num_questions))
+    keys = _distinct(lambda: vocabulary.key(rng), max(num_facts, num_questions))
     facts, questions = [], []
     for key in keys:
         words = _distinct(lambda: vocabulary.word(rng), 12)
@@ -247,7 +252,7 @@ def common_words(vocabulary: Vocabulary, rng: random.Random, num_facts: int, num
 
 def frequent_words(vocabulary: Vocabulary, rng: random.Random, num_facts: int, num_questions: int) -> Episode:
     """Coded texts whose words follow a Zipf law (RULER's frequent words); the most frequent one is asked for."""
-    keys = _distinct(lambda: vocabulary.word(rng), max(num_facts, num_questions))
+    keys = _distinct(lambda: vocabulary.key(rng), max(num_facts, num_questions))
     facts, questions = [], []
     for key in keys:
         words = _distinct(lambda: vocabulary.word(rng), 8)

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Self
 
+from tandemkv.errors import InputError
+
 _HELD_OUT_SHARE = 4  # one in four words, numbers and variable names is kept for tests
 
 
@@ -29,7 +31,7 @@ class Vocabulary:
         self._keep_out = keep_out
         self.words = tuple(sorted({word for word in words if self._may_use(word)}))
         if len(self.words) < 100:
-            raise ValueError(
+            raise InputError(
                 f"expected at least 100 words to draw keys from, got {len(self.words)}: give a longer text"
             )
 
