@@ -87,7 +87,9 @@ def _stop(told: str) -> NoReturn:
 
 def _as_options(text: str) -> str:
     """Errors name Python's knobs; here they are options."""
-    return re.sub(r"\b(near_tokens|far_bytes|max_new_tokens)\b", lambda knob: "--" + knob[0].replace("_", "-"), text)
+    knobs = {"budget_tokens": "--budget"}
+    named = r"\b(near_tokens|far_bytes|max_new_tokens|budget_tokens)\b"
+    return re.sub(named, lambda knob: knobs.get(knob[0], "--" + knob[0].replace("_", "-")), text)
 
 
 def _print_version(wanted: bool) -> None:
@@ -224,8 +226,9 @@ def evaluate(  # noqa: PLR0913  one argument per option
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
     from tandemkv import assets
     from tandemkv.evaluate.command import evaluate_folder, read_text
+    from tandemkv.evaluate.ledger import contestants
     from tandemkv.evaluate.report import print_report
-    from tandemkv.evaluate.run import Settings, contestants, read_forms
+    from tandemkv.evaluate.run import Settings, read_forms
     from tandemkv.evaluate.tasks import read_tasks
 
     console = Console(stderr=as_json)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tandemkv.evaluate.formats import HELD_OUT_OF_TRAINING
-from tandemkv.evaluate.run import Contestant, Ledger
+from tandemkv.evaluate.ledger import Contestant, Ledger
 from tandemkv.evaluate.tasks import PERPLEXITY
 
 COUNTS_FROM = 0.9  # a task counts in averages where dense attention answers this share

@@ -89,6 +89,10 @@ def read_rows(task: str, folder: Path | None, encode: Encode, num_contexts: int,
     contexts = []
     for index, line in enumerate(lines):
         context, questions = rows.read(json.loads(line))
+        if len(questions) < num_questions:
+            raise InputError(
+                f"{path} has {len(questions)} records, {num_questions} questions were asked for: lower --questions"
+            )
         own, others = questions[0], random.Random(f"{task}/{index}").sample(questions[1:], num_questions - 1)
         asked = [Asked(tuple(encode(q.prompt)), tuple(encode(q.answer)), q.values) for q in (own, *others)]
         contexts.append(Context(tuple(encode(context)), tuple(asked)))

@@ -1,0 +1,101 @@
+"""Who takes part, and every score that was found: kept on disk, so that a run that was stopped goes on."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tandemkv.errors import InputError
+from tandemkv.evaluate.answers import NEAR_TOKENS, PAGE_SIZE
+from tandemkv.select import Sparse
+from tandemkv.systems import SYSTEMS
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A system with a budget in tokens per KV head; `dense` has none."""
+
+    system: str
+    budget_tokens: int | None = None
+
+    @property
+    def sparse(self) -> Sparse | None:
+        """As a cache takes it."""
+        selector = SYSTEMS[self.system].selector
+        if selector is None or self.budget_tokens is None:
+            return None
+        return Sparse(selector, self.budget_tokens)
+
+
+def contestants(systems: list[str], budgets: list[int]) -> list[Contestant]:
+    """Every system with every budget, dense first; InputError for unknown names and for budgets that are too small."""
+    unknown = [name for name in systems if name not in SYSTEMS]
+    if unknown:
+        raise InputError(f"unknown system {unknown[0]!r}: the known ones are {', '.join(SYSTEMS)}")
+    found = [Contestant("dense")]
+    for name in dict.fromkeys(systems):
+        if SYSTEMS[name].selector is None:
+            continue
+        if not budgets:
+            raise InputError(f"system {name!r} needs a budget, in tokens per KV head: give --budget")
+        found += [Contestant(name, budget) for budget in dict.fromkeys(budgets)]
+    for contestant in found:
+        if contestant.sparse is not None:
+            contestant.sparse.check(NEAR_TOKENS, PAGE_SIZE)
+    return found
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one context: a score for each question, 0 to 1, or the mean surprise of the text behind it in nats."""
+
+    task: str
+    form: str
+    context: int
+    system: str
+    budget_tokens: int | None
+    scores: tuple[float, ...]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What a run does once."""
+        return self.task, self.form, self.context, self.system, self.budget_tokens
+
+
+@dataclass
+class Ledger:
+    """All scores of a run: `scores.jsonl` in a folder, its first line the settings; one line for each `Scores`."""
+
+    folder: Path
+    settings: dict[str, Any]
+    found: dict[tuple[object, ...], Scores] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._path = self.folder / "scores.jsonl"
+        if not self._path.exists():
+            self._path.write_text(json.dumps(self.settings) + "\n")
+            return
+        first, *lines = self._path.read_text().split("\n")
+        before = json.loads(first)
+        differing = [name for name in self.settings if before.get(name) != self.settings[name]]
+        if differing:
+            name = differing[0]
+            raise InputError(
+                f"{self._path} was made with {name} {before.get(name)!r}, this run has {self.settings[name]!r}: "
+                "give another --out, or delete it"
+            )
+        whole = [line for line in lines if line.endswith("}")]  # a last line may have been cut off
+        self._path.write_text("\n".join([first, *whole]) + "\n")
+        for line in whole:
+            row = json.loads(line)
+            scores = Scores(**{**row, "scores": tuple(row["scores"])})
+            self.found[scores.key] = scores
+
+    def add(self, scores: Scores) -> None:
+        """Note what was found, once."""
+        if scores.key in self.found:
+            return
+        self.found[scores.key] = scores
+        with self._path.open("a") as file:
+            file.write(json.dumps(asdict(scores)) + "\n")

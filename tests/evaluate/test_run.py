@@ -1,0 +1,203 @@
+"""A run goes on where it was stopped, counts what it should, and refuses what it cannot do."""
+
+import gzip
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tandemkv import assets
+from tandemkv.errors import InputError
+from tandemkv.evaluate import run
+from tandemkv.evaluate.ledger import Contestant, Ledger, Scores, contestants
+from tandemkv.evaluate.prompts import Asked
+from tandemkv.evaluate.report import bootstrap, draw, make_report, print_report
+from tandemkv.evaluate.run import Settings, evaluate, read_forms, score
+from tandemkv.evaluate.tasks import COUNTED, ROWS, TASKS, read_rows, read_tasks
+from tests import models
+from tests.integrations.agreement import attached
+
+DENSE, WINDOW = Contestant("dense"), Contestant("window", 128)
+TEXT = assets.held_out_text()[:60_000]
+CONSOLE = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return attached(models.llama(vocab_size=300, max_position_embeddings=4096))
+
+
+def settings(out: Path, **changes: Any) -> Settings:
+    base = Settings(("needle", "perplexity"), (DENSE, WINDOW), 900, TEXT, out, num_contexts=3, num_questions=2)
+    return replace(base, **changes)
+
+
+def test_a_run_keeps_every_score_and_asks_nothing_twice(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = models.byte_tokenizer()
+    ledger = evaluate(model, tokenizer, "tiny", settings(tmp_path), CONSOLE)
+    forms = [("needle", "requests"), ("needle", "turns"), ("perplexity", "text")]
+    expected = {
+        (task, form, i, who.system, who.budget_tokens)
+        for task, form in forms
+        for i in range(3)
+        for who in (DENSE, WINDOW)
+    }
+    assert set(ledger.found) == expected
+    assert all(len(scores.scores) == (2 if scores.task == "needle" else 1) for scores in ledger.found.values())
+    monkeypatch.setattr(run, "SharedContexts", None)  # nothing is left to ask
+    again = evaluate(model, tokenizer, "tiny", settings(tmp_path), CONSOLE)
+    assert again.found == ledger.found
+
+
+def test_a_run_that_was_cut_off_goes_on(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a line: that line is done again, and nothing before it."""
+    tokenizer = models.byte_tokenizer()
+    whole = evaluate(model, tokenizer, "tiny", settings(tmp_path), CONSOLE).found
+    path = tmp_path / "scores.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:8]) + lines[8][:20])
+    asked: list[str] = []
+    fill = run._fill
+    monkeypatch.setattr(run, "_fill", lambda ledger, *rest: (asked.append(len(ledger.found)), fill(ledger, *rest)))
+    again = evaluate(model, tokenizer, "tiny", settings(tmp_path), CONSOLE)
+    assert asked[0] == 7
+    assert again.found.keys() == whole.keys()
+    for key, scores in again.found.items():
+        assert scores.scores == pytest.approx(whole[key].scores, abs=1e-6)
+    assert len(path.read_text().splitlines()) == len(lines)
+
+
+def test_scores_of_another_run_are_not_mixed_in(model: Any, tmp_path: Path) -> None:
+    evaluate(model, models.byte_tokenizer(), "tiny", settings(tmp_path, tasks=("needle",)), CONSOLE)
+    with pytest.raises(InputError, match=r"was made with length 900, this run has 800: give another --out"):
+        evaluate(model, models.byte_tokenizer(), "tiny", settings(tmp_path, length=800), CONSOLE)
+    with pytest.raises(InputError, match="was made with model 'tiny', this run has 'other'"):
+        evaluate(model, models.byte_tokenizer(), "other", settings(tmp_path), CONSOLE)
+
+
+def test_every_task_runs(model: Any, tmp_path: Path) -> None:
+    tasks = tuple(task for task in TASKS if task not in ROWS)
+    one = settings(tmp_path, tasks=tasks, length=1500, num_contexts=1, num_questions=1)
+    ledger = evaluate(model, models.byte_tokenizer(), "tiny", one, CONSOLE)
+    assert {task for task, *_ in ledger.found} == set(tasks)
+    print_report(make_report(ledger, [DENSE, WINDOW]), CONSOLE)
+
+
+def test_answers_are_scored_by_the_values_in_their_first_line() -> None:
+    questions = [[Asked((), (), ("123", "77")), Asked((), (), ("123",))]]
+    told = {0: " 123 and 77.", 1: "\n123.", 2: " 12\n123", 3: " 77"}
+    assert score(questions, [[[0], [1]]], lambda ids: told[ids[0]]) == [(1.0, 1.0)]
+    assert score(questions, [[[3], [2]]], lambda ids: told[ids[0]]) == [(0.5, 0.0)]
+
+
+def ledger_of(tmp_path: Path, table: dict[tuple[str, str], dict[Contestant, list[list[float]]]]) -> Ledger:
+    ledger = Ledger(tmp_path, {"length": 1024})
+    for (task, form), rows in table.items():
+        for who, scores in rows.items():
+            for context, of_context in enumerate(scores):
+                ledger.add(Scores(task, form, context, who.system, who.budget_tokens, tuple(of_context)))
+    return ledger
+
+
+def test_only_tasks_that_dense_masters_count(tmp_path: Path) -> None:
+    """Held-out formats never do, nor does perplexity."""
+    good, bad, poor = [[1.0, 1.0]] * 4, [[0.0, 1.0]] * 4, [[1.0, 0.5]] * 4
+    table = {
+        ("needle", "requests"): {DENSE: good, WINDOW: bad},
+        ("lines", "requests"): {DENSE: poor, WINDOW: bad},
+        ("telephone", "requests"): {DENSE: good, WINDOW: good},
+        ("perplexity", "text"): {DENSE: [[2.0], [3.0]], WINDOW: [[2.1], [3.1]]},
+    }
+    report = make_report(ledger_of(tmp_path, table), [DENSE, WINDOW])
+    assert report.counted == [("needle", "requests")]
+    assert report.averages[DENSE][0] == 1.0
+    mean, loss = report.averages[WINDOW]
+    assert loss is not None
+    assert (mean, loss.mean, loss.low, loss.high) == (0.5, 0.5, 0.5, 0.5)
+    told = report.to_dict()
+    assert told["is_a_judge"] is False
+    perplexity = [row for row in report.rows if row.task == "perplexity"]
+    assert perplexity[0].score == pytest.approx(math.exp(2.5))
+    assert perplexity[1].loss is not None
+    assert perplexity[1].loss.mean == pytest.approx(math.expm1(0.1))
+    draw(report, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 5000
+    print_report(report, CONSOLE)
+
+
+def test_intervals_cover_as_they_say() -> None:
+    """The true mean of 40 normal losses lies inside in 95 % of 200 cases, within four standard errors of that; and
+    contexts, not questions, are what is drawn again."""
+    rng = np.random.default_rng(1)
+    found = [bootstrap(rng.normal(0.3, 0.2, 40)) for _ in range(200)]
+    covered = sum(each.low <= 0.3 <= each.high for each in found) / len(found)
+    assert 0.95 - 0.07 < covered < 0.95 + 0.05
+    width = np.mean([each.high - each.low for each in found])
+    assert width == pytest.approx(2 * 1.96 * 0.2 / math.sqrt(40), rel=0.1)
+    two_tasks = [bootstrap(rng.normal(0.3, 0.2, (2, 40))) for _ in range(50)]
+    assert np.mean([each.high - each.low for each in two_tasks]) == pytest.approx(width / math.sqrt(2), rel=0.1)
+
+
+def test_published_rows(tmp_path: Path) -> None:
+    pairs = [[f"key{i}-{j}", f"value{i}-{j}"] for i in (1, 2) for j in range(6)]
+    rows = [{"ordered_kv_records": pairs, "key": "key1-3", "value": "value1-3"}] * 2
+    (tmp_path / ROWS["kv_rows"].file_name).write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    records = "".join(f"line w-{i}: REGISTER_CONTENT is <{100 + i}>\n" for i in range(8))
+    prompt = f"Now the record start:\n\n{records}\nNow the record is over. Tell me what is in line w-3? "
+    row = {"prompt": prompt, "correct_line": "line w-3: REGISTER_CONTENT is <103>\n"}
+    (tmp_path / ROWS["lines_rows"].file_name).write_text(json.dumps(row) + "\n")
+
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
+    for task, num_contexts, own in (("kv_rows", 2, "value1-3"), ("lines_rows", 1, "103")):
+        contexts = read_rows(task, tmp_path, encode, num_contexts, 3)
+        assert len(contexts) == num_contexts
+        for context in contexts:
+            assert context.questions[0].values == (own,)
+            assert len({asked.values for asked in context.questions}) == 3
+            assert all(asked.values[0] in bytes(context.ids).decode() for asked in context.questions)
+    assert bytes(contexts[0].ids).decode().endswith("Now the record is over.")
+    with pytest.raises(InputError, match=r"has 1 rows, 2 were asked for: lower --contexts"):
+        read_rows("lines_rows", tmp_path, encode, 2, 3)
+    with pytest.raises(InputError, match=r"has 8 records, 9 questions were asked for: lower --questions"):
+        read_rows("lines_rows", tmp_path, encode, 1, 9)
+    with pytest.raises(InputError, match=r"kv_rows reads kv-retrieval-75_keys.jsonl.gz, .* --rows names no folder"):
+        read_rows("kv_rows", None, encode, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: contestants(["dense", "best"], [512]), "unknown system 'best': the known ones are dense, window"),
+        (lambda: contestants(["window"], []), "system 'window' needs a budget, in tokens per KV head: give --budget"),
+        (lambda: contestants(["window"], [95]), "budget_tokens must be at least 96: 16 for the pages of the first 4"),
+        (lambda: read_tasks("needle,haystack", None), "unknown task 'haystack': the known ones are perplexity, needle"),
+        (lambda: read_forms("request"), "forms are requests, turns, named with commas, got 'request'"),
+        (lambda: settings(Path(), length=100), "--length must be at least 128, got 100"),
+        (lambda: settings(Path(), num_contexts=0), "--contexts must be at least 1, got 0"),
+    ],
+)
+def test_refusals(make: Any, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        make()
+
+
+def test_names_of_tasks() -> None:
+    assert read_tasks("counted", None) == COUNTED
+    assert set(read_tasks("all", None)) == set(TASKS) - set(ROWS)
+    assert read_tasks("all", Path()) == TASKS
+    assert read_tasks("lines,needle,lines", None) == ("lines", "needle")
+
+
+def test_a_text_that_is_too_short(model: Any, tmp_path: Path) -> None:
+    long = settings(tmp_path, length=59_900, tasks=("perplexity",))
+    with pytest.raises(InputError, match="the text has 60000 tokens, a context asks for 60157: give a longer text"):
+        evaluate(model, models.byte_tokenizer(), "tiny", long, CONSOLE)
