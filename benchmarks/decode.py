@@ -23,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
 
 import tandemkv.integrations.transformers as tandem  # noqa: E402
 from benchmarks import common, plot  # noqa: E402
-from tandemkv import demo  # noqa: E402
+from tandemkv.demo import speed as demo  # noqa: E402
 
 MODULE = "benchmarks.decode"
 ATTENTION = "tandemkv.integrations.transformers.cache.extend_and_attend"

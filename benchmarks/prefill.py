@@ -47,7 +47,7 @@ def prefill_once(system: str, context: int) -> None:
     import torch
 
     import tandemkv.integrations.transformers as tandem
-    from tandemkv import demo
+    from tandemkv.demo import speed as demo
 
     model = demo.demo_model()
     if system == "ours":

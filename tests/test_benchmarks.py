@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import attend, common, contest, decode, plot, prefill
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
-from tandemkv import demo
+from tandemkv.demo import speed as demo
 from tandemkv.kernels import cpu
 from tandemkv.types import Partial, ScoreRule
 

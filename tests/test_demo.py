@@ -6,8 +6,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tandemkv import demo, machine
+from tandemkv import machine
 from tandemkv.cli import app
+from tandemkv.demo import speed as demo
 from tandemkv.errors import CapacityError
 
 

@@ -38,6 +38,7 @@ def make_model() -> Qwen3ForCausalLM:
             bos_token_id=None,
             eos_token_id=0,
             attn_implementation="sdpa",
+            dtype="float32",  # to run in; on disk it is float16
         )
     )
 

@@ -42,10 +42,10 @@ STAGES = (
     Stage(128, 32, 3_200_000, 2e-3, 128, Mixture(text=0.2, repeats=0.8)),
     Stage(256, 16, 3_200_000, 2e-3, 256, Mixture(text=0.2, repeats=0.15)),
     Stage(512, 8, 2_400_000, 2e-3, 2048, Mixture(text=0.25, repeats=0.1)),
-    Stage(1024, 6, 2_500_000, 1.5e-3, 8192, Mixture(text=0.25, repeats=0.05)),
-    Stage(2048, 4, 3_000_000, 1.2e-3, 8192, Mixture(text=0.25, repeats=0.05)),
-    Stage(4096, 2, 3_000_000, 1e-3, 10240, Mixture(text=0.25, repeats=0.05)),
-    Stage(8192, 1, 4_000_000, 8e-4, 10240, Mixture(text=0.25, repeats=0.05), decay=True),
+    Stage(1024, 6, 1_250_000, 1.5e-3, 8192, Mixture(text=0.25, repeats=0.05)),
+    Stage(2048, 4, 1_600_000, 1.2e-3, 8192, Mixture(text=0.25, repeats=0.05)),
+    Stage(4096, 2, 2_000_000, 1e-3, 10240, Mixture(text=0.25, repeats=0.05)),
+    Stage(8192, 1, 3_000_000, 8e-4, 10240, Mixture(text=0.25, repeats=0.05), decay=True),
 )
 
 

@@ -63,11 +63,16 @@ def test_a_run_that_was_cut_off_goes_on(model: Any, tmp_path: Path, monkeypatch:
     path = tmp_path / "scores.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:8]) + lines[8][:20])
-    asked: list[str] = []
+    held: list[int] = []
     fill = run._fill
-    monkeypatch.setattr(run, "_fill", lambda ledger, *rest: (asked.append(len(ledger.found)), fill(ledger, *rest)))
+
+    def watched(ledger: Ledger, *rest: Any) -> None:
+        held.append(len(ledger.found))
+        fill(ledger, *rest)
+
+    monkeypatch.setattr(run, "_fill", watched)
     again = evaluate(model, tokenizer, "tiny", settings(tmp_path), CONSOLE)
-    assert asked[0] == 7
+    assert held[0] == 7
     assert again.found.keys() == whole.keys()
     for key, scores in again.found.items():
         assert scores.scores == pytest.approx(whole[key].scores, abs=1e-6)

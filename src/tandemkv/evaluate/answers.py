@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 import tandemkv.integrations.transformers as tandem
 from tandemkv.evaluate.prompts import Asked
@@ -60,7 +60,7 @@ class SharedContexts:
         for asked in zip(*questions, strict=True):
             turn = copy.deepcopy(fork)
             prompts = _stack([question.prompt for question in asked])
-            turns.append(_generate(self._model, turn, prompts, len(asked[0].answer) + SPARE_TOKENS))
+            turns.append(answer_greedily(self._model, turn, prompts, len(asked[0].answer) + SPARE_TOKENS))
             turn.close()
             _feed(self._model, fork, torch.cat([prompts, _stack([question.answer for question in asked])], 1))
         fork.close()
@@ -80,7 +80,7 @@ class SharedContexts:
         each = len(questions[0])
         fork = self._fork(sparse, each)
         prompts = _stack([question.prompt for question in flat])
-        found = _generate(self._model, fork, prompts, len(flat[0].answer) + SPARE_TOKENS)
+        found = answer_greedily(self._model, fork, prompts, len(flat[0].answer) + SPARE_TOKENS)
         fork.close()
         return [found[i : i + each] for i in range(0, len(found), each)]
 
@@ -102,8 +102,8 @@ def _stack(rows: Sequence[tuple[int, ...]]) -> Tensor:
     return torch.tensor(rows)
 
 
-def _generate(model: PreTrainedModel, cache: tandem.TieredCache, prompts: Tensor, num_tokens: int) -> list[list[int]]:
-    """Greedy: `num_tokens` new tokens for each prompt `[num_seqs, prompt_len]`."""
+def answer_greedily(model: PreTrainedModel, cache: Cache, prompts: Tensor, num_tokens: int) -> list[list[int]]:
+    """`num_tokens` new tokens behind each prompt `[num_seqs, prompt_len]`, which is read in runs: see `_feed_all`."""
     token = _feed(model, cache, prompts).argmax(-1)
     tokens = [token]
     for _ in range(num_tokens - 1):
@@ -112,12 +112,12 @@ def _generate(model: PreTrainedModel, cache: tandem.TieredCache, prompts: Tensor
     return torch.stack(tokens, 1).tolist()
 
 
-def _feed(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor) -> Tensor:
+def _feed(model: PreTrainedModel, cache: Cache, ids: Tensor) -> Tensor:
     """The logits `[num_seqs, vocab_size]` behind the last token; see `_feed_all`."""
     return list(_feed_all(model, cache, ids))[-1][:, -1]
 
 
-def _feed_all(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor) -> Iterator[Tensor]:
+def _feed_all(model: PreTrainedModel, cache: Cache, ids: Tensor) -> Iterator[Tensor]:
     """Logits of every token, in runs for each of which a system selects once: were a question read at once, its last
     tokens would find in its first ones what those had found, and every policy would look good."""
     for run in ids.split(MAX_SELECT_QUERIES, 1):
@@ -125,6 +125,6 @@ def _feed_all(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor) ->
 
 
 @torch.inference_mode()
-def _forward(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor, *, every: bool = False) -> Tensor:
+def _forward(model: PreTrainedModel, cache: Cache, ids: Tensor, *, every: bool = False) -> Tensor:
     logits: Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=0 if every else 1).logits
     return logits

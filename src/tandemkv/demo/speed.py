@@ -1,4 +1,4 @@
-"""`tandemkv demo`: stock transformers beside tandemkv on the same context, the limit of memory, and agreement.
+"""The demo's second half: stock transformers beside tandemkv on a long context, the limit of memory, and agreement.
 
 The benchmarks measure the same model through the same functions.
 """
@@ -6,7 +6,7 @@ The benchmarks measure the same model through the same functions.
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import tandemkv.integrations.transformers as tandem
 from tandemkv import machine
@@ -112,7 +112,7 @@ def stock_cache(model: LlamaForCausalLM, kind: str, context: int, num_steps: int
 
 
 @torch.inference_mode()
-def next_logits(model: LlamaForCausalLM, cache: Cache, ids: Tensor, **kwargs: Tensor) -> Tensor:
+def next_logits(model: PreTrainedModel, cache: Cache, ids: Tensor, **kwargs: Tensor) -> Tensor:
     """Logits `[vocab_size]` after ids `[1, num_tokens]`."""
     logits: Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **kwargs).logits
     return logits[0, -1]
@@ -196,9 +196,7 @@ class Demo:
 
 def run_demo(context: int, console: Console) -> Demo:
     """Decode a few tokens with stock and with tandemkv, in turn, after `context` tokens."""
-    if context < 2 * NEAR_TOKENS:
-        raise InputError(f"--context must be at least {2 * NEAR_TOKENS}, so that pages lie far; got {context}")
-    _require_memory(context)
+    require_room(context)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("building the model", total=5)
 
@@ -240,8 +238,11 @@ def run_demo(context: int, console: Console) -> Demo:
     )
 
 
-def _require_memory(context: int) -> None:
-    """Three caches, one of which is copied when a token is added, beside the weights and the probe's buffer."""
+def require_room(context: int) -> None:
+    """Refuse a context without far pages, and one that does not fit: three caches, one of which is copied when a token
+    is added, beside the weights and the probe's buffer."""
+    if context < 2 * NEAR_TOKENS:
+        raise InputError(f"--context must be at least {2 * NEAR_TOKENS}, so that pages lie far; got {context}")
     config = demo_config()
     needed = 4 * kv_bytes(config, context) + PROBE_BYTES + (1 << 30)
     available = machine.available_bytes()
@@ -264,7 +265,7 @@ def start(model: LlamaForCausalLM, cache: Cache, context: int) -> None:
 
 
 def decode_in_turn(
-    runs: dict[str, tuple[LlamaForCausalLM, Cache]], num_steps: int = NUM_STEPS
+    runs: Mapping[str, tuple[PreTrainedModel, Cache]], num_steps: int = NUM_STEPS
 ) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Milliseconds of each token and the first token's float32 logits, all contestants and the read probe in turn.
 
