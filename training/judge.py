@@ -51,6 +51,7 @@ class Judge:
     @torch.no_grad()
     def _text_loss(self, model: Qwen3ForCausalLM, length: int) -> float:
         rng = random.Random(7)
-        documents = [self._writer.text(rng, length) for _ in range(max(1, 2 * _TOKENS // length))]
-        plain = [np.arange(length, dtype=np.int64)]
-        return round(float(np.mean([weighted_loss(model, model.model, [d], plain)[1][2] for d in documents])), 4)
+        each = max(1, MAX_LENGTH // length)
+        plain = [np.arange(length, dtype=np.int64)] * each
+        batches = [[self._writer.text(rng, length) for _ in range(each)] for _ in range(2 * _TOKENS // MAX_LENGTH)]
+        return round(float(np.mean([weighted_loss(model, model.model, batch, plain)[1][2] for batch in batches])), 4)
