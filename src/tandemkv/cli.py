@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 
 import tandemkv
-from tandemkv import machine
+from tandemkv import assets, machine
 from tandemkv.errors import TandemError
 
-DEFAULT_LENGTH = 8192
 _SYSTEMS, _BUDGETS = ["window"], [256, 512, 1024, 2048]
 
 app = typer.Typer(name="tandemkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -148,7 +147,7 @@ def demo(
 
     console = Console(stderr=as_json)
     require_room(context)
-    recall = ask_far_back(DEFAULT_LENGTH, console)
+    recall = ask_far_back(assets.JUDGED_TOKENS, console)
     print_recall(recall, console)
     found = run_demo(context, console)
     print_demo(found, console)
@@ -208,7 +207,7 @@ def evaluate(  # noqa: PLR0913  one argument per option
     system: Systems = _SYSTEMS,
     budget: Budgets = _BUDGETS,
     tasks: Tasks = "counted",
-    length: Length = DEFAULT_LENGTH,
+    length: Length = assets.JUDGED_TOKENS,
     forms: Forms = "requests,turns",
     contexts: Annotated[int, typer.Option(help="Shared contexts of a task.")] = 50,
     questions: Annotated[int, typer.Option(help="About each context.")] = 10,
@@ -230,7 +229,6 @@ def evaluate(  # noqa: PLR0913  one argument per option
     Example: tandemkv eval --system window --budget 512 --budget 2048 --tasks needle,lines
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
-    from tandemkv import assets
     from tandemkv.evaluate.command import evaluate_folder, read_text
     from tandemkv.evaluate.ledger import contestants
     from tandemkv.evaluate.report import print_report
@@ -250,7 +248,11 @@ def evaluate(  # noqa: PLR0913  one argument per option
         seed=seed,
         rows=rows,
     )
-    found = evaluate_folder(folder or assets.MODEL, settings, dtype, threads, console)
+    try:
+        found = evaluate_folder(folder or assets.MODEL, settings, dtype, threads, console)
+    except KeyboardInterrupt:
+        console.print(f"[yellow]interrupted; the same command goes on from {out / 'scores.jsonl'}[/yellow]")
+        raise typer.Exit(130) from None
     print_report(found.report, console)
     console.print(f"Scores: {out / 'scores.jsonl'}. Picture: {found.picture}", soft_wrap=True)
     if as_json:

@@ -20,7 +20,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
 
 import tandemkv.integrations.transformers as tandem
 from tandemkv import machine
@@ -30,6 +29,7 @@ from tandemkv.integrations.transformers.folders import (
     Dtype,
     blaming,
     load_model,
+    quieten,
     read_config,
     read_tokenizer,
     special_tokens,
@@ -133,8 +133,7 @@ def generate(
 
     Raises a TandemError for everything that a user can mend, before anything is written. Ctrl-C ends it early.
     """
-    logging.set_verbosity_error()  # what matters of transformers' warnings is an error here
-    logging.disable_progress_bar()
+    quieten()
     torch.set_num_threads(settings.threads or min(torch.get_num_threads(), machine.default_threads()))
     prompt = read_prompt(prompt_file)
     config = read_config(folder, settings.dtype)

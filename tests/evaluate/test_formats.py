@@ -64,6 +64,15 @@ def test_a_context_has_its_length_and_even_questions(name: str) -> None:
         assert all(value in as_text(asked.answer) for value in asked.values)
 
 
+def test_a_context_does_not_hang_on_what_was_written_before() -> None:
+    """Else a run that goes on, or asks for fewer tasks, would have other prompts."""
+    alone = author().write("lines", 5, "7")
+    writer = author()
+    for name in FORMATS:
+        writer.write(name, 5, "3")
+    assert writer.write("lines", 5, "7") == alone
+
+
 def test_needles_lie_at_every_depth() -> None:
     """In 40 contexts with 5 needles, each tenth of the length has some."""
     writer = author(4000)

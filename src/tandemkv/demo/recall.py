@@ -2,6 +2,7 @@
 
 import copy
 import random
+import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from tandemkv.demo.speed import decode_in_turn, next_logits
 from tandemkv.evaluate.answers import answer_greedily
 from tandemkv.evaluate.formats import FORMATS
 from tandemkv.evaluate.vocabulary import Vocabulary
-from tandemkv.integrations.transformers.folders import load_model, read_config, read_tokenizer
+from tandemkv.integrations.transformers.folders import load_model, quieten, read_config, read_tokenizer
 from tandemkv.select import Sparse
 
 NEAR_TOKENS = 512
@@ -73,6 +74,7 @@ class _Prompt:
 
 def ask_far_back(num_tokens: int, console: Console) -> Recall:
     """Read `num_tokens` of a novel with a fact in it, and ask for the fact: stock, tandemkv exact, tandemkv window."""
+    quieten()
     with console.status(f"reading {num_tokens:,} tokens three times"):
         config = read_config(assets.MODEL, "float32")
         tokenizer = read_tokenizer(assets.MODEL)
@@ -90,7 +92,7 @@ def ask_far_back(num_tokens: int, console: Console) -> Recall:
         said = [_answer(model, cache, prompt.question, tokenizer) for _, model, cache in contestants]
         times, _ = decode_in_turn({name: (model, cache) for name, model, cache in contestants})
     answers = tuple(
-        Answered(name, text, prompt.value in text, sorted(times[name])[len(times[name]) // 2])
+        Answered(name, text, prompt.value in text, statistics.median(times[name]))
         for (name, _, _), text in zip(contestants, said, strict=True)
     )
     far_bytes = contestants[1][2].use()[1].used_bytes

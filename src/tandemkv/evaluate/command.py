@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers.utils import logging
 
 from tandemkv import assets, machine
 from tandemkv.errors import InputError
 from tandemkv.evaluate.report import Report, draw, make_report
 from tandemkv.evaluate.run import Settings, evaluate
-from tandemkv.integrations.transformers.folders import Dtype, load_model, read_config, read_tokenizer
+from tandemkv.integrations.transformers.folders import Dtype, load_model, quieten, read_config, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,7 @@ class Evaluated:
 
 def evaluate_folder(folder: Path, settings: Settings, dtype: Dtype, threads: int | None, console: Console) -> Evaluated:
     """Everything that `settings` ask for and that its ledger lacks, then the report over the whole ledger."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quieten()
     torch.set_num_threads(threads or min(torch.get_num_threads(), machine.default_threads()))
     config = read_config(folder, dtype)
     tokenizer = read_tokenizer(folder)

@@ -71,13 +71,16 @@ class Ledger:
     found: dict[tuple[object, ...], Scores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / "scores.jsonl"
-        if not self._path.exists():
-            self._path.write_text(json.dumps(self.settings) + "\n")
-            return
-        first, *lines = self._path.read_text().split("\n")
-        before = json.loads(first)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._path.exists():
+                self._path.write_text(json.dumps(self.settings) + "\n")
+                return
+            first, *lines = self._path.read_text().split("\n")
+            before = json.loads(first)
+        except (OSError, ValueError) as error:
+            raise InputError(f"scores cannot be kept in {self._path}: {error}; give another --out") from error
         differing = [name for name in self.settings if before.get(name) != self.settings[name]]
         if differing:
             name = differing[0]

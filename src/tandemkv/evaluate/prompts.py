@@ -38,15 +38,18 @@ class Text:
     def __init__(self, ids: list[int], name: str) -> None:
         self.ids, self.name = ids, name
 
-    def passage(self, rng: random.Random, num_tokens: int) -> list[int]:
-        """So many tokens from anywhere; InputError where the text is shorter."""
-        spare = len(self.ids) - num_tokens
-        if spare < 0:
+    def require(self, num_tokens: int) -> None:
+        """InputError where the text is shorter."""
+        if len(self.ids) < num_tokens:
             raise InputError(
                 f"{self.name} has {len(self.ids)} tokens, a context asks for {num_tokens}: "
                 "give a longer text or a smaller length"
             )
-        start = rng.randrange(spare + 1)
+
+    def passage(self, rng: random.Random, num_tokens: int) -> list[int]:
+        """So many tokens from anywhere; InputError where the text is shorter."""
+        self.require(num_tokens)
+        start = rng.randrange(len(self.ids) - num_tokens + 1)
         return self.ids[start : start + num_tokens]
 
 

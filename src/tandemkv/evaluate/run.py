@@ -100,6 +100,7 @@ def evaluate(
         return ids
 
     text = Text(encode(settings.text), "the text")
+    text.require(settings.length)
     words = Vocabulary.of_text(settings.text, held_out=True).even(lambda item: len(encode(f" {item}")))
     author = Author(encode, text, words, settings.length)
     ledger = Ledger(settings.out, settings.identity(name))
@@ -167,12 +168,24 @@ def _fill(ledger: Ledger, model: PreTrainedModel, batch: _Batch, settings: Setti
     ]
     if not missing:
         return
+    _require_positions(model, batch)
     shared = SharedContexts(model, batch.ids, batch.num_new_tokens)
     for form, who in missing:
         found = batch.scores(shared, form, who.sparse)
         for place, scores in zip(batch.places, found, strict=True):
             ledger.add(Scores(batch.task, form, place, who.system, who.budget_tokens, scores))
     shared.close()
+
+
+def _require_positions(model: PreTrainedModel, batch: _Batch) -> None:
+    """A conversation must end before the model's positions do."""
+    longest = max(sum(len(q.prompt) + len(q.answer) for q in asked) for asked in batch.questions) + SPARE_TOKENS
+    needed, positions = len(batch.ids[0]) + longest, model.config.get_text_config(decoder=True).max_position_embeddings
+    if needed > positions:
+        raise InputError(
+            f"{batch.task}: a context and its questions take {needed} tokens, the model has {positions} positions: "
+            "lower --length or --questions"
+        )
 
 
 def batches(contexts: list[Context]) -> Iterator[range]:

@@ -86,20 +86,21 @@ class _Even(Vocabulary):
         self._num_tokens: dict[str, int] = {}
 
     def word(self, rng: random.Random) -> str:
-        return self._alike("word", lambda: super(_Even, self).word(rng))
+        return self._alike("word", super().word, rng)
 
     def key(self, rng: random.Random) -> str:
-        return self._alike("key", lambda: super(_Even, self).key(rng))
+        return self._alike("key", super().key, rng)
 
     def variable(self, rng: random.Random) -> str:
-        return self._alike("variable", lambda: super(_Even, self).variable(rng))
+        return self._alike("variable", super().variable, rng)
 
     def uuid(self, rng: random.Random) -> str:
-        return self._alike("uuid", lambda: super(_Even, self).uuid(rng))
+        return self._alike("uuid", super().uuid, rng)
 
-    def _alike(self, kind: str, draw: Callable[[], str]) -> str:
+    def _alike(self, kind: str, draw: Callable[[random.Random], str], rng: random.Random) -> str:
         if kind not in self._num_tokens:
-            self._num_tokens[kind] = Counter(self._count_tokens(draw()) for _ in range(32)).most_common(1)[0][0]
-        while self._count_tokens(drawn := draw()) != self._num_tokens[kind]:
+            trial = random.Random(kind)  # the usual number must not hang on what was asked for before
+            self._num_tokens[kind] = Counter(self._count_tokens(draw(trial)) for _ in range(100)).most_common(1)[0][0]
+        while self._count_tokens(drawn := draw(rng)) != self._num_tokens[kind]:
             pass
         return drawn

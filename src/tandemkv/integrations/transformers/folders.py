@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 from tandemkv.errors import InputError, TandemError, UnsupportedError
 from tandemkv.integrations.transformers.families import REFUSED, refusal_of, refusal_of_type
@@ -30,6 +31,12 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """What keeps transformers from looking elsewhere."""
+
+
+def quieten() -> None:
+    """transformers' warnings and bars are not shown: what matters of them is an error here."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def read_config(folder: Path, dtype: Dtype) -> PreTrainedConfig:
