@@ -49,7 +49,6 @@ def test_a_small_run_of_the_command(tmp_path: Path) -> None:
     options = ("--length", "2048", "--contexts", "1", "--questions", "4", "--budget", "256", "--forms", "turns")
     found = run_eval(tmp_path, *options)
     assert found == run_eval(tmp_path, *options)
-    assert found["is_a_judge"]
     assert {str(row["task"]) for row in found["rows"]} == set(COUNTED)  # type: ignore[attr-defined]
     assert (tmp_path / "accuracy.png").is_file()
 
