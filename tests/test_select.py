@@ -170,7 +170,7 @@ def test_the_smallest_budget_is_enough() -> None:
 def test_padding_is_picked_last() -> None:
     summaries = Summaries(num_kv_heads=1, num_pages=5, page_size=16, kv_start=torch.tensor([0, 20, 64]))
     scores = torch.tensor([5.0, 4, 3, 2, 1]).expand(3, 1, 5)
-    for num_sink_tokens, expected in ((4, [[0, 1], [1, 2]]), (0, [[0, 1], [2, 3]])):
+    for num_sink_tokens in (0, 4):
         *chosen, (padding, last) = choose_pages(scores, summaries, num_sink_tokens, 2)[:, 0].tolist()
-        assert chosen == expected
+        assert chosen == [[0, 1], [1, 2]]
         assert padding < 4 == last

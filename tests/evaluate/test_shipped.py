@@ -60,7 +60,7 @@ def test_a_small_run_of_the_command(tmp_path: Path) -> None:
         (["--system", "best"], "unknown system 'best': the known ones are dense, window"),
         (["--budget", "95"], "must be at least 96"),
         (["--length", "16000"], "lower --length or --questions"),
-        (["--text", "README.md"], "has .* tokens, a context asks for"),
+        (["--text", str(Path(__file__))], "has .* tokens, a context asks for"),
     ],
 )
 def test_refusals(options: list[str], told: str, tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ class Selector(Protocol):
 def choose_pages(scores: Tensor, summaries: Summaries, num_sink_tokens: int, num_chosen: int) -> Tensor:
     """The far pages that take part, in their order: int64 `[num_seqs, num_kv_heads, at most num_chosen]`.
 
-    Those of the first `num_sink_tokens` tokens behind the padding always do. Pages of padding come in only where
-    nothing else is left, for all heads alike; without sinks, so does a page that begins with padding.
+    Those of the first `num_sink_tokens` tokens behind the padding always do, and a page that padding ends in. Pages of
+    padding alone come in only where nothing else is left. So padding is the same for all heads.
     """
     begins = torch.arange(summaries.num_pages) * summaries.page_size
     kv_start = summaries.kv_start[:, None, None]
