@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -98,6 +98,9 @@ def assert_attends_to(kept: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor
     num_sink_tokens=st.sampled_from([0, 1, 4, 16, 17, 40]),
     name=st.sampled_from(["window", "favourites"]),
 )
+@example(
+    past=81, q_len=16, kv_start=[1], pages=0, num_sink_tokens=16, name="window"
+)  # sinks on two pages, room for one
 def test_a_step_attends_to_what_is_picked_and_to_nothing_else(
     past: int, q_len: int, kv_start: list[int], pages: int, num_sink_tokens: int, name: str
 ) -> None:

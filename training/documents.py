@@ -160,7 +160,8 @@ class Writer:
 
     def questions(self, rng: random.Random, length: int, make: Format, *, num_questions: int | None = None) -> Document:
         """Facts at every depth of a text, or one after the other, and at the end questions about some of them."""
-        trial = make(self._vocabulary, rng, 6, 3)
+        words = self._words(rng)
+        trial = make(words, rng, 6, 3)
         per_fact = sum(len(self._encode(fact)) for fact in trial.facts) / len(trial.facts)
         per_question = max(len(self._encode(q.prompt + q.answer)) for q in trial.questions) + 2
         room = length - len(self._encode(trial.opening + trial.closing)) - 2
@@ -168,8 +169,14 @@ class Writer:
         asked = num_questions or max(1, min(most, int(room * rng.uniform(0.25, 0.5) / per_question)))
         places = max(asked, int((room - asked * per_question) / per_fact * (0.85 if trial.in_text else 0.97)))
         facts = places if not trial.in_text else round(math.exp(rng.uniform(math.log(asked), math.log(places))))
-        episode = make(self._vocabulary, rng, max(facts, asked), asked)
+        episode = make(words, rng, max(facts, asked), asked)
         return self._assemble(rng, episode, length)
+
+    def _words(self, rng: random.Random) -> Vocabulary:
+        """Every word, or a few hundred: keys of a document then share words, and both halves of a key have to be read."""
+        if rng.random() < 0.5:
+            return self._vocabulary
+        return self._vocabulary.few(rng, round(math.exp(rng.uniform(math.log(200), math.log(2000)))))
 
     def _assemble(self, rng: random.Random, episode: Episode, length: int) -> Document:
         opening = self._weigh(self._encode(episode.opening), WORDING)

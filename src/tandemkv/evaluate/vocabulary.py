@@ -61,6 +61,11 @@ class Vocabulary:
         """A random UUID; of 2^122 none is met twice, so they need no split."""
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
+    def few(self, rng: random.Random, count: int) -> "Vocabulary":
+        """The same with at most `count` of the words, so that keys share words more often."""
+        words = rng.sample(self.words, min(count, len(self.words)))
+        return Vocabulary(words, held_out=self._held_out, keep_out=self._keep_out)
+
     def even(self, count_tokens: Callable[[str], int]) -> "Vocabulary":
         """The same, but all keys, all words, all names and all UUIDs that are drawn have the same number of tokens.
 

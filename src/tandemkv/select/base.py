@@ -73,9 +73,10 @@ def choose_pages(scores: Tensor, summaries: Summaries, num_sink_tokens: int, num
     Those of the first `num_sink_tokens` tokens behind the padding always do, and a page that padding ends in. Pages of
     padding alone come in only where nothing else is left. So padding is the same for all heads.
     """
-    begins = torch.arange(summaries.num_pages) * summaries.page_size
-    kv_start = summaries.kv_start[:, None, None]
+    pages = torch.arange(summaries.num_pages)
+    begins, kv_start = pages * summaries.page_size, summaries.kv_start[:, None, None]
     is_first = (begins + summaries.page_size > kv_start) & (begins < kv_start + num_sink_tokens)
-    ranked = scores.masked_fill(begins < kv_start, -torch.inf).masked_fill(is_first, torch.inf)
+    above_all = 1e300 * (2.0 - pages.double() / summaries.num_pages)  # the earliest first: padding may split them
+    ranked = torch.where(is_first, above_all, scores.double().masked_fill(begins < kv_start, -torch.inf))
     chosen = ranked.topk(min(num_chosen, summaries.num_pages), dim=-1, sorted=False).indices
     return chosen.sort(dim=-1).values
