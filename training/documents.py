@@ -57,7 +57,8 @@ def plain(vocabulary: Vocabulary, rng: random.Random, num_facts: int, num_questi
         )
     )
     end = rng.choice((".", ";", ",", "\n"))
-    draw_key = rng.choice((vocabulary.key, vocabulary.word, vocabulary.variable))
+    short = (vocabulary.word, vocabulary.variable) if 2 * num_facts < len(vocabulary.words) else ()
+    draw_key = rng.choice((vocabulary.key, *short))
     digits = rng.choice((3, 4, 5, 6, 7, 8))
     draw_value = rng.choice(
         (
@@ -173,7 +174,7 @@ class Writer:
         return self._assemble(rng, episode, length)
 
     def _words(self, rng: random.Random) -> Vocabulary:
-        """Every word, or a few hundred: keys of a document then share words, and both halves of a key have to be read."""
+        """Every word, or some hundreds: keys then share words, and both halves of a key have to be read."""
         if rng.random() < 0.5:
             return self._vocabulary
         return self._vocabulary.few(rng, round(math.exp(rng.uniform(math.log(200), math.log(2000)))))
