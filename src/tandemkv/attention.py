@@ -30,7 +30,9 @@ PREFILL_PIECE_TOKENS = 2048
 def decode_step(
     q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None = None
 ) -> Tensor:
-    """Add the newest tokens to a layer, and attend from them over everything it holds, themselves included.
+    """Add the newest tokens to a layer, and attend from them over what it holds, themselves included.
+
+    That is every token, or in sparse mode what the layer's selector picks within its budget.
 
     q: `[num_seqs, num_q_heads, q_len, head_dim]` on the near device, k and v accordingly; a token sees what is not
     newer than itself. sink_logit: float32 `[num_q_heads]`, an extra logit without a value (GPT-OSS).
@@ -79,6 +81,16 @@ def extend_and_attend(
         part = part if sink_logit is None else merge([part], sink_logit=sink_logit)
         out[:, chunk] = part.out.transpose(1, 2)
     return out
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch, and our pool from its first use on, have so many threads; None is what this machine grants.
+
+    InputError for more than there are processors, or less than one.
+    """
+    if threads is not None and not 1 <= threads <= machine.usable_cpus():
+        raise InputError(f"--threads must be 1 to {machine.usable_cpus()}, the processors here, got {threads}")
+    torch.set_num_threads(threads or min(torch.get_num_threads(), machine.default_threads()))
 
 
 @cache

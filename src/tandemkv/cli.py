@@ -26,6 +26,7 @@ app = typer.Typer(name="tandemkv", no_args_is_help=True, add_completion=False, p
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for programs.")]
 Context = Annotated[int, typer.Option(help="Tokens of context. Up to 32768 are prefilled, more are filled in.")]
 Budgets = Annotated[list[int], typer.Option(help="Tokens per KV head that a sparse system attends to; repeat it.")]
+Contexts = Annotated[int, typer.Option(help="Shared contexts of a task.")]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
     typer.Option(help="To run in; auto takes what config.json says."),
@@ -40,13 +41,20 @@ FarBytes = Annotated[
         help="Capacity for older tokens, such as 16GiB.", show_default="what the prompt and the new tokens need"
     ),
 ]
+Judge = Annotated[
+    Path | None,
+    typer.Argument(metavar="[MODEL]", help="A local Hugging Face folder.", show_default="the shipped one"),
+]
 Length = Annotated[int, typer.Option(help="Tokens of a context; rows are as long as they are.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many, if the text does not end before.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder of a supported family.")]
 NearTokens = Annotated[int, typer.Option(help="Recent tokens kept near, per layer; at least 128.")]
+OutFolder = Annotated[Path, typer.Option(help="Where scores and the picture go; a run that was stopped goes on there.")]
 PromptFile = Annotated[
     Path, typer.Option(help="The text to continue, UTF-8, taken as it is (no chat template); - reads stdin.")
 ]
+PromptSeed = Annotated[int, typer.Option(help="Of contexts and questions.")]
+Questions = Annotated[int, typer.Option(help="About each context.")]
 RowsFolder = Annotated[
     Path | None,
     typer.Option(help="With kv-retrieval-75_keys.jsonl.gz and longchat_200_lines.jsonl, for kv_rows and lines_rows."),
@@ -199,24 +207,19 @@ def generate(  # noqa: PLR0913  one argument per option
 
 @app.command(name="eval")
 def evaluate(  # noqa: PLR0913  one argument per option
-    folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="[MODEL]", help="A local Hugging Face folder.", show_default="the shipped one"),
-    ] = None,
+    folder: Judge = None,
     *,
     system: Systems = _SYSTEMS,
     budget: Budgets = _BUDGETS,
     tasks: Tasks = "counted",
     length: Length = assets.JUDGED_TOKENS,
     forms: Forms = "requests,turns",
-    contexts: Annotated[int, typer.Option(help="Shared contexts of a task.")] = 50,
-    questions: Annotated[int, typer.Option(help="About each context.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of contexts and questions.")] = 0,
+    contexts: Contexts = 50,
+    questions: Questions = 10,
+    seed: PromptSeed = 0,
     text: TextFile = None,
     rows: RowsFolder = None,
-    out: Annotated[
-        Path, typer.Option(help="Where scores and the picture go; a run that was stopped goes on there.")
-    ] = Path("tandemkv-eval"),
+    out: OutFolder = Path("tandemkv-eval"),
     dtype: Dtype = "float32",
     threads: Threads = None,
     as_json: AsJson = False,

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import tandemkv.integrations.transformers as tandem
 from tandemkv import machine
+from tandemkv.attention import use_threads
 from tandemkv.cache import TierUse
 from tandemkv.errors import CapacityError, InputError
 from tandemkv.integrations.transformers.folders import (
@@ -69,8 +70,6 @@ class Settings:
             raise InputError("--top-p and --seed are for sampling: give a --temperature above 0 too")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise InputError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
-        if self.threads is not None and not 1 <= self.threads <= machine.usable_cpus():
-            raise InputError(f"--threads must be 1 to {machine.usable_cpus()}, the processors here, got {self.threads}")
 
     def for_transformers(self) -> dict[str, Any]:
         """Keywords of `generate`."""
@@ -134,7 +133,7 @@ def generate(
     Raises a TandemError for everything that a user can mend, before anything is written. Ctrl-C ends it early.
     """
     quieten()
-    torch.set_num_threads(settings.threads or min(torch.get_num_threads(), machine.default_threads()))
+    use_threads(settings.threads)
     prompt = read_prompt(prompt_file)
     config = read_config(folder, settings.dtype)
     tokenizer = read_tokenizer(folder)

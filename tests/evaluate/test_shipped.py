@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -11,13 +12,11 @@ from tandemkv import assets
 from tandemkv.cli import app
 from tandemkv.evaluate.tasks import COUNTED
 
-TEXT = ("requests", "turns")
 
-
-def run_eval(out: Path, *options: str) -> dict[str, object]:
+def run_eval(out: Path, *options: str) -> dict[str, Any]:
     done = CliRunner().invoke(app, ["eval", "--out", str(out), "--json", *options])
     assert done.exit_code == 0, done.output
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -38,7 +37,7 @@ def test_dense_answers_at_the_judged_length_and_a_window_does_not(tmp_path: Path
     found = run_eval(
         tmp_path, "--tasks", "needle", "--length", length, "--contexts", "2", "--budget", "1024", "--forms", "requests"
     )
-    scores = {row["system"]: row["score"] for row in found["rows"]}  # type: ignore[attr-defined]
+    scores = {row["system"]: row["score"] for row in found["rows"]}
     assert scores["dense"] >= 0.95
     assert scores["window"] < 0.5
     assert found["counted"] == ["needle/requests"]
@@ -49,7 +48,7 @@ def test_a_small_run_of_the_command(tmp_path: Path) -> None:
     options = ("--length", "2048", "--contexts", "1", "--questions", "4", "--budget", "256", "--forms", "turns")
     found = run_eval(tmp_path, *options)
     assert found == run_eval(tmp_path, *options)
-    assert {str(row["task"]) for row in found["rows"]} == set(COUNTED)  # type: ignore[attr-defined]
+    assert {str(row["task"]) for row in found["rows"]} == set(COUNTED)
     assert (tmp_path / "accuracy.png").is_file()
 
 

@@ -20,6 +20,7 @@ from tandemkv.evaluate.formats import FORMATS
 from tandemkv.evaluate.vocabulary import Vocabulary
 from tandemkv.integrations.transformers.folders import load_model, quieten, read_config, read_tokenizer
 from tandemkv.select import Sparse
+from tandemkv.types import format_bytes
 
 NEAR_TOKENS = 512
 WINDOW = Sparse("window", 1024)
@@ -112,6 +113,7 @@ def print_recall(recall: Recall, console: Console) -> None:
         verdict = "[green]right[/green]" if answer.is_right else "[red]wrong[/red]"
         table.add_row(answer.name, answer.text.strip(), verdict, f"{answer.token_ms:.1f}")
     console.print(table)
+    console.print(f"{format_bytes(recall.far_bytes)} of its keys and values lay far.")
 
 
 def _write_prompt(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> _Prompt:

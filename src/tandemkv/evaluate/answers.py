@@ -28,7 +28,7 @@ class SharedContexts:
 
     def __init__(self, model: PreTrainedModel, contexts: Sequence[tuple[int, ...]], num_new_tokens: int) -> None:
         """num_new_tokens: the most that a fork will add, all its sequences together."""
-        self._model, self._num_contexts = model, len(contexts)
+        self._model = model
         config = model.config.get_text_config(decoder=True)
         self._cache = tandem.TieredCache(config, NEAR_TOKENS, 0, page_size=PAGE_SIZE)
         spec = self._cache.kv.spec
@@ -44,7 +44,7 @@ class SharedContexts:
         self._cache.close()
 
     def ask(self, questions: Questions, sparse: Sparse | None) -> Answers:
-        """Each question is asked alone behind its context. Those of equal length share a batch."""
+        """Each question is asked alone behind its context: all in one batch where they are even, else in turn."""
         if are_even(questions):
             found = self._answer_at_once(questions, sparse)
         else:

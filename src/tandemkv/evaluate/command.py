@@ -4,10 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from tandemkv import assets, machine
+from tandemkv import assets
+from tandemkv.attention import use_threads
 from tandemkv.errors import InputError
 from tandemkv.evaluate.report import Report, draw, make_report
 from tandemkv.evaluate.run import Settings, evaluate
@@ -16,9 +16,8 @@ from tandemkv.integrations.transformers.folders import Dtype, load_model, quiete
 
 @dataclass(frozen=True)
 class Evaluated:
-    """folder: of the model. picture: where it was drawn, or why it was not."""
+    """picture: where it was drawn, or why it was not."""
 
-    folder: Path
     report: Report
     picture: str
 
@@ -26,7 +25,7 @@ class Evaluated:
 def evaluate_folder(folder: Path, settings: Settings, dtype: Dtype, threads: int | None, console: Console) -> Evaluated:
     """Everything that `settings` ask for and that its ledger lacks, then the report over the whole ledger."""
     quieten()
-    torch.set_num_threads(threads or min(torch.get_num_threads(), machine.default_threads()))
+    use_threads(threads)
     config = read_config(folder, dtype)
     tokenizer = read_tokenizer(folder)
     if config.max_position_embeddings < settings.length:
@@ -37,7 +36,7 @@ def evaluate_folder(folder: Path, settings: Settings, dtype: Dtype, threads: int
         model = load_model(folder, config.dtype)
     ledger = evaluate(model, tokenizer, f"{_fingerprint(folder)} {config.dtype}", settings, console)
     report = make_report(ledger, list(settings.contestants))
-    return Evaluated(folder, report, _draw(report, settings.out / "accuracy.png"))
+    return Evaluated(report, _draw(report, settings.out / "accuracy.png"))
 
 
 def read_text(path: Path | None) -> str:

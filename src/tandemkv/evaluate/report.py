@@ -12,6 +12,7 @@ from rich.table import Table
 from tandemkv.evaluate.formats import HELD_OUT_OF_TRAINING
 from tandemkv.evaluate.ledger import Contestant, Ledger
 from tandemkv.evaluate.tasks import PERPLEXITY
+from tandemkv.systems import SYSTEMS
 
 COUNTS_FROM = 0.9  # a task counts in averages where dense attention answers this share
 LEAST_COUNTED = 4
@@ -119,6 +120,9 @@ def print_report(report: Report, console: Console) -> None:
         f"In brackets: points lost to dense, with a 95 % interval over contexts. * does not count: dense is below "
         f"{COUNTS_FROM:.0%}, or the format was held out of training. {len(tasks)} tasks count."
     )
+    for system in dict.fromkeys(who.system for who in contestants):
+        differs = SYSTEMS[system].where_it_differs
+        console.print(f"{system}: {SYSTEMS[system].about}{f'; {differs}' if differs else ''}.")
     if len(tasks) < LEAST_COUNTED:
         console.print(f"[yellow]Fewer than {LEAST_COUNTED} tasks count: this run judges nothing.[/yellow]")
 

@@ -25,7 +25,6 @@ from tandemkv.evaluate.tasks import (
     CONTINUATION_TOKENS,
     PERPLEXITY,
     ROWS,
-    TASKS,
     read_rows,
     write_contexts,
     write_passages,
@@ -50,7 +49,7 @@ def read_forms(names: str) -> tuple[Form, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked of whom.
+    """What is asked of whom. tasks: names of `TASKS`.
 
     length: tokens of a generated context. text: what facts are hidden in and perplexity is measured on. rows: a folder
     with published prompts, for the tasks that read them. out: where scores are kept.
@@ -68,9 +67,6 @@ class Settings:
     rows: Path | None = None
 
     def __post_init__(self) -> None:
-        unknown = [task for task in self.tasks if task not in TASKS]
-        if unknown:
-            raise InputError(f"unknown task {unknown[0]!r}: the known ones are {', '.join(TASKS)}")
         least = 2 * NEAR_TOKENS
         for name, value, at_least in (
             ("--length", self.length, least),

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tandemkv.errors import InputError
 from tandemkv.evaluate.formats import FORMATS, Question, kv_question, line_question
@@ -20,19 +21,19 @@ class Rows:
     """Published prompts: a file that users have, and how a line of it becomes a context and questions about it."""
 
     file_name: str
-    read: Callable[[dict[str, object]], tuple[str, list[Question]]]
+    read: Callable[[dict[str, Any]], tuple[str, list[Question]]]
 
 
-def _kv_row(row: dict[str, object]) -> tuple[str, list[Question]]:
+def _kv_row(row: dict[str, Any]) -> tuple[str, list[Question]]:
     """lost-in-the-middle's kv-retrieval: a JSON object of UUIDs; the row's own key first."""
-    records: list[list[str]] = row["ordered_kv_records"]  # type: ignore[assignment]
+    records: list[list[str]] = row["ordered_kv_records"]
     pairs = {str(row["key"]): str(row["value"]), **dict(records)}
     listed = ",\n ".join(f'"{key}": "{value}"' for key, value in records)
     opening = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
     return f"{opening}{{{listed}}}\n", [kv_question(key, value) for key, value in pairs.items()]
 
 
-def _lines_row(row: dict[str, object]) -> tuple[str, list[Question]]:
+def _lines_row(row: dict[str, Any]) -> tuple[str, list[Question]]:
     """LongChat's lines; the row's own line first."""
     prompt, own = str(row["prompt"]), str(row["correct_line"]).strip()
     context, _ = prompt.split("\nNow the record is over.", 1)
@@ -48,7 +49,7 @@ ROWS: dict[str, Rows] = {
 
 TASKS = (PERPLEXITY, *FORMATS, *ROWS)
 
-COUNTED = ("needle", "needle_multikey", "needle_uuid", "kv", "mqar")
+COUNTED = ("needle", "needle_multikey", "needle_multiquery", "needle_uuid", "kv", "mqar")
 """Tasks on which the shipped model, attending densely, answers at least 90 % at the length it judges at."""
 
 
