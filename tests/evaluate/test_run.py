@@ -150,6 +150,14 @@ def test_intervals_cover_as_they_say() -> None:
     assert np.mean([each.high - each.low for each in two_tasks]) == pytest.approx(width / math.sqrt(2), rel=0.1)
 
 
+def test_intervals_hold_their_mean_where_nothing_differs() -> None:
+    """One context in each of six tasks: sums in another order are off by a rounding, and no error bar is negative."""
+    rng = np.random.default_rng(3)
+    for losses in rng.integers(0, 5, (100, 6, 1)) / 4:
+        found = bootstrap(losses)
+        assert found.low <= found.mean <= found.high
+
+
 def test_published_rows(tmp_path: Path) -> None:
     pairs = [[f"key{i}-{j}", f"value{i}-{j}"] for i in (1, 2) for j in range(6)]
     rows = [{"ordered_kv_records": pairs, "key": "key1-3", "value": "value1-3"}] * 2

@@ -58,11 +58,11 @@ class SharedContexts:
         fork = self._fork(sparse, 1)
         turns = []
         for asked in zip(*questions, strict=True):
+            logits = _feed(self._model, fork, _stack([question.prompt for question in asked]))
             turn = copy.deepcopy(fork)
-            prompts = _stack([question.prompt for question in asked])
-            turns.append(answer_greedily(self._model, turn, prompts, len(asked[0].answer) + SPARE_TOKENS))
+            turns.append(_continue(self._model, turn, logits, len(asked[0].answer) + SPARE_TOKENS))
             turn.close()
-            _feed(self._model, fork, torch.cat([prompts, _stack([question.answer for question in asked])], 1))
+            _feed(self._model, fork, _stack([question.answer for question in asked]))
         fork.close()
         return [list(answers) for answers in zip(*turns, strict=True)]
 
@@ -104,7 +104,11 @@ def _stack(rows: Sequence[tuple[int, ...]]) -> Tensor:
 
 def answer_greedily(model: PreTrainedModel, cache: Cache, prompts: Tensor, num_tokens: int) -> list[list[int]]:
     """`num_tokens` new tokens behind each prompt `[num_seqs, prompt_len]`, which is read in runs: see `_feed_all`."""
-    token = _feed(model, cache, prompts).argmax(-1)
+    return _continue(model, cache, _feed(model, cache, prompts), num_tokens)
+
+
+def _continue(model: PreTrainedModel, cache: Cache, logits: Tensor, num_tokens: int) -> list[list[int]]:
+    token = logits.argmax(-1)
     tokens = [token]
     for _ in range(num_tokens - 1):
         token = _forward(model, cache, token[:, None])[:, -1].argmax(-1)

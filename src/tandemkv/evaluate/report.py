@@ -165,8 +165,8 @@ def bootstrap(losses: np.ndarray) -> Interval:
     means = np.zeros(RESAMPLES)
     for row in losses:  # contexts of different tasks are different contexts
         means += row[rng.integers(0, len(row), (RESAMPLES, len(row)))].mean(1) / len(losses)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(losses.mean()), float(low), float(high))
+    mean, (low, high) = float(losses.mean()), np.quantile(means, (0.025, 0.975))
+    return Interval(mean, min(mean, float(low)), max(mean, float(high)))  # equal losses differ by rounding
 
 
 def _tables(ledger: Ledger) -> dict[tuple[str, str], dict[Contestant, np.ndarray]]:
