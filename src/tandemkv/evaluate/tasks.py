@@ -49,7 +49,7 @@ ROWS: dict[str, Rows] = {
 
 TASKS = (PERPLEXITY, *FORMATS, *ROWS)
 
-COUNTED = ("needle", "needle_multikey", "needle_multiquery", "needle_uuid", "kv", "mqar")
+COUNTED = ("needle", "needle_multiquery", "needle_uuid", "kv", "mqar")
 """Tasks on which the shipped model, attending densely, answers at least 90 % at the length it judges at."""
 
 
