@@ -24,7 +24,7 @@ def encode(text: str) -> list[int]:
 
 
 def author(length: int = 6000, text: str = TEXT) -> Author:
-    words = TESTS.even(lambda item: len(encode(item)))
+    words = TESTS.even(lambda text: len(encode(text)))
     return Author(encode, Text(encode(text), "the text"), words, length)
 
 

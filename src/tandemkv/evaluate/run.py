@@ -97,7 +97,7 @@ def evaluate(
 
     text = Text(encode(settings.text), "the text")
     text.require(settings.length)
-    words = Vocabulary.of_text(settings.text, held_out=True).even(lambda item: len(encode(f" {item}")))
+    words = Vocabulary.of_text(settings.text, held_out=True).even(lambda text: len(encode(text)))
     author = Author(encode, text, words, settings.length)
     ledger = Ledger(settings.out, settings.identity(name))
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

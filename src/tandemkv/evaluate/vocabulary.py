@@ -69,7 +69,7 @@ class Vocabulary:
     def even(self, count_tokens: Callable[[str], int]) -> "Vocabulary":
         """The same, but all keys, all words, all names and all UUIDs that are drawn have the same number of tokens.
 
-        It is the most frequent one of the kind. So questions about them fit into one batch.
+        It is the most frequent one of the kind. So questions about them fit into one batch. count_tokens: of a text.
         """
         return _Even(self, count_tokens)
 
@@ -88,7 +88,7 @@ class _Even(Vocabulary):
     def __init__(self, whole: Vocabulary, count_tokens: Callable[[str], int]) -> None:
         self._held_out, self._keep_out, self.words = whole._held_out, whole._keep_out, whole.words
         self._count_tokens = count_tokens
-        self._num_tokens: dict[str, int] = {}
+        self._num_tokens: dict[str, tuple[int, ...]] = {}
 
     def word(self, rng: random.Random) -> str:
         return self._alike("word", super().word, rng)
@@ -100,12 +100,17 @@ class _Even(Vocabulary):
         return self._alike("variable", super().variable, rng)
 
     def uuid(self, rng: random.Random) -> str:
-        return self._alike("uuid", super().uuid, rng)
+        return self._alike("uuid", super().uuid, rng, ' "')  # in JSON quotes join its first letters in a token
 
-    def _alike(self, kind: str, draw: Callable[[random.Random], str], rng: random.Random) -> str:
+    def _alike(self, kind: str, draw: Callable[[random.Random], str], rng: random.Random, in_front: str = " ") -> str:
         if kind not in self._num_tokens:
             trial = random.Random(kind)  # the usual number must not hang on what was asked for before
-            self._num_tokens[kind] = Counter(self._count_tokens(draw(trial)) for _ in range(100)).most_common(1)[0][0]
-        while self._count_tokens(drawn := draw(rng)) != self._num_tokens[kind]:
+            numbers = Counter(self._numbers(draw(trial), in_front) for _ in range(100))
+            self._num_tokens[kind] = numbers.most_common(1)[0][0]
+        while self._numbers(drawn := draw(rng), in_front) != self._num_tokens[kind]:
             pass
         return drawn
+
+    def _numbers(self, item: str, in_front: str) -> tuple[int, ...]:
+        """Tokens of an item behind each of these characters."""
+        return tuple(self._count_tokens(before + item) for before in in_front)
