@@ -35,7 +35,7 @@ from tandemkv.select import Sparse
 Form = Literal["requests", "turns"]
 """Questions about a shared context, each alone behind it, or one after another in one conversation."""
 
-BATCHED_CONTEXTS = 10  # that share a cache, where their questions are even
+BATCHED_CONTEXTS = 25  # that share a cache, where their questions are even: a pass costs 10 ms whatever it holds
 
 
 def read_forms(names: str) -> tuple[Form, ...]:
