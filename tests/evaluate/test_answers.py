@@ -97,8 +97,10 @@ def test_surprise_is_stock_s(stock: Any, shared: SharedContexts) -> None:
 
 def test_a_system_reads_the_question_and_the_answer_but_not_the_context(model: Any, shared: SharedContexts) -> None:
     """One selection for at most 16 tokens, in every layer, and none while the context was read: what it would have left
-    out then is found by another system after it. Dense answers stay what they were."""
+    out then is found by another system after it. So in requests, in turns, where the perfect answer is read too, and in
+    text. Dense answers stay what they were."""
     seen: list[int] = []
+    continuations = [tokens(random.Random(i), 40) for i in range(NUM_CONTEXTS)]
 
     class Spy:
         def score(self, q: Tensor, summaries: Summaries) -> Tensor:
@@ -109,11 +111,28 @@ def test_a_system_reads_the_question_and_the_answer_but_not_the_context(model: A
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SELECTORS, "spied", SELECTORS["window"])
         patch.setitem(SELECTORS, "window", Spy())
-        shared.ask(QUESTIONS, WINDOW)
-    prompt, num_tokens = len(QUESTIONS[0][0].prompt), len(QUESTIONS[0][0].answer) + SPARE_TOKENS
-    chunks = [MAX_SELECT_QUERIES, prompt - MAX_SELECT_QUERIES] + [1] * (num_tokens - 1)
-    assert seen == [chunk for chunk in chunks for _ in range(model.config.num_hidden_layers)]
+
+        def chunks_of(run: Any, *args: Any) -> list[int]:
+            seen.clear()
+            run(*args, WINDOW)
+            num_layers = model.config.num_hidden_layers
+            assert all(len(set(seen[i : i + num_layers])) == 1 for i in range(0, len(seen), num_layers))
+            return seen[::num_layers]
+
+        prompt, answer = len(QUESTIONS[0][0].prompt), len(QUESTIONS[0][0].answer)
+        reading = [MAX_SELECT_QUERIES, prompt - MAX_SELECT_QUERIES]
+        writing = [1] * (answer + SPARE_TOKENS - 1)
+        assert chunks_of(shared.ask, QUESTIONS) == reading + writing
+        assert chunks_of(shared.converse, QUESTIONS) == (reading + writing + [answer]) * len(QUESTIONS[0])
+        assert chunks_of(shared.surprise, continuations) == [16, 16, 7]
     assert shared.ask(QUESTIONS, None) == before
+
+
+def test_a_system_changes_what_is_found(shared: SharedContexts) -> None:
+    continuations = [tokens(random.Random(i), 40) for i in range(NUM_CONTEXTS)]
+    assert shared.ask(QUESTIONS, WINDOW) != shared.ask(QUESTIONS, None)
+    assert shared.converse(QUESTIONS, WINDOW) != shared.converse(QUESTIONS, None)
+    assert shared.surprise(continuations, WINDOW) != shared.surprise(continuations, None)
 
 
 def test_a_window_is_a_model_that_cannot_see_the_rest(stock: Any, model: Any, shared: SharedContexts) -> None:

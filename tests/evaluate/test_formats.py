@@ -148,3 +148,11 @@ def test_refusals() -> None:
         author(300).write("needle", 10, "0")
     with pytest.raises(InputError, match="at least 100 words to draw keys from, got 1: give a longer text"):
         Vocabulary.of_text("hello hello", held_out=held_out("hello"))
+
+
+def test_no_question_was_answered_in_an_earlier_turn() -> None:
+    """As many facts as the questions ask for: none is asked for twice."""
+    for seed in range(5):
+        context = author().write("needle_multiquery", 5, str(seed))
+        asked = [value for question in context.questions for value in question.values]
+        assert len(set(asked)) == len(asked) == 10

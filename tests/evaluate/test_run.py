@@ -15,9 +15,9 @@ from tandemkv import assets
 from tandemkv.errors import InputError
 from tandemkv.evaluate import run
 from tandemkv.evaluate.ledger import Contestant, Ledger, Scores, contestants
-from tandemkv.evaluate.prompts import Asked
+from tandemkv.evaluate.prompts import FACTS_PER_QUESTION, Asked
 from tandemkv.evaluate.report import bootstrap, draw, make_report, print_report
-from tandemkv.evaluate.run import Settings, evaluate, read_forms, score
+from tandemkv.evaluate.run import Settings, evaluate, read_forms, score, write_prompts
 from tandemkv.evaluate.tasks import COUNTED, ROWS, TASKS, read_rows, read_tasks
 from tests import models
 from tests.integrations.agreement import attached
@@ -32,6 +32,11 @@ def model() -> Any:
     return attached(models.llama(vocab_size=300, max_position_embeddings=4096))
 
 
+def asked_of(model: Any, settings: Settings, name: str = "tiny") -> Ledger:
+    prompts = write_prompts(models.byte_tokenizer(), settings, model.config, CONSOLE)
+    return evaluate(model, name, prompts, settings, CONSOLE)
+
+
 def settings(out: Path, **changes: Any) -> Settings:
     base = Settings(("needle", "perplexity"), (DENSE, WINDOW), 900, TEXT, out, num_contexts=3, num_questions=2)
     return replace(base, **changes)
@@ -40,8 +45,7 @@ def settings(out: Path, **changes: Any) -> Settings:
 def test_a_run_keeps_every_score_and_asks_nothing_twice(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = models.byte_tokenizer()
-    ledger = evaluate(model, tokenizer, "tiny", settings(tmp_path), CONSOLE)
+    ledger = asked_of(model, settings(tmp_path))
     forms = [("needle", "requests"), ("needle", "turns"), ("perplexity", "text")]
     expected = {
         (task, form, i, who.system, who.budget_tokens)
@@ -52,14 +56,13 @@ def test_a_run_keeps_every_score_and_asks_nothing_twice(
     assert set(ledger.found) == expected
     assert all(len(scores.scores) == (2 if scores.task == "needle" else 1) for scores in ledger.found.values())
     monkeypatch.setattr(run, "SharedContexts", None)  # nothing is left to ask
-    again = evaluate(model, tokenizer, "tiny", settings(tmp_path), CONSOLE)
+    again = asked_of(model, settings(tmp_path))
     assert again.found == ledger.found
 
 
 def test_a_run_that_was_cut_off_goes_on(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a line: that line is done again, and nothing before it."""
-    tokenizer = models.byte_tokenizer()
-    whole = evaluate(model, tokenizer, "tiny", settings(tmp_path), CONSOLE).found
+    whole = asked_of(model, settings(tmp_path)).found
     path = tmp_path / "scores.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:8]) + lines[8][:20])
@@ -71,7 +74,7 @@ def test_a_run_that_was_cut_off_goes_on(model: Any, tmp_path: Path, monkeypatch:
         fill(ledger, *rest)
 
     monkeypatch.setattr(run, "_fill", watched)
-    again = evaluate(model, tokenizer, "tiny", settings(tmp_path), CONSOLE)
+    again = asked_of(model, settings(tmp_path))
     assert held[0] == 7
     assert again.found.keys() == whole.keys()
     for key, scores in again.found.items():
@@ -80,19 +83,55 @@ def test_a_run_that_was_cut_off_goes_on(model: Any, tmp_path: Path, monkeypatch:
 
 
 def test_scores_of_another_run_are_not_mixed_in(model: Any, tmp_path: Path) -> None:
-    evaluate(model, models.byte_tokenizer(), "tiny", settings(tmp_path, tasks=("needle",)), CONSOLE)
+    asked_of(model, settings(tmp_path, tasks=("needle",)))
     with pytest.raises(InputError, match=r"was made with length 900, this run has 800: give another --out"):
-        evaluate(model, models.byte_tokenizer(), "tiny", settings(tmp_path, length=800), CONSOLE)
+        asked_of(model, settings(tmp_path, length=800))
     with pytest.raises(InputError, match="was made with model 'tiny', this run has 'other'"):
-        evaluate(model, models.byte_tokenizer(), "other", settings(tmp_path), CONSOLE)
+        asked_of(model, settings(tmp_path), "other")
+
+
+def test_scores_of_other_prompts_are_not_taken_over(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generator that writes something else under the same seed asks again."""
+    one = settings(tmp_path, tasks=("needle",))
+    before = asked_of(model, one)
+    monkeypatch.setitem(FACTS_PER_QUESTION, "needle", 2)
+    again = asked_of(model, one)
+    assert again.found.keys() == before.found.keys()
+    assert all(again.found[key].digest != before.found[key].digest for key in before.found)
+
+
+@pytest.mark.parametrize("content", ["", "[]\n", "{}\n", "settings", '{"task": "needle"}'])
+def test_a_ledger_that_is_none(model: Any, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "scores.jsonl"
+    if content.endswith("}"):
+        asked_of(model, settings(tmp_path, tasks=("perplexity",)))
+        content = path.read_text() + content + "\n"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"scores\.jsonl.*give another --out"):
+        asked_of(model, settings(tmp_path, tasks=("perplexity",)))
+    assert path.read_text() == content, "nothing that was there is harmed"
+
+
+def test_all_prompts_are_written_before_anything_is_asked(model: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(run, "SharedContexts", None)
+    with pytest.raises(InputError, match="--rows names no folder"):
+        asked_of(model, settings(tmp_path, tasks=("needle", "kv_rows")))
+    with pytest.raises(
+        InputError, match=r"perplexity: a context and its questions take \d+ tokens, the model has 4096"
+    ):
+        asked_of(model, settings(tmp_path, tasks=("perplexity",), length=4000))
 
 
 def test_every_task_runs(model: Any, tmp_path: Path) -> None:
     tasks = tuple(task for task in TASKS if task not in ROWS)
     one = settings(tmp_path, tasks=tasks, length=1500, num_contexts=1, num_questions=1)
-    ledger = evaluate(model, models.byte_tokenizer(), "tiny", one, CONSOLE)
+    ledger = asked_of(model, one)
     assert {task for task, *_ in ledger.found} == set(tasks)
-    print_report(make_report(ledger, [DENSE, WINDOW]), CONSOLE)
+    report = make_report(ledger, [DENSE, WINDOW], tasks, one.forms)
+    assert {row.task for row in report.rows} == set(tasks)
+    print_report(report, CONSOLE)
 
 
 def test_answers_are_scored_by_the_values_in_their_first_line() -> None:
@@ -103,11 +142,11 @@ def test_answers_are_scored_by_the_values_in_their_first_line() -> None:
 
 
 def ledger_of(tmp_path: Path, table: dict[tuple[str, str], dict[Contestant, list[list[float]]]]) -> Ledger:
-    ledger = Ledger(tmp_path, {"length": 1024})
+    ledger = Ledger(tmp_path, {"length": 1024, "num_contexts": 4}, {})
     for (task, form), rows in table.items():
         for who, scores in rows.items():
             for context, of_context in enumerate(scores):
-                ledger.add(Scores(task, form, context, who.system, who.budget_tokens, tuple(of_context)))
+                ledger.add(Scores(task, form, context, who.system, who.budget_tokens, tuple(of_context), ""))
     return ledger
 
 
@@ -118,9 +157,10 @@ def test_only_tasks_that_dense_masters_count(tmp_path: Path) -> None:
         ("needle", "requests"): {DENSE: good, WINDOW: bad},
         ("lines", "requests"): {DENSE: poor, WINDOW: bad},
         ("telephone", "requests"): {DENSE: good, WINDOW: good},
-        ("perplexity", "text"): {DENSE: [[2.0], [3.0]], WINDOW: [[2.1], [3.1]]},
+        ("perplexity", "text"): {DENSE: [[2.0], [3.0]] * 2, WINDOW: [[2.1], [3.1]] * 2},
     }
-    report = make_report(ledger_of(tmp_path, table), [DENSE, WINDOW])
+    tasks = tuple(task for task, _ in table)
+    report = make_report(ledger_of(tmp_path, table), [DENSE, WINDOW], tasks, ("requests", "turns"))
     assert report.counted == [("needle", "requests")]
     assert report.averages[DENSE][0] == 1.0
     mean, loss = report.averages[WINDOW]
@@ -135,6 +175,38 @@ def test_only_tasks_that_dense_masters_count(tmp_path: Path) -> None:
     draw(report, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     print_report(report, CONSOLE)
+
+
+def test_a_report_is_about_this_run(tmp_path: Path) -> None:
+    """Other budgets, tasks and forms in the ledger, and a task that is only half done, change nothing."""
+    good, bad = [[1.0]] * 4, [[0.0]] * 4
+    other = Contestant("window", 256)
+    table = {
+        ("needle", "requests"): {DENSE: good, WINDOW: bad, other: good},
+        ("needle", "turns"): {DENSE: good, WINDOW: good},
+        ("kv", "requests"): {DENSE: good, other: bad},
+        ("mqar", "requests"): {DENSE: good[:2], WINDOW: bad[:1]},
+    }
+    report = make_report(ledger_of(tmp_path, table), [DENSE, WINDOW], ("needle", "kv", "mqar"), ("requests",))
+    assert [(row.task, row.contestant, row.score) for row in report.rows] == [
+        ("needle", DENSE, 1.0),
+        ("needle", WINDOW, 0.0),
+    ]
+    assert {who: mean for who, (mean, _) in report.averages.items()} == {DENSE: 1.0, WINDOW: 0.0}
+
+
+def test_the_forms_of_a_task_are_no_evidence_of_their_own(tmp_path: Path) -> None:
+    """Two forms with the same losses in the same contexts: the average's interval is that of one of them."""
+    rng = np.random.default_rng(5)
+    dense = [[1.0] * 10] * 4
+    window = [list(map(float, rng.random(10) < share)) for share in (0.2, 0.9, 0.5, 0.4)]
+    one = {("needle", "requests"): {DENSE: dense, WINDOW: window}}
+    both = {**one, ("needle", "turns"): {DENSE: dense, WINDOW: window}}
+    found = [
+        make_report(ledger_of(tmp_path / name, table), [DENSE, WINDOW], ("needle",), ("requests", "turns"))
+        for name, table in (("one", one), ("both", both))
+    ]
+    assert found[0].averages[WINDOW] == found[1].averages[WINDOW]
 
 
 def test_intervals_cover_as_they_say() -> None:
@@ -213,4 +285,4 @@ def test_names_of_tasks() -> None:
 def test_a_text_that_is_too_short(model: Any, tmp_path: Path) -> None:
     long = settings(tmp_path, length=59_900, tasks=("perplexity",))
     with pytest.raises(InputError, match="the text has 60000 tokens, a context asks for 60157: give a longer text"):
-        evaluate(model, models.byte_tokenizer(), "tiny", long, CONSOLE)
+        asked_of(model, long)

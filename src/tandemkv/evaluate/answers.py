@@ -92,6 +92,15 @@ class SharedContexts:
         return fork
 
 
+def bytes_of_context(model: PreTrainedModel, num_tokens: int) -> int:
+    """What a context takes while it is read: K and V, and the widest activations of a layer."""
+    config = model.config.get_text_config(decoder=True)
+    spec = tandem.TieredCache(config, NEAR_TOKENS, 0, page_size=PAGE_SIZE).kv.spec
+    width: int = max(config.hidden_size, getattr(config, "intermediate_size", config.hidden_size))
+    token_bytes: int = spec.num_full_layers * spec.far_page_bytes // PAGE_SIZE + 4 * width * model.dtype.itemsize
+    return num_tokens * token_bytes
+
+
 def are_even(questions: Questions) -> bool:
     """Whether all prompts, and all answers, have the same number of tokens."""
     lengths = {(len(question.prompt), len(question.answer)) for of_context in questions for question in of_context}
@@ -118,14 +127,16 @@ def _continue(model: PreTrainedModel, cache: Cache, logits: Tensor, num_tokens: 
 
 def _feed(model: PreTrainedModel, cache: Cache, ids: Tensor) -> Tensor:
     """The logits `[num_seqs, vocab_size]` behind the last token; see `_feed_all`."""
-    return list(_feed_all(model, cache, ids))[-1][:, -1]
+    for logits in _feed_all(model, cache, ids, every=False):
+        last = logits[:, -1]
+    return last
 
 
-def _feed_all(model: PreTrainedModel, cache: Cache, ids: Tensor) -> Iterator[Tensor]:
-    """Logits of every token, in runs for each of which a system selects once: were a question read at once, its last
-    tokens would find in its first ones what those had found, and every policy would look good."""
+def _feed_all(model: PreTrainedModel, cache: Cache, ids: Tensor, *, every: bool = True) -> Iterator[Tensor]:
+    """Logits of every token, or of the last one of each run. A system selects once for a run: were a question read at
+    once, its last tokens would find in its first ones what those had found, and every policy would look good."""
     for run in ids.split(MAX_SELECT_QUERIES, 1):
-        yield _forward(model, cache, run, every=True)
+        yield _forward(model, cache, run, every=every)
 
 
 @torch.inference_mode()

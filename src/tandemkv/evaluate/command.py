@@ -10,7 +10,7 @@ from tandemkv import assets
 from tandemkv.attention import use_threads
 from tandemkv.errors import InputError
 from tandemkv.evaluate.report import Report, draw, make_report
-from tandemkv.evaluate.run import Settings, evaluate
+from tandemkv.evaluate.run import Settings, evaluate, open_ledger, write_prompts
 from tandemkv.integrations.transformers.folders import Dtype, load_model, quieten, read_config, read_tokenizer
 
 
@@ -32,10 +32,13 @@ def evaluate_folder(folder: Path, settings: Settings, dtype: Dtype, threads: int
         raise InputError(
             f"--length {settings.length} exceeds the model's {config.max_position_embeddings} positions: lower it"
         )
+    prompts = write_prompts(tokenizer, settings, config.get_text_config(decoder=True), console)
+    name = f"{_fingerprint(folder)} {config.dtype}"
+    open_ledger(name, prompts, settings)  # refuses before the weights are read
     with console.status("loading the weights"):
         model = load_model(folder, config.dtype)
-    ledger = evaluate(model, tokenizer, f"{_fingerprint(folder)} {config.dtype}", settings, console)
-    report = make_report(ledger, list(settings.contestants))
+    ledger = evaluate(model, name, prompts, settings, console)
+    report = make_report(ledger, list(settings.contestants), settings.tasks, settings.forms)
     return Evaluated(report, _draw(report, settings.out / "accuracy.png"))
 
 

@@ -114,14 +114,21 @@ def needle_multiquery(vocabulary: Vocabulary, rng: random.Random, num_facts: int
     keys = _distinct(lambda: vocabulary.key(rng), max(num_facts, 2))
     value_of = {key: vocabulary.number(rng, 7) for key in keys}
     questions = []
-    for _ in range(num_questions):
-        asked = tuple(rng.sample(keys, 2))
+    for asked in _pairs(keys, rng, num_questions):
         values = tuple(value_of[key] for key in asked)
         told = _listed(tuple(f"{key}: {value_of[key]}" for key in asked))
         what = f"the special magic numbers for {_listed(asked)} mentioned in the provided text"
         questions.append(Question(f"\nWhat are {what}? T{what[1:]} are", f" {told}.", values))
     facts = tuple(_needle("number", key, value) for key, value in value_of.items())
     return Episode(_NEEDLES.format(kind="number"), facts, tuple(questions), in_text=True)
+
+
+def _pairs(keys: list[str], rng: random.Random, count: int) -> list[tuple[str, ...]]:
+    """None is asked for again before all were: the answer would stand in an earlier turn."""
+    drawn: list[str] = []
+    while len(drawn) < 2 * count:
+        drawn += rng.sample(keys, len(keys) // 2 * 2)
+    return [tuple(drawn[i : i + 2]) for i in range(0, 2 * count, 2)]
 
 
 def needle_uuid(vocabulary: Vocabulary, rng: random.Random, num_facts: int, num_questions: int) -> Episode:

@@ -55,6 +55,7 @@ class Scores:
     system: str
     budget_tokens: int | None
     scores: tuple[float, ...]
+    digest: str  # of the context and its questions
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -64,23 +65,30 @@ class Scores:
 
 @dataclass
 class Ledger:
-    """All scores of a run: `scores.jsonl` in a folder, its first line the settings; one line for each `Scores`."""
+    """All scores of a run: `scores.jsonl` in a folder, its first line the settings; one line for each `Scores`.
+
+    digests: of what is asked in each task and place. Scores of other prompts stay in the file, and out of `found`.
+    """
 
     folder: Path
     settings: dict[str, Any]
+    digests: dict[tuple[str, int], str]
     found: dict[tuple[object, ...], Scores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._path = self.folder / "scores.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._path.exists():
+            if self._path.exists():
+                self._read(*self._path.read_text().split("\n"))
+            else:
                 self._path.write_text(json.dumps(self.settings) + "\n")
-                return
-            first, *lines = self._path.read_text().split("\n")
-            before = json.loads(first)
-        except (OSError, ValueError) as error:
-            raise InputError(f"scores cannot be kept in {self._path}: {error}; give another --out") from error
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise InputError(f"scores cannot be kept in {self._path} ({told}): give another --out") from error
+
+    def _read(self, first: str, *lines: str) -> None:
+        before = json.loads(first)
         differing = [name for name in self.settings if before.get(name) != self.settings[name]]
         if differing:
             name = differing[0]
@@ -89,11 +97,19 @@ class Ledger:
                 "give another --out, or delete it"
             )
         whole = [line for line in lines if line.endswith("}")]  # a last line may have been cut off
-        self._path.write_text("\n".join([first, *whole]) + "\n")
-        for line in whole:
-            row = json.loads(line)
-            scores = Scores(**{**row, "scores": tuple(row["scores"])})
-            self.found[scores.key] = scores
+        rows = [json.loads(line) for line in whole]
+        for scores in (Scores(**{**row, "scores": tuple(row["scores"])}) for row in rows):
+            if self.digests.get((scores.task, scores.context)) == scores.digest:
+                self.found[scores.key] = scores
+        beside = self._path.with_suffix(".new")
+        beside.write_text("\n".join([first, *whole]) + "\n")
+        beside.replace(self._path)
+
+    @property
+    def num_contexts(self) -> int:
+        """Contexts of each task."""
+        num_contexts: int = self.settings["num_contexts"]
+        return num_contexts
 
     def add(self, scores: Scores) -> None:
         """Note what was found, once."""

@@ -1,5 +1,6 @@
 """Contexts and questions in tokens: the same for every system, from a seed."""
 
+import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class Context:
 
     ids: tuple[int, ...]
     questions: tuple[Asked, ...]
+
+    @property
+    def digest(self) -> str:
+        """Tells contexts and their questions apart."""
+        return hashlib.blake2s(repr((self.ids, self.questions)).encode(), digest_size=8).hexdigest()
 
 
 class Text:

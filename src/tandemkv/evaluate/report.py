@@ -78,21 +78,20 @@ class Report:
         }
 
 
-def make_report(ledger: Ledger, contestants: list[Contestant]) -> Report:
-    """Compare what is in the ledger."""
-    tables = _tables(ledger)
+def make_report(
+    ledger: Ledger, contestants: list[Contestant], tasks: tuple[str, ...], forms: tuple[str, ...]
+) -> Report:
+    """Compare what these contestants, dense among them, have answered in these tasks and forms, whatever else the
+    ledger holds; what is not complete is left out."""
+    tables = _tables(ledger, contestants, tasks, forms)
     rows, counted = [], []
     for (task, form), by_contestant in tables.items():
-        dense = by_contestant.get(Contestant("dense"))
-        if dense is None:
-            continue
+        dense = by_contestant[Contestant("dense")]
         counts = task != PERPLEXITY and task not in HELD_OUT_OF_TRAINING and float(dense.mean()) >= COUNTS_FROM
         if counts:
             counted.append((task, form))
-        for contestant in contestants:
-            if (scores := by_contestant.get(contestant)) is not None:
-                rows.append(_row((task, form), contestant, scores, dense, counts))
-    averages = {who: _average([tables[key] for key in counted], who) for who in contestants if counted}
+        rows += [_row((task, form), who, scores, dense, counts) for who, scores in by_contestant.items()]
+    averages = {who: _average({key: tables[key] for key in counted}, who) for who in contestants if counted}
     return Report(ledger.settings, rows, counted, averages)
 
 
@@ -151,7 +150,9 @@ def draw(report: Report, path: Path) -> None:
     axes.set_ylabel("values found, %")
     axes.set_ylim(0, 102)
     tasks = len({task for task, _ in report.counted})
-    axes.set_title(f"{tasks} tasks after {report.settings['length']:,} tokens; bars: 95 % of the loss", fontsize=10)
+    axes.set_title(
+        f"{tasks} tasks after {report.settings['length']:,} tokens; bars: 95 % intervals of what is lost", fontsize=10
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -159,25 +160,36 @@ def draw(report: Report, path: Path) -> None:
 
 
 def bootstrap(losses: np.ndarray) -> Interval:
-    """The mean of losses `[num_contexts]`, or of tasks `[num_tasks, num_contexts]` averaged, and its 95 %."""
+    """The mean of losses `[num_contexts]`, or of tasks `[num_tasks, num_contexts]` averaged, and its 95 %.
+
+    Contexts of different tasks are different contexts. The forms of a task share theirs: they are one row.
+    """
     rng = np.random.default_rng(0)
     losses = np.atleast_2d(losses)
     means = np.zeros(RESAMPLES)
-    for row in losses:  # contexts of different tasks are different contexts
+    for row in losses:
         means += row[rng.integers(0, len(row), (RESAMPLES, len(row)))].mean(1) / len(losses)
     mean, (low, high) = float(losses.mean()), np.quantile(means, (0.025, 0.975))
     return Interval(mean, min(mean, float(low)), max(mean, float(high)))  # equal losses differ by rounding
 
 
-def _tables(ledger: Ledger) -> dict[tuple[str, str], dict[Contestant, np.ndarray]]:
+_Table = dict[Contestant, np.ndarray]
+
+
+def _tables(
+    ledger: Ledger, contestants: list[Contestant], tasks: tuple[str, ...], forms: tuple[str, ...]
+) -> dict[tuple[str, str], _Table]:
     """Scores `[num_contexts, num_questions]` by task and form, then by contestant; contexts in order."""
-    found: dict[tuple[str, str], dict[Contestant, list[tuple[int, tuple[float, ...]]]]] = {}
-    for scores in ledger.found.values():
-        who = Contestant(scores.system, scores.budget_tokens)
-        found.setdefault((scores.task, scores.form), {}).setdefault(who, []).append((scores.context, scores.scores))
-    return {
-        key: {who: np.array([row for _, row in sorted(rows)]) for who, rows in by.items()} for key, by in found.items()
-    }
+    tables: dict[tuple[str, str], _Table] = {}
+    for task, form in [(name, form) for name in tasks for form in (("text",) if name == PERPLEXITY else forms)]:
+        found: _Table = {}
+        for who in contestants:
+            keys = [(task, form, index, who.system, who.budget_tokens) for index in range(ledger.num_contexts)]
+            if all(key in ledger.found for key in keys):
+                found[who] = np.array([ledger.found[key].scores for key in keys])
+        if len(found) == len(contestants):
+            tables[task, form] = found
+    return tables
 
 
 def _row(key: tuple[str, str], who: Contestant, scores: np.ndarray, dense: np.ndarray, counts: bool) -> Row:
@@ -192,11 +204,15 @@ def _row(key: tuple[str, str], who: Contestant, scores: np.ndarray, dense: np.nd
     return Row(task, form, who, mean, scores.size, loss if who.system != "dense" else None, counts)
 
 
-def _average(tables: list[dict[Contestant, np.ndarray]], who: Contestant) -> tuple[float, Interval | None]:
+def _average(tables: dict[tuple[str, str], _Table], who: Contestant) -> tuple[float, Interval | None]:
+    """Of tasks; the forms of each are averaged first."""
     dense = Contestant("dense")
-    losses = np.array([(table[dense] - table[who]).mean(1) for table in tables])
-    mean = float(np.mean([table[who].mean() for table in tables]))
-    return mean, None if who == dense else bootstrap(losses)
+    means, losses = [], []
+    for task in dict.fromkeys(task for task, _ in tables):
+        forms = [table for (other, _), table in tables.items() if other == task]
+        means.append(np.mean([table[who].mean() for table in forms]))
+        losses.append(np.mean([(table[dense] - table[who]).mean(1) for table in forms], axis=0))
+    return float(np.mean(means)), None if who == dense else bootstrap(np.array(losses))
 
 
 def _name(who: Contestant) -> dict[str, object]:

@@ -8,16 +8,19 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tandemkv import machine
 from tandemkv.errors import InputError
 from tandemkv.evaluate.answers import (
     NEAR_TOKENS,
+    PAGE_SIZE,
     SPARE_TOKENS,
     Answers,
     Questions,
     SharedContexts,
     are_even,
+    bytes_of_context,
 )
 from tandemkv.evaluate.ledger import Contestant, Ledger, Scores
 from tandemkv.evaluate.prompts import Asked, Author, Context, Encode, Text
@@ -30,6 +33,7 @@ from tandemkv.evaluate.tasks import (
     write_passages,
 )
 from tandemkv.evaluate.vocabulary import Vocabulary
+from tandemkv.integrations.transformers.folders import refuse_foreign_tokens
 from tandemkv.select import Sparse
 
 Form = Literal["requests", "turns"]
@@ -80,36 +84,59 @@ class Settings:
         """What scores depend on, beside task, form, context and contestant."""
         kept = ("length", "num_contexts", "num_questions", "seed")
         text = hashlib.blake2s(self.text.encode(), digest_size=8).hexdigest()
-        return {"model": model, "text": text, **{name: getattr(self, name) for name in kept}}
+        limits = {"near_tokens": NEAR_TOKENS, "page_size": PAGE_SIZE}
+        return {"model": model, "text": text, **limits, **{name: getattr(self, name) for name in kept}}
 
 
-def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, settings: Settings, console: Console
-) -> Ledger:
-    """Ask an attached model everything that the ledger in `settings.out` does not hold yet; `name` tells models apart.
+class Prompts(NamedTuple):
+    """What is asked in every task, in tokens, and how an answer becomes text again."""
 
-    Raises InputError, before any work, for what cannot be asked.
-    """
+    contexts: dict[str, list[Context]]
+    decode: Callable[[list[int]], str]
+
+
+def write_prompts(
+    tokenizer: PreTrainedTokenizerBase, settings: Settings, config: PreTrainedConfig, console: Console
+) -> Prompts:
+    """All contexts of all tasks. Raises InputError for what could not be asked of a model with this config."""
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    text = Text(encode(settings.text), "the text")
+    ids = encode(settings.text)
+    refuse_foreign_tokens(ids, config.vocab_size)
+    text = Text(ids, "the text")
     text.require(settings.length)
     words = Vocabulary.of_text(settings.text, held_out=True).even(lambda text: len(encode(text)))
     author = Author(encode, text, words, settings.length)
-    ledger = Ledger(settings.out, settings.identity(name))
+    contexts = {}
+    for task in settings.tasks:
+        with console.status(f"writing the contexts of {task}"):
+            contexts[task] = _contexts(task, author, settings, encode)
+        for context in contexts[task]:
+            _require_positions(task, context, config.max_position_embeddings)
+    return Prompts(contexts, tokenizer.decode)
+
+
+def evaluate(model: PreTrainedModel, name: str, prompts: Prompts, settings: Settings, console: Console) -> Ledger:
+    """Ask an attached model all that the ledger in `settings.out` does not hold yet; `name` tells models apart."""
+    ledger = open_ledger(name, prompts, settings)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(settings.tasks) * settings.num_contexts)
-        for task in settings.tasks:
+        for task, contexts in prompts.contexts.items():
             progress.update(bar, description=task)
-            contexts = _contexts(task, author, settings, encode)
-            for places in batches(contexts):
-                _fill(ledger, model, _Batch(task, contexts, places, tokenizer.decode), settings)
+            for places in batches(contexts, model):
+                _fill(ledger, model, _Batch(task, contexts, places, prompts.decode), settings)
                 progress.advance(bar, len(places))
     return ledger
+
+
+def open_ledger(name: str, prompts: Prompts, settings: Settings) -> Ledger:
+    """What was found before for these prompts. InputError where it was found for other settings."""
+    digests = {(task, i): each.digest for task, found in prompts.contexts.items() for i, each in enumerate(found)}
+    return Ledger(settings.out, settings.identity(name), digests)
 
 
 def _contexts(task: str, author: Author, settings: Settings, encode: Encode) -> list[Context]:
@@ -158,37 +185,36 @@ def _fill(ledger: Ledger, model: PreTrainedModel, batch: _Batch, settings: Setti
         (form, who)
         for form in forms
         for who in settings.contestants
-        if any(
-            Scores(batch.task, form, i, who.system, who.budget_tokens, ()).key not in ledger.found for i in batch.places
-        )
+        if any((batch.task, form, i, who.system, who.budget_tokens) not in ledger.found for i in batch.places)
     ]
     if not missing:
         return
-    _require_positions(model, batch)
     shared = SharedContexts(model, batch.ids, batch.num_new_tokens)
     for form, who in missing:
         found = batch.scores(shared, form, who.sparse)
         for place, scores in zip(batch.places, found, strict=True):
-            ledger.add(Scores(batch.task, form, place, who.system, who.budget_tokens, scores))
+            digest = batch.contexts[place].digest
+            ledger.add(Scores(batch.task, form, place, who.system, who.budget_tokens, scores, digest))
     shared.close()
 
 
-def _require_positions(model: PreTrainedModel, batch: _Batch) -> None:
+def _require_positions(task: str, context: Context, num_positions: int) -> None:
     """A conversation must end before the model's positions do."""
-    longest = max(sum(len(q.prompt) + len(q.answer) for q in asked) for asked in batch.questions) + SPARE_TOKENS
-    needed, positions = len(batch.ids[0]) + longest, model.config.get_text_config(decoder=True).max_position_embeddings
-    if needed > positions:
+    needed = len(context.ids) + sum(len(q.prompt) + len(q.answer) for q in context.questions) + SPARE_TOKENS
+    if needed > num_positions:
         raise InputError(
-            f"{batch.task}: a context and its questions take {needed} tokens, the model has {positions} positions: "
+            f"{task}: a context and its questions take {needed} tokens, the model has {num_positions} positions: "
             "lower --length or --questions"
         )
 
 
-def batches(contexts: list[Context]) -> Iterator[range]:
-    """Places of contexts that share a cache: several where lengths are even, one where not."""
+def batches(contexts: list[Context], model: PreTrainedModel) -> Iterator[range]:
+    """Places of contexts that share a cache: several where lengths are even, as many as half of the free memory holds
+    and at most BATCHED_CONTEXTS; one where not."""
     questions: Questions = [context.questions for context in contexts]
     even = are_even(questions) and len({len(context.ids) for context in contexts}) == 1
-    size = BATCHED_CONTEXTS if even else 1
+    num_bytes = bytes_of_context(model, len(contexts[0].ids))
+    size = max(1, min(BATCHED_CONTEXTS, machine.available_bytes().num_bytes // 2 // num_bytes)) if even else 1
     for begin in range(0, len(contexts), size):
         yield range(begin, min(begin + size, len(contexts)))
 

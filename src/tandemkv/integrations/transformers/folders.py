@@ -83,11 +83,16 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, vocab_size: int) -> 
     ids: Tensor = tokenizer(text, return_tensors="pt").input_ids.long()
     if ids.shape[1] == 0:
         raise InputError("the prompt has no tokens: the tokenizer knows nothing in it")
-    if int(ids.max()) >= vocab_size:
-        raise InputError(
-            f"the tokenizer gives token {int(ids.max())}, the model has {vocab_size}: they do not belong together"
-        )
+    refuse_foreign_tokens(ids[0].tolist(), vocab_size)
     return ids
+
+
+def refuse_foreign_tokens(ids: list[int], vocab_size: int) -> None:
+    """InputError where a tokenizer gives tokens that the model does not have."""
+    if max(ids, default=0) >= vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {max(ids)}, the model has {vocab_size}: they do not belong together"
+        )
 
 
 def special_tokens(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
