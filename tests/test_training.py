@@ -2,15 +2,18 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tandemkv import assets
+from tandemkv.errors import InputError
 from tandemkv.evaluate.formats import FORMATS
 from tandemkv.evaluate.vocabulary import Vocabulary
 from training import judge, train
@@ -40,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """12 books, of which at least one is held out."""
+    """30 books, of which at least one is held out."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for i in range(30):
@@ -64,11 +67,16 @@ def test_answers_alone_weigh_as_answers(writer: Writer, name: str) -> None:
     tokenizer = load_tokenizer(assets.MODEL)
     make, _, shortest = TRAINED[name]
     document = writer.questions(random.Random(2), max(600, shortest), make)
-    answered = tokenizer.decode(document.ids[document.weights == ANSWER].tolist())
-    before = tokenizer.decode(document.ids[: np.flatnonzero(document.weights == ANSWER)[0]].tolist())
-    assert answered
-    known = [part for part in answered.replace(".", " ").replace(",", " ").split() if any(c.isdigit() for c in part)]
-    assert all(part.strip("<>;") in before for part in known)
+    is_answer = document.weights == ANSWER
+    answered = tokenizer.decode(document.ids[is_answer].tolist())
+    others = tokenizer.decode(document.ids[~is_answer].tolist())
+    before = tokenizer.decode(document.ids[: np.flatnonzero(is_answer)[0]].tolist())
+    assert 0 < is_answer.mean() < 0.5
+    values = [part for part in re.split(r"[ .,;:<>\n]+|and", answered) if part]
+    assert values
+    assert all(value in before for value in values)
+    assert not any(weight == ANSWER for weight in document.weights[: len(document) // 4]), "questions come last"
+    assert len(others) > len(answered)
 
 
 def test_what_repeats_was_there_before(writer: Writer) -> None:
@@ -100,7 +108,10 @@ def test_books_are_split_by_name(texts: Path) -> None:
     assert len(trained | unseen) == 30
     assert not trained & unseen
     assert unseen
-    with pytest.raises(FileNotFoundError, match=r"expected \*\.txt in .*: give --texts a folder of texts"):
+    for path in list(texts.iterdir())[2:]:
+        path.unlink()
+    assert [len(read_texts(texts, held_out=held_out)) for held_out in (False, True)] == [1, 1]
+    with pytest.raises(InputError, match=r"expected at least 2 \*\.txt in .*, one to hold out, found 0"):
         read_texts(texts.parent, held_out=False)
 
 
@@ -133,9 +144,21 @@ def test_a_training_goes_on_from_its_weights(texts: Path, tmp_path: Path, monkey
     with pytest.raises(StoppedError):
         train.train(texts, out, keep, device="cpu")
     assert json.loads((out / "progress.json").read_text()) == {"stage": 1, "tokens_in_stage": 512, "tokens": 1536}
-    monkeypatch.setattr(train.Trainer, "_step", step)
     before = (out / "model.safetensors").read_bytes()
+    saved = load_file(out / "model.safetensors")
+    rates: list[float] = []
+
+    def watched(trainer: train.Trainer, stage: train.Stage, rng: random.Random) -> None:
+        if not rates:
+            weights = dict(trainer._model.named_parameters())
+            assert all(torch.equal(weights[name], saved[name].float()) for name in saved)
+            assert not any(optimiser.state for optimiser in trainer._optimisers)
+        step(trainer, stage, rng)
+        rates.append(trainer._optimisers[0].param_groups[0]["lr"])
+
+    monkeypatch.setattr(train.Trainer, "_step", watched)
     train.train(texts, out, keep, device="cpu")
+    assert rates[0] == pytest.approx(1e-3 / train.WARM_UP * (1 - 0.95 * 0.5)), "a warm-up from the start"
     assert json.loads((out / "progress.json").read_text()) == {"stage": 2, "tokens_in_stage": 0, "tokens": 2048}
     assert (out / "model.safetensors").read_bytes() != before
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -145,7 +168,9 @@ def test_a_training_goes_on_from_its_weights(texts: Path, tmp_path: Path, monkey
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.float32
     assert AutoTokenizer.from_pretrained(out).decode(AutoTokenizer.from_pretrained(out)("as 12").input_ids) == "as 12"
-    with pytest.raises(ValueError, match="holds another model"):
+    starts = [row for row in rows if "device" in row]
+    assert [row["kept_out"] for row in starts] == [3, 3], "kept, apart and 12345"
+    with pytest.raises(InputError, match="holds another model"):
         load_weights(torch.nn.Linear(2, 2), out)
 
 

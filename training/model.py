@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tandemkv.errors import InputError
 from training.documents import ANSWER, REPEATED, TEXT, Document
 from training.tokenizer import END, VOCAB_SIZE
 
@@ -44,7 +45,8 @@ def make_model() -> Qwen3ForCausalLM:
 
 
 def save_model(model: Qwen3ForCausalLM, folder: Path, progress: dict[str, int]) -> None:
-    """fp16 weights, config and progress, as transformers reads them; a stop in the middle leaves what was there."""
+    """fp16 weights, config and progress, as transformers reads them; each file is replaced when it is whole, progress
+    last: a stop between two of them repeats some steps."""
     new = folder / "new"
     new.mkdir(exist_ok=True)
     weights = {name: p.detach().to("cpu", torch.float16).contiguous() for name, p in model.state_dict().items()}
@@ -54,7 +56,7 @@ def save_model(model: Qwen3ForCausalLM, folder: Path, progress: dict[str, int]) 
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "model_max_length": MAX_POSITIONS}
     (new / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
     (new / "progress.json").write_text(json.dumps(progress) + "\n")
-    for path in new.iterdir():
+    for path in sorted(new.iterdir(), key=lambda path: path.name == "progress.json"):
         path.replace(folder / path.name)
     new.rmdir()
 
@@ -65,7 +67,7 @@ def load_weights(model: Qwen3ForCausalLM, folder: Path) -> dict[str, int]:
         return {}
     missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     if unexpected or set(missing) - {_TIED}:
-        raise ValueError(f"{folder} holds another model: {[*unexpected, *missing]} do not fit; give another --out")
+        raise InputError(f"{folder} holds another model: {[*unexpected, *missing]} do not fit; give another --out")
     progress: dict[str, int] = json.loads((folder / "progress.json").read_text())
     return progress
 

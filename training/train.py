@@ -12,6 +12,7 @@ import torch
 import typer
 from transformers import Qwen3ForCausalLM
 
+from tandemkv.errors import TandemError
 from tandemkv.evaluate.vocabulary import Vocabulary
 from training.documents import Mixture, Writer, spread_positions
 from training.judge import Judge, Log
@@ -169,11 +170,24 @@ def train(
     writer = Writer(tokenizer, encode_texts(books, tokenizer), words)
     judge = Judge(Writer(tokenizer, encode_texts(unseen, tokenizer), test_words), log)
     trainer = Trainer(make_model().to(device), writer, judge, log, out)
-    log.write({"device": device, "seed": seed, "held_out": sorted(unseen), "words": len(words.words)})
+    kept_out = None if keep_out is None else len(_named_in(keep_out))
+    log.write(
+        {
+            "device": device,
+            "seed": seed,
+            "held_out": sorted(unseen),
+            "words": len(words.words),
+            "kept_out": kept_out,
+            "compiled": compile_model,
+        }
+    )
     if compile_model:
         trainer.compile()
     trainer.run(seed)
 
 
 if __name__ == "__main__":
-    typer.run(train)
+    try:
+        typer.run(train)
+    except TandemError as error:
+        raise SystemExit(f"error: {error}") from None

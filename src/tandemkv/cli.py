@@ -19,7 +19,7 @@ import tandemkv
 from tandemkv import assets, machine
 from tandemkv.errors import TandemError
 
-_SYSTEMS, _BUDGETS = ["window"], [256, 512, 1024, 2048]
+_SYSTEMS, _BUDGETS = ["window"], [528, 1024, 2048, 4096]
 
 app = typer.Typer(name="tandemkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -220,7 +220,7 @@ def evaluate(  # noqa: PLR0913  one argument per option
     text: TextFile = None,
     rows: RowsFolder = None,
     out: OutFolder = Path("tandemkv-eval"),
-    dtype: Dtype = "float32",
+    dtype: Dtype = "bfloat16",
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -111,7 +112,7 @@ def print_recall(recall: Recall, console: Console) -> None:
         table.add_column(heading, justify="right" if heading == "ms per token" else "left")
     for answer in recall.answers:
         verdict = "[green]right[/green]" if answer.is_right else "[red]wrong[/red]"
-        table.add_row(answer.name, answer.text.strip(), verdict, f"{answer.token_ms:.1f}")
+        table.add_row(answer.name, escape(answer.text.strip()), verdict, f"{answer.token_ms:.1f}")
     console.print(table)
     console.print(f"{format_bytes(recall.far_bytes)} of its keys and values lay far.")
 

@@ -83,13 +83,15 @@ def read_rows(task: str, folder: Path | None, encode: Encode, num_contexts: int,
     if path is None or not path.is_file():
         where = "--rows names no folder" if folder is None else f"{folder} has no such file"
         raise InputError(f"{task} reads {rows.file_name}, which is not shipped: {where}")
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
-    lines = text.splitlines()[:num_contexts]
-    if len(lines) < num_contexts:
-        raise InputError(f"{path} has {len(lines)} rows, {num_contexts} were asked for: lower --contexts")
+    try:
+        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+        read = [rows.read(json.loads(line)) for line in text.splitlines()[:num_contexts]]
+    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is not as published ({type(error).__name__}: {error}): fetch it again") from error
+    if len(read) < num_contexts:
+        raise InputError(f"{path} has {len(read)} rows, {num_contexts} were asked for: lower --contexts")
     contexts = []
-    for index, line in enumerate(lines):
-        context, questions = rows.read(json.loads(line))
+    for index, (context, questions) in enumerate(read):
         if len(questions) < num_questions:
             raise InputError(
                 f"{path} has {len(questions)} records, {num_questions} questions were asked for: lower --questions"
