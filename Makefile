@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(CSRC)
 
 setup: $(INSTALLED)  ## create .venv and install tandemkv with its tools; redone when their sources change
 
-demo: $(INSTALLED)  ## stock transformers beside tandemkv on the same long context
+demo: $(INSTALLED)  ## a number planted far back in a novel, then 128K tokens; stock transformers beside tandemkv
 	$(BIN)/tandemkv demo
 
 test: setup check  ## set up and check: what a change must pass

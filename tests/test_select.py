@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tandemkv import attention
 from tandemkv.attention import extend_and_attend, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, LayerKV
 from tandemkv.errors import InputError
@@ -178,3 +179,21 @@ def test_padding_is_picked_last() -> None:
         *chosen, (padding, last) = choose_pages(scores, summaries, num_sink_tokens, 2)[:, 0].tolist()
         assert chosen == [[0, 1], [1, 2]]
         assert padding < 4 == last
+
+
+def test_on_a_device_every_token_of_a_question_picks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a step is one token: several at once come one after the other, and none reads what was not picked."""
+    monkeypatch.setattr(attention, "_max_step", lambda q, layer: 1)
+    monkeypatch.setattr(attention, "decode_step", attention._decode_on_device)
+    layer, q, k, v = filled(1, 300, 5, [0])
+    layer.sparse = Sparse("window", 80)
+    twin = layer.fork()
+    out = extend_and_attend(q[:, :, -5:], k[:, :, -5:], v[:, :, -5:], layer, ScoreRule(SCALE))
+    alone = [
+        extend_and_attend(*(x[:, :, i : i + 1] for x in (q, k, v)), twin, ScoreRule(SCALE)) for i in range(295, 300)
+    ]
+    assert torch.equal(out, torch.cat(alone, 1))
+    layer.sparse = None
+    dense, *_ = filled(1, 300, 5, [0])
+    everything = extend_and_attend(q[:, :, -5:], k[:, :, -5:], v[:, :, -5:], dense, ScoreRule(SCALE))
+    assert not torch.allclose(out, everything, atol=1e-2)

@@ -1,4 +1,4 @@
-"""The demo's first half: the shipped model is asked what a novel hid long before the tokens that are kept near."""
+"""The demo's first half: the shipped model is asked for a number planted in a novel long before its near tokens."""
 
 import copy
 import random
