@@ -1,5 +1,6 @@
 """The examples run as a reader would run them."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,13 +65,13 @@ def test_long_prompt_without_arguments_says_what_it_takes() -> None:
 
 def test_lm_eval_s_tasks_answer_as_stock_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two generate_until tasks through attach's generate hook: equal answers on every sample, most of them right."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = lm_eval_offline.compare(limit=4)
+    monkeypatch.setattr(socket.socket, "connect", None)  # offline: whoever tries fails
+    found = lm_eval_offline.compare()
     assert set(found.stock) == set(found.ours) == set(lm_eval_offline.TASKS)
-    assert all(len(answers) == 4 for answers in found.ours.values())
+    assert all(len(answers) == 8 for answers in found.ours.values())
     assert found.ours == found.stock
     assert min(found.share_found.values()) >= 0.75
     tiers = [dict(zip(("near", "far"), cache.use(), strict=True)) for cache in found.caches]
-    assert len(tiers) == 4, "a cache for each batch of two"
+    assert len(tiers) == 8, "a cache for each batch of two"
     assert all(each["far"].used_bytes > each["near"].used_bytes > 0 for each in tiers)
     assert all(each["far"].moved_bytes > 0 for each in tiers)

@@ -6,7 +6,7 @@ import datasets
 from transformers import AutoTokenizer
 
 from tandemkv import assets
-from tandemkv.evaluate.prompts import Author, Text
+from tandemkv.evaluate.prompts import Author, Text, encoder
 from tandemkv.evaluate.tasks import write_contexts
 from tandemkv.evaluate.vocabulary import Vocabulary
 
@@ -29,11 +29,7 @@ def score(document: dict[str, Any], answers: list[str]) -> dict[str, float]:
 def _documents(task: str, length: int = 2000, num_contexts: int = 4, **_: Any) -> dict[str, datasets.Dataset]:
     """Two questions about each context of `length` tokens of the shipped tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(assets.MODEL)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-        return ids
-
+    encode = encoder(tokenizer)
     text = assets.held_out_text()
     author = Author(encode, Text(encode(text), "the novel"), Vocabulary.of_text(text, held_out=True), length)
     rows = [

@@ -72,8 +72,9 @@ def extend_and_attend(
         layer.evict()
         return decode_step(q, k, v, layer, rule, sink_logit)
     if layer.sparse is not None and q_len <= MAX_SELECT_QUERIES:  # on a device a step is one token, and picks for it
-        steps = [[x[:, :, i : i + 1] for x in (q, k, v)] for i in range(q_len)]
-        return torch.cat([extend_and_attend(*step, layer, rule, sink_logit) for step in steps], 1)
+        tokens = [slice(i, i + 1) for i in range(q_len)]
+        steps = [extend_and_attend(q[:, :, t], k[:, :, t], v[:, :, t], layer, rule, sink_logit) for t in tokens]
+        return torch.cat(steps, 1)
     out = torch.empty((num_seqs, q_len, num_q_heads, v.shape[3]), dtype=q.dtype, device=q.device)
     for begin in range(0, q_len, layer.chunk_tokens):
         chunk = slice(begin, begin + layer.chunk_tokens)

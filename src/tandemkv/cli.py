@@ -142,7 +142,7 @@ def demo(
     context: Context = 131_072,
     as_json: AsJson = False,
 ) -> None:
-    """Ask the shipped model for a number planted far back in a novel; then decode far longer contexts. Stock runs beside.
+    """Ask the shipped model for a number planted far back in a novel; then decode longer contexts. Stock runs beside.
 
     First half: the answer of stock transformers, of tandemkv, and of a window that forgets. Second half: --context
     tokens through a Llama of 155 M fixed random weights; speeds, the limit of memory, agreement with float64. 131072

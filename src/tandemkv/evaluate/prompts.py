@@ -4,13 +4,28 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tandemkv.errors import InputError
 from tandemkv.evaluate.formats import FORMATS, Episode, Format, Question
 from tandemkv.evaluate.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Encode = Callable[[str], list[int]]
 """Text to token ids, nothing added."""
+
+
+def encoder(tokenizer: "PreTrainedTokenizerBase") -> Encode:
+    """Of a tokenizer."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    return encode
+
 
 FACTS_PER_QUESTION = {"needle": 1, "telephone": 1, "needle_multiquery": 2, "needle_multivalue": 4, "variables": 3}
 """Facts that a context of a format planted in text holds, for each question; other contexts are full of facts."""

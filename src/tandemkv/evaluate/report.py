@@ -116,8 +116,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print(table)
     tasks = {task for task, _ in report.counted}
     console.print(
-        f"In brackets: points lost to dense, with a 95 % interval over contexts. * does not count: dense is below "
-        f"{COUNTS_FROM:.0%}, or the format was held out of training. {len(tasks)} tasks count."
+        f"In brackets: points lost to dense (of perplexity: % gained), with a 95 % interval over contexts. * does not "
+        f"count: dense is below {COUNTS_FROM:.0%}, or the format was held out of training. {len(tasks)} tasks count."
     )
     for system in dict.fromkeys(who.system for who in contestants):
         differs = SYSTEMS[system].where_it_differs
@@ -227,10 +227,14 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return ""
     if row.task == PERPLEXITY:
-        return f"{row.score:.2f}" + ("" if row.loss is None else f" (+{100 * row.loss.mean:.1f} %)")
+        return f"{row.score:.2f}" + ("" if row.loss is None else f" ({_in_percent(row.loss, '+')})")
     return _told(row.score, row.loss)
 
 
 def _told(score: float, loss: Interval | None) -> str:
     told = f"{100 * score:.1f}"
-    return told if loss is None else f"{told} ({100 * loss.mean:.1f}: {100 * loss.low:.1f} to {100 * loss.high:.1f})"
+    return told if loss is None else f"{told} ({_in_percent(loss)})"
+
+
+def _in_percent(loss: Interval, sign: str = "") -> str:
+    return f"{100 * loss.mean:{sign}.1f}: {100 * loss.low:{sign}.1f} to {100 * loss.high:{sign}.1f}"

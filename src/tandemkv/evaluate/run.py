@@ -23,7 +23,7 @@ from tandemkv.evaluate.answers import (
     bytes_of_context,
 )
 from tandemkv.evaluate.ledger import Contestant, Ledger, Scores
-from tandemkv.evaluate.prompts import Asked, Author, Context, Encode, Text
+from tandemkv.evaluate.prompts import Asked, Author, Context, Encode, Text, encoder
 from tandemkv.evaluate.tasks import (
     CONTINUATION_TOKENS,
     PERPLEXITY,
@@ -99,11 +99,7 @@ def write_prompts(
     tokenizer: PreTrainedTokenizerBase, settings: Settings, config: PreTrainedConfig, console: Console
 ) -> Prompts:
     """All contexts of all tasks. Raises InputError for what could not be asked of a model with this config."""
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-        return ids
-
+    encode = encoder(tokenizer)
     ids = encode(settings.text)
     refuse_foreign_tokens(ids, config.vocab_size)
     text = Text(ids, "the text")
