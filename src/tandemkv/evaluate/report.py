@@ -100,7 +100,7 @@ def print_report(report: Report, console: Console) -> None:
     contestants = list(dict.fromkeys(row.contestant for row in report.rows))
     length = report.settings["length"]
     table = Table(title=f"Share of values found in the answers, %, after {length} tokens", title_justify="left")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for contestant in contestants:
         table.add_column(_label(contestant), justify="right")
     by_task: dict[tuple[str, str], dict[Contestant, Row]] = {}
@@ -146,6 +146,8 @@ def draw(report: Report, path: Path) -> None:
         high = [100 * (loss.mean - loss.low) for loss in losses]
         axes.errorbar(budgets, [100 * mean for mean in means], yerr=(low, high), marker="o", capsize=3, label=system)
     axes.set_xscale("log", base=2)
+    ticks = sorted({who.budget_tokens for who in report.averages if who.budget_tokens is not None})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xlabel("budget, tokens per KV head")
     axes.set_ylabel("values found, %")
     axes.set_ylim(0, 102)
