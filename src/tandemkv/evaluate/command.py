@@ -70,4 +70,6 @@ def _draw(report: Report, path: Path) -> str:
         draw(report, path)
     except ImportError:
         return "none: pip install 'tandemkv[plot]'"
+    except OSError as error:
+        return f"none: {error}"
     return str(path)

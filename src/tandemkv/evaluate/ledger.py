@@ -83,6 +83,8 @@ class Ledger:
                 self._read(*self._path.read_text().split("\n"))
             else:
                 self._path.write_text(json.dumps(self.settings) + "\n")
+        except InputError:
+            raise
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             told = f"{type(error).__name__}: {error}"
             raise InputError(f"scores cannot be kept in {self._path} ({told}): give another --out") from error
@@ -90,6 +92,9 @@ class Ledger:
     def _read(self, first: str, *lines: str) -> None:
         before = json.loads(first)
         differing = [name for name in self.settings if before.get(name) != self.settings[name]]
+        if differing and not any(lines):  # nothing was found with them
+            self._path.write_text(json.dumps(self.settings) + "\n")
+            return
         if differing:
             name = differing[0]
             raise InputError(

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def read_rows(task: str, folder: Path | None, encode: Encode, num_contexts: int,
     try:
         text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
         read = [rows.read(json.loads(line)) for line in text.splitlines()[:num_contexts]]
-    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is not as published ({type(error).__name__}: {error}): fetch it again") from error
     if len(read) < num_contexts:
         raise InputError(f"{path} has {len(read)} rows, {num_contexts} were asked for: lower --contexts")
