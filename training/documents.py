@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from tandemkv.evaluate.formats import FORMATS, HELD_OUT_OF_TRAINING, Episode, Format, Question
+from tandemkv.evaluate.prompts import random_gaps
 from tandemkv.evaluate.vocabulary import Vocabulary
 
 TEXT, REPEATED, ANSWER, WORDING, UNKNOWABLE = 1.0, 2.0, 5.0, 0.1, 0.0
@@ -34,9 +35,8 @@ class Document:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def cut(self, length: int) -> "Document":
-        """The first `length` tokens."""
-        return Document(self.ids[:length], self.weights[:length])
+    def __getitem__(self, part: slice) -> "Document":
+        return Document(self.ids[part], self.weights[part])
 
 
 # -- a format that only training uses: short, for the first stages, in many wordings, so that none is learnt by heart --
@@ -131,7 +131,7 @@ class Writer:
                 ]
                 parts.append(self.questions(rng, part, TRAINED[name][0]))
             missing -= len(parts[-1])
-        return Document.join(parts).cut(length)
+        return Document.join(parts)[:length]
 
     def text(self, rng: random.Random, length: int) -> Document:
         """A passage of a book."""
@@ -157,7 +157,7 @@ class Writer:
             piece.weights[:2] = UNKNOWABLE
             parts.append(piece)
             written += len(piece)
-        return Document.join(parts).cut(length)
+        return Document.join(parts)[:length]
 
     def questions(self, rng: random.Random, length: int, make: Format, *, num_questions: int | None = None) -> Document:
         """Facts at every depth of a text, or one after the other, and at the end questions about some of them."""
@@ -190,12 +190,11 @@ class Writer:
             ]
         missing = length - len(opening) - sum(map(len, facts)) - sum(map(len, ending))
         if episode.in_text and missing > 0:
-            cuts = sorted(rng.randrange(missing + 1) for _ in facts)
+            first, *others = random_gaps(rng, missing, len(facts))
             text = self.text(rng, missing)
-            gaps = np.split(np.arange(missing), cuts)
-            woven = [Document(text.ids[gaps[0]], text.weights[gaps[0]])]
-            for fact, gap in zip(facts, gaps[1:], strict=True):
-                woven += [fact, Document(text.ids[gap], text.weights[gap])]
+            woven = [text[first]]
+            for fact, gap in zip(facts, others, strict=True):
+                woven += [fact, text[gap]]
             facts = woven
         return Document.join([opening, *facts, *ending])
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tandemkv.integrations.transformers as tandem
 from tandemkv.evaluate import answers
 from tandemkv.evaluate.answers import NEAR_TOKENS, PAGE_SIZE, SPARE_TOKENS, SharedContexts
 from tandemkv.evaluate.prompts import Asked
@@ -167,4 +166,3 @@ def test_the_context_is_far_before_it_is_forked(shared: SharedContexts) -> None:
     """Else every fork would demote what a prompt's last chunk left near."""
     layer = shared._cache.kv.layer(0)
     assert layer.num_near_tokens <= NEAR_TOKENS + PAGE_SIZE
-    assert isinstance(shared._cache, tandem.TieredCache)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 
 from tandemkv import assets
 from tandemkv.errors import InputError
@@ -109,14 +110,36 @@ def test_a_ledger_that_is_none(model: Any, tmp_path: Path, content: str) -> None
         asked_of(model, settings(tmp_path, tasks=("perplexity",)))
         content = path.read_text() + content + "\n"
     path.write_text(content)
-    with pytest.raises(InputError, match=r"scores\.jsonl.*give another --out"):
+    with pytest.raises(InputError, match=r"scores\.jsonl is damaged .*: delete it, or give another --out"):
         asked_of(model, settings(tmp_path, tasks=("perplexity",)))
     assert path.read_text() == content, "nothing that was there is harmed"
 
 
+def test_an_out_that_cannot_hold_scores(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"scores cannot be kept in --out .*file \(File exists\): give another folder"):
+        asked_of(model, settings(tmp_path / "file", tasks=("perplexity",)))
+    ledger = asked_of(model, settings(tmp_path, tasks=("perplexity",)))
+    ledger._path = Path("/dev/full")
+    with pytest.raises(InputError, match="No space left on device"):
+        ledger.add(Scores("needle", "turns", 0, "dense", None, (1.0,), ""))
+
+
+def test_contexts_begin_as_the_tokenizer_begins_a_text(model: Any, tmp_path: Path) -> None:
+    """Models that were trained with a first token of their own are asked with it; questions come without."""
+    plain, begins = models.byte_tokenizer(), models.byte_tokenizer()
+    template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begins.bos_token_id)])
+    begins.backend_tokenizer.post_processor = template
+    expected, found = (write_prompts(each, settings(tmp_path), model.config, CONSOLE) for each in (plain, begins))
+    for task, contexts in found.contexts.items():
+        for context, other in zip(contexts, expected.contexts[task], strict=True):
+            assert context.ids == (begins.bos_token_id, *other.ids)
+            assert context.questions == other.questions
+
+
 def test_all_prompts_are_written_before_anything_is_asked(model: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(run, "SharedContexts", None)
-    with pytest.raises(InputError, match="--rows names no folder"):
+    with pytest.raises(InputError, match="which is not shipped: give --rows FOLDER with it"):
         asked_of(model, settings(tmp_path, tasks=("needle", "kv_rows")))
     with pytest.raises(
         InputError, match=r"perplexity: a context and its questions take \d+ tokens, the model has 4096"
@@ -126,7 +149,7 @@ def test_all_prompts_are_written_before_anything_is_asked(model: Any, tmp_path: 
 
 def test_every_task_runs(model: Any, tmp_path: Path) -> None:
     tasks = tuple(task for task in TASKS if task not in ROWS)
-    one = settings(tmp_path, tasks=tasks, length=1500, num_contexts=1, num_questions=1)
+    one = settings(tmp_path, tasks=tasks, length=1500, num_contexts=2, num_questions=1)
     ledger = asked_of(model, one)
     assert {task for task, *_ in ledger.found} == set(tasks)
     report = make_report(ledger, [DENSE, WINDOW], tasks, one.forms)
@@ -172,6 +195,7 @@ def test_only_tasks_that_dense_masters_count(tmp_path: Path) -> None:
     assert perplexity[0].score == pytest.approx(math.exp(2.5))
     assert perplexity[1].loss is not None
     assert perplexity[1].loss.mean == pytest.approx(math.expm1(0.1))
+    assert report.num_counted_tasks == 1
     draw(report, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     print_report(report, CONSOLE)
@@ -254,7 +278,7 @@ def test_published_rows(tmp_path: Path) -> None:
         read_rows("lines_rows", tmp_path, encode, 2, 3)
     with pytest.raises(InputError, match=r"has 8 records, 9 questions were asked for: lower --questions"):
         read_rows("lines_rows", tmp_path, encode, 1, 9)
-    with pytest.raises(InputError, match=r"kv_rows reads kv-retrieval-75_keys.jsonl.gz, .* --rows names no folder"):
+    with pytest.raises(InputError, match=r"kv_rows reads kv-retrieval-75_keys.jsonl.gz, .* give --rows FOLDER"):
         read_rows("kv_rows", None, encode, 1, 1)
 
 
@@ -267,7 +291,7 @@ def test_published_rows(tmp_path: Path) -> None:
         (lambda: read_tasks("needle,haystack", None), "unknown task 'haystack': the known ones are perplexity, needle"),
         (lambda: read_forms("request"), "forms are requests, turns, named with commas, got 'request'"),
         (lambda: settings(Path(), length=100), "--length must be at least 128, got 100"),
-        (lambda: settings(Path(), num_contexts=0), "--contexts must be at least 1, got 0"),
+        (lambda: settings(Path(), num_contexts=1), "--contexts must be at least 2, got 1"),
     ],
 )
 def test_refusals(make: Any, told: str) -> None:

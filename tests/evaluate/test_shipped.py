@@ -47,7 +47,7 @@ def test_dense_answers_at_the_judged_length_and_a_window_does_not(tmp_path: Path
 
 def test_a_small_run_of_the_command(tmp_path: Path) -> None:
     """Every task that counts, at 2K; a second run asks nothing again; the picture is there."""
-    options = ("--length", "2048", "--contexts", "1", "--questions", "4", "--budget", "256", "--forms", "turns")
+    options = ("--length", "2048", "--contexts", "2", "--questions", "2", "--budget", "256", "--forms", "turns")
     found = run_eval(tmp_path, *options)
     assert found == run_eval(tmp_path, *options)
     assert {str(row["task"]) for row in found["rows"]} == set(COUNTED)
@@ -61,6 +61,7 @@ def test_a_small_run_of_the_command(tmp_path: Path) -> None:
         (["--system", "best"], "unknown system 'best': the known ones are dense, window"),
         (["--budget", "95"], "must be at least 96"),
         (["--length", "16000"], "lower --length or --questions"),
+        (["--text", "missing.txt"], "--text missing.txt: there is no such file or folder"),
         (["--text", str(Path(__file__))], "has .* tokens, a context asks for"),
     ],
 )

@@ -46,9 +46,11 @@ def read_text(path: Path | None) -> str:
     """What facts are hidden in: a file, all *.txt of a folder, or the shipped novel."""
     if path is None:
         return assets.held_out_text()
+    if not path.exists():
+        raise InputError(f"--text {path}: there is no such file or folder")
     paths = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not paths:
-        raise InputError(f"{path} holds no *.txt: --text takes a text or a folder of texts")
+        raise InputError(f"--text {path} holds no *.txt: give a text or a folder of texts")
     try:
         return "\n\n".join(each.read_text("utf-8") for each in paths)
     except (OSError, UnicodeDecodeError) as error:

@@ -85,9 +85,11 @@ class Ledger:
                 self._path.write_text(json.dumps(self.settings) + "\n")
         except InputError:
             raise
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except OSError as error:
+            raise self._cannot_be_kept(error) from error
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             told = f"{type(error).__name__}: {error}"
-            raise InputError(f"scores cannot be kept in {self._path} ({told}): give another --out") from error
+            raise InputError(f"{self._path} is damaged ({told}): delete it, or give another --out") from error
 
     def _read(self, first: str, *lines: str) -> None:
         before = json.loads(first)
@@ -121,5 +123,11 @@ class Ledger:
         if scores.key in self.found:
             return
         self.found[scores.key] = scores
-        with self._path.open("a") as file:
-            file.write(json.dumps(asdict(scores)) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(asdict(scores)) + "\n")
+        except OSError as error:
+            raise self._cannot_be_kept(error) from error
+
+    def _cannot_be_kept(self, error: OSError) -> InputError:
+        return InputError(f"scores cannot be kept in --out {self.folder} ({error.strerror}): give another folder")

@@ -27,6 +27,18 @@ def encoder(tokenizer: "PreTrainedTokenizerBase") -> Encode:
     return encode
 
 
+def opening_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What a tokenizer puts in front of every text: the token that begins one, or nothing."""
+    ids: list[int] = tokenizer("").input_ids
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def random_gaps(rng: random.Random, num_tokens: int, num_facts: int) -> list[slice]:
+    """Where a text of so many tokens is cut to take facts between: one stretch more than facts."""
+    cuts = sorted(rng.randrange(num_tokens + 1) for _ in range(num_facts))
+    return [slice(begin, end) for begin, end in zip([0, *cuts], [*cuts, num_tokens], strict=True)]
+
+
 FACTS_PER_QUESTION = {"needle": 1, "telephone": 1, "needle_multiquery": 2, "needle_multivalue": 4, "variables": 3}
 """Facts that a context of a format planted in text holds, for each question; other contexts are full of facts."""
 
@@ -108,10 +120,10 @@ class Author:
             )
         passage = self._text.passage(rng, missing)
         if episode.in_text:
-            places = sorted(rng.randrange(missing + 1) for _ in facts)
-            body = passage[: places[0]]
-            for fact, begin, end in zip(facts, places, [*places[1:], missing], strict=True):
-                body += fact + passage[begin:end]
+            first, *others = random_gaps(rng, missing, len(facts))
+            body = passage[first]
+            for fact, gap in zip(facts, others, strict=True):
+                body += fact + passage[gap]
         else:
             opening = passage + opening
             body = [token for fact in facts for token in fact]

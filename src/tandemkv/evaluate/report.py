@@ -53,6 +53,16 @@ class Report:
     counted: list[tuple[str, str]]
     averages: dict[Contestant, tuple[float, Interval | None]]
 
+    @property
+    def num_counted_tasks(self) -> int:
+        """Forms of a task are one task."""
+        return len({task for task, _ in self.counted})
+
+    @property
+    def is_a_judge(self) -> bool:
+        """Whether enough tasks count for averages to mean something."""
+        return self.num_counted_tasks >= LEAST_COUNTED
+
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
         return {
@@ -70,7 +80,7 @@ class Report:
                 for row in self.rows
             ],
             "counted": [f"{task}/{form}" for task, form in self.counted],
-            "is_a_judge": len({task for task, _ in self.counted}) >= LEAST_COUNTED,
+            "is_a_judge": self.is_a_judge,
             "averages": [
                 {**_name(who), "score": mean, "loss": None if loss is None else [loss.mean, loss.low, loss.high]}
                 for who, (mean, loss) in self.averages.items()
@@ -114,15 +124,15 @@ def print_report(report: Report, console: Console) -> None:
         table.add_section()
         table.add_row("mean of those that count", *(_told(*report.averages[who]) for who in contestants))
     console.print(table)
-    tasks = {task for task, _ in report.counted}
     console.print(
         f"In brackets: points lost to dense (of perplexity: % gained), with a 95 % interval over contexts. * does not "
-        f"count: dense is below {COUNTS_FROM:.0%}, or the format was held out of training. {len(tasks)} tasks count."
+        f"count: dense is below {COUNTS_FROM:.0%}, or the format was held out of training. Tasks that count: "
+        f"{report.num_counted_tasks}."
     )
     for system in dict.fromkeys(who.system for who in contestants):
         differs = SYSTEMS[system].where_it_differs
         console.print(f"{system}: {SYSTEMS[system].about}{f'; {differs}' if differs else ''}.")
-    if len(tasks) < LEAST_COUNTED:
+    if not report.is_a_judge:
         console.print(f"[yellow]Fewer than {LEAST_COUNTED} tasks count: this run judges nothing.[/yellow]")
 
 
@@ -151,10 +161,9 @@ def draw(report: Report, path: Path) -> None:
     axes.set_xlabel("budget, tokens per KV head")
     axes.set_ylabel("values found, %")
     axes.set_ylim(0, 102)
-    tasks = len({task for task, _ in report.counted})
-    axes.set_title(
-        f"{tasks} tasks after {report.settings['length']:,} tokens; bars: 95 % intervals of what is lost", fontsize=10
-    )
+    told = f"Tasks that count: {report.num_counted_tasks}, after {report.settings['length']:,} tokens"
+    warning = "" if report.is_a_judge else f"; fewer than {LEAST_COUNTED}: judges nothing"
+    axes.set_title(f"{told}{warning}. Bars: 95 % of what is lost", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

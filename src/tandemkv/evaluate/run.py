@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,7 +23,7 @@ from tandemkv.evaluate.answers import (
     bytes_of_context,
 )
 from tandemkv.evaluate.ledger import Contestant, Ledger, Scores
-from tandemkv.evaluate.prompts import Asked, Author, Context, Encode, Text, encoder
+from tandemkv.evaluate.prompts import Asked, Author, Context, Encode, Text, encoder, opening_ids
 from tandemkv.evaluate.tasks import (
     CONTINUATION_TOKENS,
     PERPLEXITY,
@@ -74,7 +74,7 @@ class Settings:
         least = 2 * NEAR_TOKENS
         for name, value, at_least in (
             ("--length", self.length, least),
-            ("--contexts", self.num_contexts, 1),
+            ("--contexts", self.num_contexts, 2),  # intervals are over contexts
             ("--questions", self.num_questions, 1),
         ):
             if value < at_least:
@@ -100,7 +100,7 @@ def write_prompts(
 ) -> Prompts:
     """All contexts of all tasks. Raises InputError for what could not be asked of a model with this config."""
     encode = encoder(tokenizer)
-    ids = encode(settings.text)
+    ids, begin = encode(settings.text), opening_ids(tokenizer)
     refuse_foreign_tokens(ids, config.vocab_size)
     text = Text(ids, "the text")
     text.require(settings.length)
@@ -109,7 +109,8 @@ def write_prompts(
     contexts = {}
     for task in settings.tasks:
         with console.status(f"writing the contexts of {task}"):
-            contexts[task] = _contexts(task, author, settings, encode)
+            written = _contexts(task, author, settings, encode)
+        contexts[task] = [replace(each, ids=(*begin, *each.ids)) for each in written]
         for context in contexts[task]:
             _require_positions(task, context, config.max_position_embeddings)
     return Prompts(contexts, tokenizer.decode)

@@ -82,7 +82,7 @@ def read_rows(task: str, folder: Path | None, encode: Encode, num_contexts: int,
     rows = ROWS[task]
     path = None if folder is None else folder / rows.file_name
     if path is None or not path.is_file():
-        where = "--rows names no folder" if folder is None else f"{folder} has no such file"
+        where = "give --rows FOLDER with it" if folder is None else f"--rows {folder} has no such file"
         raise InputError(f"{task} reads {rows.file_name}, which is not shipped: {where}")
     try:
         text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")

@@ -102,6 +102,9 @@ class _Even(Vocabulary):
     def uuid(self, rng: random.Random) -> str:
         return self._alike("uuid", super().uuid, rng, ' "')  # in JSON quotes join its first letters in a token
 
+    def few(self, rng: random.Random, count: int) -> Vocabulary:
+        return super().few(rng, count).even(self._count_tokens)
+
     def _alike(self, kind: str, draw: Callable[[random.Random], str], rng: random.Random, in_front: str = " ") -> str:
         if kind not in self._num_tokens:
             trial = random.Random(kind)  # the usual number must not hang on what was asked for before
