@@ -370,7 +370,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer of nonsense": (write("tokenizer.json", b'{"model": 5}'), "tokenizer.json is corrupt"),
     "tokenizer config cut": (write("tokenizer_config.json", b"{"), "tokenizer_config.json is not JSON"),
     "tokenizer too large": (spoil_config(vocab_size=60), "do not belong together"),
-    "no weights": (remove("model.safetensors"), r"has no weights: no \*.safetensors is there"),
+    "no weights": (remove("model.safetensors"), "has no weights: no *.safetensors is there"),
     "weights cut": (truncate_weights, "model.safetensors is corrupt"),
     "weights empty": (write("model.safetensors", b""), "model.safetensors is corrupt"),
     "a weight missing": (drop_a_weight, "1 are missing or of another shape, the first is model.layers.1.mlp.up_proj"),

@@ -114,10 +114,9 @@ def special_tokens(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
 
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with all of its weights, attached."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths and not any(folder.glob("pytorch_model*.bin")):
+    if not any(path for pattern in ("*.safetensors", "*.index.json", "*.bin") for path in folder.glob(pattern)):
         raise InputError(f"{folder} has no weights: no *.safetensors is there")
-    for path in paths:
+    for path in sorted(folder.glob("*.safetensors")):
         with blaming(path), safe_open(path, "pt"):
             pass  # opening compares the header with the size of the file; from_pretrained would not name the file
     with blaming(folder):
