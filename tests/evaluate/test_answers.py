@@ -134,7 +134,7 @@ def test_a_system_changes_what_is_found(shared: SharedContexts) -> None:
     assert shared.surprise(continuations, WINDOW) != shared.surprise(continuations, None)
 
 
-def test_a_window_is_a_model_that_cannot_see_the_rest(stock: Any, model: Any, shared: SharedContexts) -> None:
+def test_a_window_is_a_model_that_cannot_see_the_rest(stock: Any, model: Any) -> None:
     """Token by token against stock in eager attention with a mask that hides what the window leaves out. One question
     of one token, so that nothing but the context is hidden from it."""
     question = asked(5, prompt=1, answer=1)

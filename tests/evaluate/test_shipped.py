@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from tandemkv import assets
 from tandemkv.cli import app
 from tandemkv.errors import InputError
-from tandemkv.evaluate.tasks import COUNTED
+from tandemkv.evaluate import run
+from tandemkv.evaluate.tasks import COUNTED, PERPLEXITY, ROWS
 
 
 def run_eval(out: Path, *options: str) -> dict[str, Any]:
@@ -45,13 +46,43 @@ def test_dense_answers_at_the_judged_length_and_a_window_does_not(tmp_path: Path
     assert found["counted"] == ["needle/requests"]
 
 
-def test_a_small_run_of_the_command(tmp_path: Path) -> None:
-    """Every task that counts, at 2K; a second run asks nothing again; the picture is there."""
+def test_a_small_run_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every task that counts, at 2K; a second run asks nothing again; the picture is there where enough tasks count."""
     options = ("--length", "2048", "--contexts", "2", "--questions", "2", "--budget", "256", "--forms", "turns")
     found = run_eval(tmp_path, *options)
+    monkeypatch.setattr(run, "SharedContexts", None)
     assert found == run_eval(tmp_path, *options)
     assert {str(row["task"]) for row in found["rows"]} == set(COUNTED)
-    assert (tmp_path / "accuracy.png").is_file()
+    assert (tmp_path / "accuracy.png").is_file() is found["is_a_judge"]
+
+
+def test_docs_say_what_the_ledger_holds() -> None:
+    """The tasks that count by themselves are those that the published scores count, and the table has their numbers."""
+    root = Path(__file__).parents[2]
+    lines = (root / "benchmarks/results/eval/scores.jsonl").read_text().splitlines()[1:]
+    scores: dict[tuple[str, str, str, int | None], list[float]] = {}
+    for row in map(json.loads, lines):
+        key = row["task"], row["form"], row["system"], row["budget_tokens"]
+        scores.setdefault(key, []).extend(row["scores"])
+    mean = {key: 100 * sum(found) / len(found) for key, found in scores.items() if key[0] != PERPLEXITY}
+    tasks = {task for task, _, system, _ in mean if system == "dense"}
+    masters = {task for task in tasks if min(v for k, v in mean.items() if (k[0], k[2]) == (task, "dense")) >= 90}
+    assert masters == {*COUNTED, *ROWS}
+    docs = (root / "docs/evaluation.md").read_text()
+    for task in COUNTED:
+        for form in ("requests", "turns"):
+            row = next(line for line in docs.splitlines() if line.startswith(f"| `{task}`, {form} |"))
+            told = [float(cell.split("(")[0]) for cell in row.split("|")[2:-1]]
+            budgets = (528, 1024, 2048, 4096)
+            expected = [mean[task, form, "dense", None], *(mean[task, form, "window", budget] for budget in budgets)]
+            assert told == pytest.approx(expected, abs=0.05 + 1e-9)
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((assets.MODEL / "config.json").read_bytes())
+    done = CliRunner().invoke(app, ["eval", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, InputError)
+    assert "has no tokenizer: none of tokenizer.json" in str(done.exception)
 
 
 @pytest.mark.parametrize(

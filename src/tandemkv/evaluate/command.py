@@ -9,7 +9,7 @@ from rich.console import Console
 from tandemkv import assets
 from tandemkv.attention import use_threads
 from tandemkv.errors import InputError
-from tandemkv.evaluate.report import Report, draw, make_report
+from tandemkv.evaluate.report import LEAST_COUNTED, Report, draw, make_report
 from tandemkv.evaluate.run import Settings, evaluate, open_ledger, write_prompts
 from tandemkv.integrations.transformers.folders import Dtype, load_model, quieten, read_config, read_tokenizer
 
@@ -28,10 +28,6 @@ def evaluate_folder(folder: Path, settings: Settings, dtype: Dtype, threads: int
     use_threads(threads)
     config = read_config(folder, dtype)
     tokenizer = read_tokenizer(folder)
-    if config.max_position_embeddings < settings.length:
-        raise InputError(
-            f"--length {settings.length} exceeds the model's {config.max_position_embeddings} positions: lower it"
-        )
     prompts = write_prompts(tokenizer, settings, config.get_text_config(decoder=True), console)
     name = f"{_fingerprint(folder)} {config.dtype}"
     open_ledger(name, prompts, settings)  # refuses before the weights are read
@@ -60,14 +56,17 @@ def read_text(path: Path | None) -> str:
 def _fingerprint(folder: Path) -> str:
     """Tells models apart, whatever their folders are called."""
     digest = hashlib.blake2s(digest_size=8)
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer.json")]):
-        digest.update(path.read_bytes())
+    told = ("*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer.json", "tokenizer.model")
+    for path in sorted({path for pattern in told for path in folder.glob(pattern)}):
+        with path.open("rb") as file:
+            while part := file.read(1 << 24):
+                digest.update(part)
     return digest.hexdigest()
 
 
 def _draw(report: Report, path: Path) -> str:
-    if not report.averages or all(who.budget_tokens is None for who in report.averages):
-        return "none: no task counts, or no system has a budget"
+    if not report.is_a_judge or all(who.budget_tokens is None for who in report.averages):
+        return f"none: fewer than {LEAST_COUNTED} tasks count, or no system has a budget"
     try:
         draw(report, path)
     except ImportError:

@@ -161,9 +161,8 @@ def draw(report: Report, path: Path) -> None:
     axes.set_xlabel("budget, tokens per KV head")
     axes.set_ylabel("values found, %")
     axes.set_ylim(0, 102)
-    told = f"Tasks that count: {report.num_counted_tasks}, after {report.settings['length']:,} tokens"
-    warning = "" if report.is_a_judge else f"; fewer than {LEAST_COUNTED}: judges nothing"
-    axes.set_title(f"{told}{warning}. Bars: 95 % of what is lost", fontsize=10)
+    told = f"{report.num_counted_tasks} tasks after {report.settings['length']:,} tokens"
+    axes.set_title(f"{told}; bars: 95 % intervals of what is lost", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

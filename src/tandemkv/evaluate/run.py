@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -121,12 +122,15 @@ def evaluate(model: PreTrainedModel, name: str, prompts: Prompts, settings: Sett
     ledger = open_ledger(name, prompts, settings)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=len(settings.tasks) * settings.num_contexts)
-        for task, contexts in prompts.contexts.items():
-            progress.update(bar, description=task)
-            for places in batches(contexts, model):
-                _fill(ledger, model, _Batch(task, contexts, places, prompts.decode), settings)
-                progress.advance(bar, len(places))
+        todo = [
+            _Batch(task, contexts, places, prompts.decode)
+            for task, contexts in prompts.contexts.items()
+            for places in batches(contexts, model)
+        ]
+        bar = progress.add_task("", total=sum(len(batch.places) * len(batch.asks(settings)) for batch in todo))
+        for batch in todo:
+            progress.update(bar, description=batch.task)
+            _fill(ledger, model, batch, settings, partial(progress.advance, bar, len(batch.places)))
     return ledger
 
 
@@ -153,6 +157,11 @@ class _Batch(NamedTuple):
     places: range
     decode: Callable[[list[int]], str]
 
+    def asks(self, settings: Settings) -> list[tuple[str, Contestant]]:
+        """Every form for every contestant."""
+        forms = settings.forms if self.task != PERPLEXITY else ("text",)
+        return [(form, who) for form in forms for who in settings.contestants]
+
     @property
     def ids(self) -> list[tuple[int, ...]]:
         return [self.contexts[place].ids for place in self.places]
@@ -175,15 +184,16 @@ class _Batch(NamedTuple):
         return score(self.questions, answer(self.questions, sparse), self.decode)
 
 
-def _fill(ledger: Ledger, model: PreTrainedModel, batch: _Batch, settings: Settings) -> None:
+def _fill(
+    ledger: Ledger, model: PreTrainedModel, batch: _Batch, settings: Settings, advance: Callable[[], None]
+) -> None:
     """What the ledger lacks of a batch; the contexts are prefilled only where something is."""
-    forms = settings.forms if batch.task != PERPLEXITY else ("text",)
-    missing = [
-        (form, who)
-        for form in forms
-        for who in settings.contestants
-        if any((batch.task, form, i, who.system, who.budget_tokens) not in ledger.found for i in batch.places)
-    ]
+    missing = []
+    for form, who in batch.asks(settings):
+        if any((batch.task, form, i, who.system, who.budget_tokens) not in ledger.found for i in batch.places):
+            missing.append((form, who))
+        else:
+            advance()
     if not missing:
         return
     shared = SharedContexts(model, batch.ids, batch.num_new_tokens)
@@ -192,6 +202,7 @@ def _fill(ledger: Ledger, model: PreTrainedModel, batch: _Batch, settings: Setti
         for place, scores in zip(batch.places, found, strict=True):
             digest = batch.contexts[place].digest
             ledger.add(Scores(batch.task, form, place, who.system, who.budget_tokens, scores, digest))
+        advance()
     shared.close()
 
 
