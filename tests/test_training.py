@@ -115,9 +115,12 @@ def test_books_are_split_by_name(texts: Path) -> None:
         read_texts(texts.parent, held_out=False)
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_a_training_goes_on_from_its_weights(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two short stages; stopped in the middle of the second, it starts there again, with fresh optimisers."""
+class StoppedError(Exception):
+    """A training is cut off."""
+
+
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two short stages, judged quickly."""
     plain = Mixture(text=0.5, repeats=0.3)
     stages = (train.Stage(128, 2, 1024, 1e-3, 128, plain), train.Stage(256, 1, 1024, 1e-3, 1024, plain, decay=True))
     monkeypatch.setattr(train, "STAGES", stages)
@@ -126,13 +129,15 @@ def test_a_training_goes_on_from_its_weights(texts: Path, tmp_path: Path, monkey
     monkeypatch.setattr(judge, "FORMATS", {"needle": FORMATS["needle"]})
     monkeypatch.setattr(judge, "MAX_LENGTH", 512)
     monkeypatch.setattr(judge, "_TOKENS", 512)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_training_goes_on_from_its_weights(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the middle of the second stage, it starts there again, with fresh optimisers."""
+    shorten(monkeypatch)
     keep, out = tmp_path / "keep", tmp_path / "out"
     keep.mkdir()
     (keep / "prompts.txt").write_text("kept 12345 apart")
-
-    class StoppedError(Exception):
-        pass
-
     step = train.Trainer._step
 
     def stop_in_the_second(trainer: train.Trainer, stage: train.Stage, rng: random.Random) -> None:
@@ -164,14 +169,19 @@ def test_a_training_goes_on_from_its_weights(texts: Path, tmp_path: Path, monkey
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["tokens"] for row in rows if "tokens_per_s" in row][-2:] == [1792, 2048]
     assert all(row["text_loss"] > 0 for row in rows if "judged_at" in row)
+    assert [row["kept_out"] for row in rows if "device" in row] == [3, 3], "kept, apart and 12345"
+    with pytest.raises(InputError, match="holds another model"):
+        load_weights(torch.nn.Linear(2, 2), out)
 
+
+@pytest.mark.usefixtures("one_thread")
+def test_transformers_reads_what_training_writes(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
+    out = tmp_path / "out"
+    train.train(texts, out, None, device="cpu")
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.float32
     assert AutoTokenizer.from_pretrained(out).decode(AutoTokenizer.from_pretrained(out)("as 12").input_ids) == "as 12"
-    starts = [row for row in rows if "device" in row]
-    assert [row["kept_out"] for row in starts] == [3, 3], "kept, apart and 12345"
-    with pytest.raises(InputError, match="holds another model"):
-        load_weights(torch.nn.Linear(2, 2), out)
 
 
 def test_answers_are_right_where_every_token_is(writer: Writer) -> None:

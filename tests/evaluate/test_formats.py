@@ -53,6 +53,13 @@ def test_the_same_seed_writes_the_same(name: str) -> None:
     assert made[0] == made[1] != made[2]
 
 
+def test_few_words_of_an_even_vocabulary_are_even() -> None:
+    words, rng = TESTS.even(lambda text: len(encode(text))), random.Random(0)
+    few = words.few(rng, 100)
+    assert len(few.words) == 100
+    assert len({len(few.word(rng)) for _ in range(50)}) == 1
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_context_has_its_length_and_even_questions(name: str) -> None:
     context = author().write(name, 5, "1")

@@ -13,6 +13,7 @@ from tandemkv import assets
 from tandemkv.cli import app
 from tandemkv.errors import InputError
 from tandemkv.evaluate import run
+from tandemkv.evaluate.command import _fingerprint
 from tandemkv.evaluate.tasks import COUNTED, PERPLEXITY, ROWS
 
 
@@ -44,6 +45,7 @@ def test_dense_answers_at_the_judged_length_and_a_window_does_not(tmp_path: Path
     assert scores["dense"] >= 0.95
     assert scores["window"] < 0.5
     assert found["counted"] == ["needle/requests"]
+    assert not (tmp_path / "accuracy.png").exists(), "one task judges nothing"
 
 
 def test_a_small_run_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +78,17 @@ def test_docs_say_what_the_ledger_holds() -> None:
             budgets = (528, 1024, 2048, 4096)
             expected = [mean[task, form, "dense", None], *(mean[task, form, "window", budget] for budget in budgets)]
             assert told == pytest.approx(expected, abs=0.05 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin"])
+def test_models_are_told_apart_by_every_file_of_weights(tmp_path: Path, name: str) -> None:
+    """Else scores of one would be taken for the other's."""
+    prints = set()
+    for weights in (b"one", b"two"):
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / name).write_bytes(weights)
+        prints.add(_fingerprint(tmp_path))
+    assert len(prints) == 2
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
