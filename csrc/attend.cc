@@ -45,8 +45,8 @@ struct Tokens {
   int64_t begin, end;
 };
 
-Tokens visible_tokens(const AttendArgs& run, int64_t seq) {
-  return {std::max(run.kv.kv_start[seq], run.visible_begin(seq, 0)), run.kv.kv_len[seq]};
+Tokens visible_tokens(const AttendArgs& run, int64_t seq, int64_t head) {
+  return {std::max(run.kv.start(seq, head), run.visible_begin(seq, 0)), run.kv.len(seq, head)};
 }
 
 int64_t chunk_tokens_of(const Arena& arena, Tokens tokens, int64_t num_heads) {
@@ -62,7 +62,7 @@ void cut_rows(const std::vector<AttendArgs>& runs, const WorkItem& rows, Schedul
   for (size_t run = 0; run < runs.size(); ++run) {
     WorkItem item = rows;
     item.run = static_cast<int64_t>(run);
-    const Tokens tokens = visible_tokens(runs[run], item.seq);
+    const Tokens tokens = visible_tokens(runs[run], item.seq, item.head_begin);
     // Not of this item's heads: the last one may have fewer, and every head is cut at the same places.
     const int64_t chunk_tokens = chunk_tokens_of(runs[run].kv.arena, tokens, schedule.item_heads);
     schedule.add(item, tokens.begin, tokens.end, chunk_tokens);
@@ -77,8 +77,10 @@ Schedule cut(const std::vector<AttendArgs>& runs) {
   const int64_t rows_per_head = first.group_size() * first.q.q_len, num_heads = first.kv.arena.num_kv_heads;
   const int64_t head_rows = std::min(rows_per_head, kMaxHeadRows);
   Schedule schedule;
-  // As many heads as fit, in items of equal size: 7 of 8 heads and then 1 took 4 % longer than 4 and 4.
-  const int64_t num_shares = ceil_div(num_heads, kMaxItemRows / head_rows);
+  // As many heads as fit, in items of equal size: 7 of 8 heads and then 1 took 4 % longer than 4 and 4. Where heads
+  // have runs of their own, each alone: a long one is cut, and none waits for it.
+  const bool alone = std::any_of(runs.begin(), runs.end(), [](const AttendArgs& run) { return run.kv.of_blocks; });
+  const int64_t num_shares = alone ? num_heads : ceil_div(num_heads, kMaxItemRows / head_rows);
   schedule.item_heads = ceil_div(num_heads, num_shares);
   for (int64_t seq = 0; seq < first.q.num_seqs; ++seq) {
     for (int64_t head = 0; head < num_heads; head += schedule.item_heads) {
@@ -94,9 +96,9 @@ Schedule cut(const std::vector<AttendArgs>& runs) {
 
 // Whether [kv_start, kv_len) of every sequence lies inside its table.
 bool inside_table(const Run& kv) {
-  for (int64_t seq = 0; seq < kv.num_seqs; ++seq) {
-    const int64_t start = kv.kv_start[seq], len = kv.kv_len[seq];
-    if (start < 0 || len < 0 || len > kv.num_pages * kv.arena.page_size) return false;
+  for (int64_t i = 0; i < kv.num_lengths(); ++i) {
+    const int64_t start = kv.kv_start[i], len = kv.kv_len[i];
+    if (start < 0 || len < 0 || len > kv.num_pages * kv.entry_tokens()) return false;
   }
   return true;
 }
@@ -156,6 +158,7 @@ class Call {
         schedule_(cut(runs)),
         dim_(runs[0].kv.arena.v_head_dim),
         item_rows_(schedule_.items.empty() ? 0 : schedule_.items[0].num_rows()),  // the first is the largest
+        item_blocks_(to.mass == nullptr ? 0 : max_blocks(schedule_.items)),
         span_of_(schedule_.items.size()),
         remaining_(schedule_.spans.size()) {
     for (size_t i = 0; i < schedule_.spans.size(); ++i) {
@@ -169,11 +172,11 @@ class Call {
   int64_t workspace_size() const { return num_items() * item_size(); }
   Status status() const { return status_.load(); }
 
-  // `workspace` holds for item i: out [item_rows][dim], then lse [item_rows].
+  // `workspace` holds for item i: out [item_rows][dim], then lse [item_rows], then mass [2][item_rows][item_blocks].
   void run_item(int64_t i, float* workspace) {
     const WorkItem& item = schedule_.items[i];
     float* const part = workspace + i * item_size();
-    const Status status = kernels_.attend_item(runs_[item.run], item, part, part + item_rows_ * dim_);
+    const Status status = kernels_.attend_item(runs_[item.run], item, part, part + item_rows_ * dim_, mass_of(part));
     if (status != Status::kOk) status_.store(status, std::memory_order_relaxed);
     // Whoever finishes a span's last item merges it: acquire-release orders the others' writes before the merge.
     const size_t span = span_of_[i];
@@ -181,12 +184,40 @@ class Call {
   }
 
  private:
-  int64_t item_size() const { return item_rows_ * (dim_ + 1); }
+  int64_t item_size() const { return item_rows_ * (dim_ + 1 + 2 * item_blocks_); }
 
-  void merge_span(const Span& span, const float* workspace) const {
+  static int64_t first_block(const WorkItem& item) { return item.token_begin / kBlockTokens; }
+  static int64_t num_blocks(const WorkItem& item) {
+    const bool is_empty = item.token_begin >= item.token_end;
+    return is_empty ? 0 : ceil_div(item.token_end, kBlockTokens) - first_block(item);
+  }
+  static int64_t max_blocks(const std::vector<WorkItem>& items) {
+    int64_t most = 0;
+    for (const WorkItem& item : items) most = std::max(most, num_blocks(item));
+    return most;
+  }
+
+  BlockMass mass_of(float* part) const {
+    if (to_.mass == nullptr) return {nullptr, nullptr, 0};
+    float* const sum = part + item_rows_ * (dim_ + 1);
+    return {sum, sum + item_rows_ * item_blocks_, item_blocks_};
+  }
+
+  // What the blocks of one item weigh in one of its rows, as shares of the whole row. to: [blocks of all runs].
+  void store_mass(const WorkItem& item, float* part, int64_t row, float lse, float* to) const {
+    for (int64_t run = 0; run < item.run; ++run) to += runs_[run].kv.num_blocks();
+    to += first_block(item);
+    const BlockMass mass = mass_of(part);
+    const float *const sum = mass.sum + row * mass.stride, *const base = mass.base + row * mass.stride;
+    for (int64_t block = 0; block < num_blocks(item); ++block) {
+      to[block] = sum[block] == 0.0f ? 0.0f : sum[block] * std::exp(base[block] - lse);
+    }
+  }
+
+  void merge_span(const Span& span, float* workspace) const {
     const WorkItem& item = schedule_.items[span.first_item];
     const Queries& q = runs_[0].q;
-    const float* const parts = workspace + span.first_item * item_size();
+    float* const parts = workspace + span.first_item * item_size();
     float out[kMaxHeadDim], lse;
     for (int64_t row = 0; row < item.num_rows(); ++row) {
       const int64_t in_head = item.row_begin + row % item.head_rows();  // attend.h, WorkItem
@@ -198,7 +229,12 @@ class Call {
       };
       merge_row(part, span.num_items, dim_, sink_of(to_.sink_logit, head), out, &lse);
       store_row(out, dim_, to_, item.seq * to_.stride_seq + head * to_.stride_head + token * to_.stride_token);
-      if (to_.lse != nullptr) to_.lse[(item.seq * q.num_heads + head) * q.q_len + token] = lse;
+      const int64_t at = (item.seq * q.num_heads + head) * q.q_len + token;
+      if (to_.lse != nullptr) to_.lse[at] = lse;
+      for (int64_t i = 0; to_.mass != nullptr && i < span.num_items; ++i) {
+        const WorkItem& one = schedule_.items[span.first_item + i];
+        store_mass(one, parts + i * item_size(), row, lse, to_.mass + at * to_.mass_blocks);
+      }
     }
   }
 
@@ -206,7 +242,7 @@ class Call {
   const std::vector<AttendArgs>& runs_;
   const Output& to_;
   const Schedule schedule_;
-  const int64_t dim_, item_rows_;
+  const int64_t dim_, item_rows_, item_blocks_;
   std::vector<size_t> span_of_;  // of every item
   std::vector<std::atomic<int64_t>> remaining_;
   std::atomic<Status> status_{Status::kOk};
@@ -214,6 +250,7 @@ class Call {
 
 bool ends_with_queries(const AttendArgs& run) {
   const Run& kv = run.kv;
+  if (kv.of_blocks) return false;
   for (int64_t seq = 0; seq < kv.num_seqs; ++seq) {
     if (kv.kv_len[seq] != kv.kv_len[0] || kv.kv_len[seq] < run.q.q_len) return false;
   }

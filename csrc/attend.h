@@ -64,12 +64,38 @@ struct PageTable {
 };
 
 // A run of tokens of every sequence: [kv_start, kv_len) of its table.
+//
+// Where it is `of_blocks`, a table entry is a block of a page: slot * num_kv_heads * blocks per page + block in the
+// page, the same number for every head; and heads have runs of their own lengths.
 struct Run {
   Arena arena;
   PageTable table;
   int64_t num_seqs, num_pages;  // of the table
-  const int64_t* kv_start;      // [num_seqs]
-  const int64_t* kv_len;        // [num_seqs]
+  const int64_t* kv_start;      // [num_seqs], of blocks [num_seqs][num_kv_heads]
+  const int64_t* kv_len;        // the same
+  bool of_blocks = false;
+
+  int64_t num_lengths() const { return of_blocks ? num_seqs * arena.num_kv_heads : num_seqs; }
+  int64_t start(int64_t seq, int64_t head) const { return kv_start[length_of(seq, head)]; }
+  int64_t len(int64_t seq, int64_t head) const { return kv_len[length_of(seq, head)]; }
+
+  int64_t num_blocks() const { return num_pages * entry_tokens() / kBlockTokens; }
+  int64_t entry_tokens() const { return of_blocks ? kBlockTokens : arena.page_size; }
+  // Entries of a table lie in [0, num_entries).
+  int64_t num_entries() const {
+    const int64_t page_blocks = arena.page_size / kBlockTokens;
+    return of_blocks && arena.num_slots > 0 ? ((arena.num_slots - 1) * arena.num_kv_heads + 1) * page_blocks
+                                            : arena.num_slots;
+  }
+  // One head's slice of what an entry stands for, from its token `begin` on, which starts a block.
+  HeadSlice slice(int64_t entry, int64_t head, int64_t begin) const {
+    if (!of_blocks) return arena.slice(entry, head, begin);
+    const int64_t page_blocks = arena.page_size / kBlockTokens, slot_blocks = arena.num_kv_heads * page_blocks;
+    return arena.slice(entry / slot_blocks, head, entry % slot_blocks * kBlockTokens + begin);
+  }
+
+ private:
+  int64_t length_of(int64_t seq, int64_t head) const { return of_blocks ? seq * arena.num_kv_heads + head : seq; }
 };
 
 struct Queries {
@@ -98,9 +124,7 @@ struct AttendArgs {
   int64_t group_size() const { return q.num_heads / kv.arena.num_kv_heads; }
 
   // Query `i` of q_len sees those of its sequence's tokens that are in [visible_begin, visible_end).
-  int64_t visible_end(int64_t seq, int64_t i) const {
-    return causal ? kv.kv_len[seq] - q.q_len + 1 + i : kv.kv_len[seq];
-  }
+  int64_t visible_end(int64_t seq, int64_t i) const { return causal ? kv.kv_len[seq] - q.q_len + 1 + i : kNoWindow; }
   int64_t visible_begin(int64_t seq, int64_t i) const { return visible_end(seq, i) - rule.window; }
 };
 
@@ -123,20 +147,49 @@ struct WorkItem {
   int64_t num_rows() const { return (head_end - head_begin) * head_rows(); }  // at most kMaxItemRows
 };
 
+// How much each block of 16 tokens of an item weighs in each of its rows: in the end sum * exp(base - lse).
+// [head][row][blocks of the item], `stride` from a row to the next.
+struct BlockMass {
+  float *sum, *base;
+  int64_t stride;
+};
+
 // A run of one head's tokens as rows of head_dim (K) and v_head_dim (V) elements; strides in bytes, between tokens.
 struct TokenRun {
   char *k, *v;
   int64_t k_stride, v_stride;
 };
 
+// What is known of far blocks beside their keys: int8 codes in lines of 64 bytes, stored with 128 added, because the
+// dot-product instruction multiplies unsigned by signed ones. A word is 4 neighbouring codes of one lane.
+//   kBounds:  the 4 lanes are blocks: [4 words][block]; the words of channel minima, then those of maxima. A block's
+//             codes count its own steps.
+//   kColumns: the 16 lanes are the tokens of a block: [token]; each has a word of its coordinates.
+enum class Codes : int32_t { kBounds = 0, kColumns = 1 };
+constexpr int64_t kLineBytes = 64, kLaneBlocks = 4;
+
+// Queries as weights of codes. Row r of KV head h of sequence s is (s * num_kv_heads + h) * rows_per_head + r.
+struct CodeQueries {
+  const int8_t* weights;   // [num_rows][num_lines][64], in the order of codes
+  const int32_t* offsets;  // [num_rows], 128 times the sum of a row's weights of one lane
+  const float* scales;     // [num_rows], of a row's weights
+  int64_t rows_per_head, num_lines;
+};
+
 // What one instruction set provides; see kernel.cc, which is compiled once for each.
 struct KernelTable {
   const char* name;
-  // out [head][row][v_head_dim] and lse [head][row] of one item.
-  Status (*attend_item)(const AttendArgs& args, const WorkItem& item, float* out, float* lse);
+  // out [head][row][v_head_dim] and lse [head][row] of one item, and its mass where mass.sum is there.
+  Status (*attend_item)(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass);
   // Tokens [begin, end) of a head's slice of panels <- rows, other tokens untouched; and back.
   void (*pack)(const Arena& arena, HeadSlice to, int64_t begin, int64_t end, const TokenRun& from);
   void (*unpack)(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, const TokenRun& to);
+  // scores[i] of blocks that follow each other: the largest of a head's rows, of bounds the upper one of q.k, of
+  // columns that of the best token. steps: [num_blocks] of bounds.
+  void (*score_bounds)(const CodeQueries& q, const uint8_t* codes, const float* steps, int64_t first_row,
+                       int64_t num_blocks, float* scores);
+  void (*score_columns)(const CodeQueries& q, const uint8_t* codes, const float* steps, int64_t first_row,
+                        int64_t num_blocks, float* scores);
   // Reads every byte with plain loads, asking for lines `prefetch_bytes` ahead where that is not 0.
   uint64_t (*read)(const char* data, int64_t num_bytes, int64_t prefetch_bytes);
   // What bf16 products are made of, from registers alone; how many multiply-adds those were.

@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "blocks.h"
 #include "kernels.h"
 #include "pages.h"
 
@@ -137,11 +138,12 @@ NB_MODULE(_native, m) {
   nb::class_<Run>(m, "Run").def(
       "__init__",
       [](Run* run, const Arena& arena, Address slots, std::tuple<int64_t, int64_t> strides, int64_t num_seqs,
-         int64_t num_pages, Address kv_start, Address kv_len) {
+         int64_t num_pages, Address kv_start, Address kv_len, bool of_blocks) {
         new (run) Run{arena,     table_of(slots, strides),    num_seqs,
-                      num_pages, as<const int64_t>(kv_start), as<const int64_t>(kv_len)};
+                      num_pages, as<const int64_t>(kv_start), as<const int64_t>(kv_len),
+                      of_blocks};
       },
-      "arena"_a, "slots"_a, "strides"_a, "num_seqs"_a, "num_pages"_a, "kv_start"_a, "kv_len"_a);
+      "arena"_a, "slots"_a, "strides"_a, "num_seqs"_a, "num_pages"_a, "kv_start"_a, "kv_len"_a, "of_blocks"_a);
 
   nb::class_<ScoreRule>(m, "ScoreRule")
       .def(
@@ -154,11 +156,11 @@ NB_MODULE(_native, m) {
   nb::class_<Output>(m, "Output")
       .def(
           "__init__",
-          [](Output* to, const Rows& out, Address lse) {
-            new (to) Output{out.bytes(),      out.dtype,      out.stride_seq, out.stride_head,
-                            out.stride_token, as<float>(lse), nullptr};
+          [](Output* to, const Rows& out, Address lse, Address mass, int64_t mass_blocks) {
+            new (to) Output{out.bytes(),    out.dtype, out.stride_seq,  out.stride_head, out.stride_token,
+                            as<float>(lse), nullptr,   as<float>(mass), mass_blocks};
           },
-          "out"_a, "lse"_a);
+          "out"_a, "lse"_a, "mass"_a, "mass_blocks"_a);
 
   m.def(
       "attend",
@@ -182,15 +184,17 @@ NB_MODULE(_native, m) {
   // The output is [num_seqs, q_len, num_heads, v_head_dim], contiguous.
   m.def(
       "append_and_attend",
-      [](WorkerPool& pool, const PreparedCall& call, Address q, Address k, Address v, Address out, Address sink_logit) {
+      [](WorkerPool& pool, const PreparedCall& call, Address q, Address k, Address v, Address out, Address sink_logit,
+         Address mass, int64_t mass_blocks) {
         nb::gil_scoped_release release;
         const int64_t dim = call.runs.back().arena.v_head_dim, token = call.q.num_heads * dim;
-        const Output to{as<void>(out), call.q.dtype, call.q.num_tokens * token,  dim,
-                        token,         nullptr,      as<const float>(sink_logit)};
+        const Output to{as<void>(out), call.q.dtype, call.q.num_tokens * token,   dim,
+                        token,         nullptr,      as<const float>(sink_logit), as<float>(mass),
+                        mass_blocks};
         return append_and_attend(pool, *call.kernels, args_of(call.runs, call.q.at(q), call.rule, true),
                                  rows_of(call.k.at(k), call.v.at(v)), to);
       },
-      "pool"_a, "call"_a, "q"_a, "k"_a, "v"_a, "out"_a, "sink_logit"_a);
+      "pool"_a, "call"_a, "q"_a, "k"_a, "v"_a, "out"_a, "sink_logit"_a, "mass"_a, "mass_blocks"_a);
 
   m.def(
       "merge",
@@ -219,6 +223,62 @@ NB_MODULE(_native, m) {
         return move_pages(pool, kernels, from, to, from_slots, to_slots);
       },
       "pool"_a, "isa"_a, "source"_a, "target"_a, "source_slots"_a, "target_slots"_a);
+
+  nb::enum_<Codes>(m, "Codes").value("bounds", Codes::kBounds).value("columns", Codes::kColumns);
+  nb::class_<BlockCodes>(m, "BlockCodes")
+      .def(
+          "__init__",
+          [](BlockCodes* self, Codes kind, Address codes, Address steps, int64_t num_kv_heads, int64_t num_slots,
+             int64_t page_blocks) {
+            new (self) BlockCodes{kind,       as<const uint8_t>(codes), as<const float>(steps), num_kv_heads, num_slots,
+                                  page_blocks};
+          },
+          "kind"_a, "codes"_a, "steps"_a, "num_kv_heads"_a, "num_slots"_a, "page_blocks"_a);
+  nb::class_<CodeQueries>(m, "CodeQueries")
+      .def(
+          "__init__",
+          [](CodeQueries* self, Address weights, Address offsets, Address scales, int64_t rows_per_head,
+             int64_t num_lines) {
+            new (self) CodeQueries{as<const int8_t>(weights), as<const int32_t>(offsets), as<const float>(scales),
+                                   rows_per_head, num_lines};
+          },
+          "weights"_a, "offsets"_a, "scales"_a, "rows_per_head"_a, "num_lines"_a);
+
+  // slots: [num_seqs][num_pages], the same for all heads.
+  m.def(
+      "score_blocks",
+      [](WorkerPool& pool, const std::string& isa, const BlockCodes& codes, const CodeQueries& q, Address slots,
+         int64_t slot_stride, int64_t num_seqs, int64_t num_pages, Address scores) {
+        const KernelTable& kernels = kernels_named(isa);
+        nb::gil_scoped_release release;
+        return score_blocks(pool, kernels, codes, q, table_of(slots, {slot_stride, 0}), num_seqs, num_pages,
+                            as<float>(scores));
+      },
+      "pool"_a, "isa"_a, "codes"_a, "q"_a, "slots"_a, "slot_stride"_a, "num_seqs"_a, "num_pages"_a, "scores"_a);
+
+  m.def(
+      "choose_blocks",
+      [](WorkerPool& pool, Address scores, std::tuple<int64_t, int64_t> strides,
+         std::tuple<int64_t, int64_t, int64_t> shape, Address padding, Address num_wanted, int64_t num_sink_tokens,
+         Address slots, int64_t slot_stride, int64_t page_blocks, Address blocks, Address entries, int64_t capacity,
+         Address kv_start, Address kv_len) {
+        const auto [num_seqs, num_kv_heads, num_blocks] = shape;
+        const Choice choice{as<const float>(scores),
+                            std::get<0>(strides),
+                            std::get<1>(strides),
+                            num_seqs,
+                            num_kv_heads,
+                            num_blocks,
+                            as<const int64_t>(padding),
+                            as<const int64_t>(num_wanted),
+                            num_sink_tokens};
+        const Chosen chosen{as<int32_t>(blocks), as<int32_t>(entries), capacity, as<int64_t>(kv_start),
+                            as<int64_t>(kv_len)};
+        nb::gil_scoped_release release;
+        choose_blocks(pool, choice, table_of(slots, {slot_stride, 0}), page_blocks, chosen);
+      },
+      "pool"_a, "scores"_a, "strides"_a, "shape"_a, "padding"_a, "num_wanted"_a, "num_sink_tokens"_a, "slots"_a,
+      "slot_stride"_a, "page_blocks"_a, "blocks"_a, "entries"_a, "capacity"_a, "kv_start"_a, "kv_len"_a);
 
   m.def(
       "read_gbps",

@@ -1,6 +1,6 @@
 // Decode attention over pages, for one instruction set: this file is compiled once for each (CMakeLists.txt).
 //
-// One work item is read in tiles: one KV head, up to 64 tokens of one page. Legend:
+// One work item is read in tiles: one KV head, up to 64 tokens, whose blocks of 16 may lie anywhere. Legend:
 //   R rows (query heads of the group x query tokens), T tokens, D dims, P pairs of neighbours in a panel (attend.h).
 //   scores_RT = q_RD . k_TD, then an online softmax (Milakov & Gimelshein, 1805.02867), then out_RD += p_RT . v_TD.
 // Both products are the same small matrix product on panels (`panel_product`). Accumulation is float32.
@@ -12,16 +12,18 @@
 #include "probes.h"
 #include "product.h"
 #include "simd.h"
+#include "summaries.h"
 
 namespace tandem::TANDEM_ISA {
 namespace {
 
-constexpr int64_t kTileTokens = 64;
+constexpr int64_t kTileTokens = 64, kTileBlocks = kTileTokens / kBlockTokens;
 
 // What the rows of one head have gathered so far; views into Scratch.
 struct HeadRows {
   uint32_t* q_RD;
   float *out_RD, *max_R, *sum_RL;
+  float* mass;  // of the head's first row; or nullptr
   int64_t num;
 };
 
@@ -35,16 +37,29 @@ struct alignas(64) Scratch {
   uint32_t p_RT[kMaxHeadRows * kTileTokens];
   float score_RT[kMaxHeadRows * kTileTokens];
   Ahead ahead;
-  int row_lines;  // that a pass of the softmax over one row asks for
+  Stretch ahead_stretches[2 * kTileBlocks];
+  BlockMass mass;
+  int64_t mass_block;  // of the item, where the tile begins
+  int row_lines;       // that a pass of the softmax over one row asks for
   alignas(64) char k_tile[kTileTokens * kMaxHeadDim * 4];
   alignas(64) char v_tile[kTileTokens * kMaxHeadDim * 4];
 };
 
-// Tokens [begin, end) of one head's table, inside one page and starting at a block; [valid_begin, valid_end) may be
-// read.
+// Tokens [begin, end) of one head's table, starting at a block; [valid_begin, valid_end) may be read.
 struct Tile {
   int64_t head, begin, end, valid_begin, valid_end;
-  char *k, *v;
+  HeadSlice blocks[kTileBlocks];
+
+  int64_t num_blocks() const { return (end - begin + kBlockTokens - 1) / kBlockTokens; }
+  // Whether every block's K and V begin where those of the one before end.
+  bool is_one_run(const Arena& arena) const {
+    const int64_t k_bytes = kBlockTokens * padded(arena.head_dim) * item_bytes(arena.dtype);
+    const int64_t v_bytes = kBlockTokens * padded(arena.v_head_dim) * item_bytes(arena.dtype);
+    for (int64_t i = 1; i < num_blocks(); ++i) {
+      if (blocks[i].k != blocks[i - 1].k + k_bytes || blocks[i].v != blocks[i - 1].v + v_bytes) return false;
+    }
+    return true;
+  }
 };
 
 // One query row as float32; false where it holds a NaN.
@@ -91,24 +106,25 @@ void stage(const Arena& arena, Tile& tile, Scratch& s) {
   if (whole && arena.packing == Packing::kPanels) return;
   const BlockShape<kDType> k(arena.head_dim), v(arena.v_head_dim);
   char *k_to = s.k_tile, *v_to = s.v_tile;
-  for (int64_t t = tile.begin; t < tile.end; t += kBlockTokens, k_to += k.block_bytes(), v_to += v.block_bytes()) {
+  int64_t t = tile.begin;
+  for (HeadSlice* block = tile.blocks; t < tile.end; ++block, t += kBlockTokens) {
     const int64_t begin = min64(max64(tile.valid_begin - t, 0), kBlockTokens);
     const int64_t end = max64(min64(tile.valid_end - t, kBlockTokens), begin);
     if (arena.packing == Packing::kPanels) {
-      copy_k(k, tile.k + (k_to - s.k_tile), begin, end, k_to);
-      copy_v(v, tile.v + (v_to - s.v_tile), begin, end, v_to);
-      continue;
+      copy_k(k, block->k, begin, end, k_to);
+      copy_v(v, block->v, begin, end, v_to);
+    } else {
+      if (end - begin < kBlockTokens) {
+        std::memset(k_to, 0, k.block_bytes());
+        std::memset(v_to, 0, v.block_bytes());
+      }
+      put_k(k, block->k + begin * k.row_bytes(), k.row_bytes(), begin, end, k_to);
+      put_v(v, block->v + begin * v.row_bytes(), v.row_bytes(), begin, end, v_to);
     }
-    if (end - begin < kBlockTokens) {
-      std::memset(k_to, 0, k.block_bytes());
-      std::memset(v_to, 0, v.block_bytes());
-    }
-    const int64_t from = t - tile.begin + begin;
-    put_k(k, tile.k + from * k.row_bytes(), k.row_bytes(), begin, end, k_to);
-    put_v(v, tile.v + from * v.row_bytes(), v.row_bytes(), begin, end, v_to);
+    *block = {k_to, v_to};
+    k_to += k.block_bytes();
+    v_to += v.block_bytes();
   }
-  tile.k = s.k_tile;
-  tile.v = s.v_tile;
 }
 
 // Dot products of row r -> scores that follow the rule, in place, -inf where the row does not see a token; their
@@ -158,11 +174,19 @@ void softmax(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_
     float *const score = s.score_RT + r * kTileTokens, *const sum = rows.sum_RL + r * kLanes;
     uint32_t* const p = s.p_RT + r * kTileTokens;
     s.ahead.ask(s.row_lines);
-    Vec total = load(sum);
+    Vec total = load(sum), of_block{};
     for (int64_t t = 0; t < num_tokens; t += kLanes) {
       const Vec x = exp_nonpositive(load(score + t) - base_R[r]);
       total += x;
       Element::put(x, t, num_tokens, p);
+      if (rows.mass == nullptr) continue;
+      of_block += x;
+      if ((t + kLanes) % kBlockTokens == 0) {
+        float* const mass = rows.mass + r * s.mass.stride + s.mass_block + t / kBlockTokens;
+        mass[0] = reduce_add(of_block);
+        mass[s.mass.base - s.mass.sum] = base_R[r];
+        of_block = Vec{};
+      }
     }
     store(sum, total);
   }
@@ -172,31 +196,63 @@ template <class Element, class QueryElement>
 void attend_tile(const AttendArgs& args, Tile tile, const HeadRows& rows, Scratch& s) {
   constexpr int64_t kPair = pair_of(Element::kDType), kRowBytes = 16 * lane_bytes<Element>();
   const int64_t k_stored = padded(args.kv.arena.head_dim), v_stored = padded(args.kv.arena.v_head_dim);
-  const int64_t num_blocks = (tile.end - tile.begin + 15) / 16, num_tokens = num_blocks * 16;
+  const int64_t num_blocks = tile.num_blocks(), num_tokens = num_blocks * kBlockTokens;
   const int64_t ahead_bytes = s.ahead.num_bytes();
   stage<Element::kDType>(args.kv.arena, tile, s);
-  const Panel k{tile.k, kRowBytes, k_stored / kPair * kRowBytes, k_stored / kPair, num_blocks};
+  Panel k{{}, kRowBytes, k_stored / kPair, num_blocks, 0, 1};
+  Panel v{{}, v_stored / 16 * kRowBytes, num_tokens / kPair, v_stored / 16, kRowBytes, 1};
+  if (!tile.is_one_run(args.kv.arena)) {
+    v.num_k = kBlockTokens / kPair;
+    v.num_parts = num_blocks;
+  }
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    k.at[i] = tile.blocks[i].k;
+    v.at[i] = tile.blocks[i].v;
+  }
   const Accumulators<true> scores{s.score_RT, kTileTokens};
   product<QueryElement>(k, {rows.q_RD, k_stored}, scores, rows.num, ahead_bytes / 3, s.ahead);
   // Much less than the softmax's share of the time: its loads and stores wait behind a burst.
   s.row_lines = static_cast<int>(min64(16, ahead_bytes / 8 / 64 / (2 * rows.num)));
   softmax<Element>(args.rule, tile, num_tokens, v_stored, rows, s);
-  const Panel v{tile.v, v_stored / 16 * kRowBytes, kRowBytes, num_tokens / kPair, v_stored / 16};
   const Accumulators<false> out{rows.out_RD, v_stored};
   product<Element>(v, {s.p_RT, kTileTokens}, out, rows.num, s.ahead.num_bytes(), s.ahead);
   while (s.ahead.more()) s.ahead.ask(16);
 }
 
-// The tile of `head` that starts at a block; false where the table's entry points outside the arena.
+// The tile of `head` that starts at a block; false where one of the table's entries points outside the arena.
 bool locate(const AttendArgs& args, const WorkItem& item, int64_t head, int64_t begin, Tile& tile) {
-  const Arena& arena = args.kv.arena;
-  const int64_t in_page = begin % arena.page_size;
-  const int64_t slot = args.kv.table.slot(item.seq, head, begin / arena.page_size);
-  if (slot < 0 || slot >= arena.num_slots) return false;
-  const int64_t end = min64(begin + min64(kTileTokens, arena.page_size - in_page), item.token_end);
-  const HeadSlice from = arena.slice(slot, head, in_page);
-  tile = {head, begin, end, max64(begin, item.token_begin), end, from.k, from.v};
+  const Run& kv = args.kv;
+  const int64_t size = kv.entry_tokens(), end = min64(begin + kTileTokens, item.token_end);
+  tile.head = head;
+  tile.begin = begin;
+  tile.end = tile.valid_end = end;
+  tile.valid_begin = max64(begin, item.token_begin);
+  for (int64_t t = begin, block = 0; t < end; t += kBlockTokens, ++block) {
+    const int64_t entry = kv.table.slot(item.seq, head, t / size);
+    if (entry < 0 || entry >= kv.num_entries()) return false;
+    tile.blocks[block] = kv.slice(entry, head, t % size);
+  }
   return true;
+}
+
+// What is asked for while another tile is computed: its K, then its V, in as few stretches as they lie in.
+Ahead ahead_of(const Tile& tile, const Arena& arena, Stretch* stretches) {
+  Stretch* last = stretches;
+  const int64_t num_tokens = tile.end - tile.begin;
+  const auto add = [&](const char* at, int64_t num_bytes) {
+    if (last != stretches && last[-1].end == at) {
+      last[-1].end += num_bytes;
+    } else {
+      *last++ = {at, at + num_bytes};
+    }
+  };
+  for (int64_t block = 0, t = 0; t < num_tokens; ++block, t += kBlockTokens) {
+    add(tile.blocks[block].k, min64(kBlockTokens, num_tokens - t) * arena.k_token_bytes());
+  }
+  for (int64_t block = 0, t = 0; t < num_tokens; ++block, t += kBlockTokens) {
+    add(tile.blocks[block].v, min64(kBlockTokens, num_tokens - t) * arena.v_token_bytes());
+  }
+  return {stretches->at, stretches->end, stretches + 1, last};
 }
 
 template <class Element, class QueryElement>
@@ -214,21 +270,25 @@ Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
     if (more) {
       const int64_t head = last_head ? item.head_begin : tile.head + 1, begin = last_head ? tile.end : tile.begin;
       if (!locate(args, item, head, begin, next)) return Status::kSlotOutOfRange;
-      const int64_t num_tokens = next.end - next.begin;
-      s.ahead = {next.k, next.k + num_tokens * arena.k_token_bytes(), next.v,
-                 next.v + num_tokens * arena.v_token_bytes()};
+      s.ahead = ahead_of(next, arena, s.ahead_stretches);
     }
     const int64_t row = (tile.head - item.head_begin) * head_rows;
-    const HeadRows rows{s.q_RD + row * k_stored, s.out_RD + row * v_stored, s.max_R + row, s.sum_RL + row * kLanes,
+    const HeadRows rows{s.q_RD + row * k_stored,
+                        s.out_RD + row * v_stored,
+                        s.max_R + row,
+                        s.sum_RL + row * kLanes,
+                        s.mass.sum == nullptr ? nullptr : s.mass.sum + row * s.mass.stride,
                         head_rows};
+    s.mass_block = tile.begin / kBlockTokens - item.token_begin / kBlockTokens;
     attend_tile<Element, QueryElement>(args, tile, rows, s);
   }
   return Status::kOk;
 }
 
 template <class Element, class QueryElement>
-Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
+Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass) {
   Scratch s;
+  s.mass = mass;
   const int64_t num_rows = item.num_rows(), dim = args.kv.arena.v_head_dim, stored = padded(dim);
   if (!prepare_queries<QueryElement>(args, item, padded(args.kv.arena.head_dim), s)) return Status::kNanInQuery;
   std::memset(s.out_RD, 0, num_rows * stored * 4);
@@ -244,16 +304,17 @@ Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, 
   return status;
 }
 
-Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse) {
-  if (args.kv.arena.dtype == DType::kFloat32) return attend_item_as<Float32, Float32>(args, item, out, lse);
-  if (args.kv.arena.dtype == DType::kFloat16) return attend_item_as<Float16, Float16>(args, item, out, lse);
+Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass) {
+  const auto as = [&](auto attend) { return attend(args, item, out, lse, mass); };
+  if (args.kv.arena.dtype == DType::kFloat32) return as(attend_item_as<Float32, Float32>);
+  if (args.kv.arena.dtype == DType::kFloat16) return as(attend_item_as<Float16, Float16>);
 #if defined(TANDEM_BF16_DOT)
   if (item.head_rows() >= kMinDotRows) {
-    if (args.q.dtype == DType::kBFloat16) return attend_item_as<Bf16Dot<true>, Bf16Dot<false>>(args, item, out, lse);
-    return attend_item_as<Bf16Dot<true>, Bf16Dot<true>>(args, item, out, lse);
+    if (args.q.dtype == DType::kBFloat16) return as(attend_item_as<Bf16Dot<true>, Bf16Dot<false>>);
+    return as(attend_item_as<Bf16Dot<true>, Bf16Dot<true>>);
   }
 #endif
-  return attend_item_as<Bf16Wide, Bf16Wide>(args, item, out, lse);
+  return as(attend_item_as<Bf16Wide, Bf16Wide>);
 }
 
 }  // namespace
@@ -261,6 +322,7 @@ Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, flo
 #define TANDEM_STRING_(x) #x
 #define TANDEM_STRING(x) TANDEM_STRING_(x)
 extern const KernelTable kTable;
-const KernelTable kTable{TANDEM_STRING(TANDEM_ISA), attend_item, pack, unpack, read, dot, multiply_adds};
+const KernelTable kTable{
+    TANDEM_STRING(TANDEM_ISA), attend_item, pack, unpack, score_bounds, score_columns, read, dot, multiply_adds};
 
 }  // namespace tandem::TANDEM_ISA

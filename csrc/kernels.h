@@ -26,6 +26,10 @@ struct Output {
   int64_t stride_seq, stride_head, stride_token;
   float* lse;
   const float* sink_logit;  // [num_heads], see `merge`; or nullptr
+  // [num_seqs][num_heads][q_len][mass_blocks], zeros: the share of each row that every block of 16 tokens of all
+  // tables, one run behind the other, has; the sink's logit counts in the whole. Or nullptr.
+  float* mass = nullptr;
+  int64_t mass_blocks = 0;
 };
 
 // Attention over all runs together. Runs differ in `kv` and `causal` alone; their tokens are disjoint.

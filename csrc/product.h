@@ -23,20 +23,30 @@ constexpr int64_t kMinDotRows = 1;
 // the softmax alike: a core has some 16 requests in flight, and memory idles whenever none is waiting. So the pace
 // follows from the rows: at that of 4 rows, 8 had asked for everything before their longest product, p.v, began (15 to
 // 25 % of a call).
+struct Stretch {
+  const char *at, *end;
+};
+
 struct Ahead {
-  const char *at = nullptr, *end = nullptr;            // K
-  const char *then_at = nullptr, *then_end = nullptr;  // V
-  int64_t num_lines = 1;                               // that a step of a product asks for
+  const char *at = nullptr, *end = nullptr;
+  const Stretch *next = nullptr, *last = nullptr;  // that follow
+  int64_t num_lines = 1;                           // that a step of a product asks for
 
-  int64_t num_bytes() const { return max64(end - at, 0) + then_end - then_at; }
+  int64_t num_bytes() const {
+    int64_t sum = max64(end - at, 0);
+    for (const Stretch* run = next; run < last; ++run) sum += run->end - run->at;
+    return sum;
+  }
 
-  // Whether any is left; behind the end of K follows V.
+  // Whether any is left.
   bool more() {
-    if (at < end) return true;
-    at = then_at;
-    end = then_end;
-    then_at = then_end;
-    return at < end;
+    while (at >= end) {
+      if (next == last) return false;
+      at = next->at;
+      end = next->end;
+      ++next;
+    }
+    return true;
   }
 
   // A run may be overshot by less than `num`.
@@ -95,10 +105,18 @@ class Steps {
 };
 #endif
 
-// A panel: num_k rows `k_stride` bytes apart, of blocks of 16 lanes `block_stride` bytes apart.
+// A panel: num_parts times num_k rows `k_stride` bytes apart, of blocks of 16 lanes. Of K every block may lie anywhere,
+// and there is one part; of V every part may, and its blocks are `block_stride` bytes apart.
 struct Panel {
-  const char* data;
-  int64_t k_stride, block_stride, num_k, num_blocks;
+  const char* at[4];  // of K the blocks, of V the parts
+  int64_t k_stride, num_k, num_blocks;
+  int64_t block_stride;  // 0: K
+  int64_t num_parts;
+
+  const char* place(int64_t part, int64_t block) const {
+    return block_stride == 0 ? at[block] : at[part] + block * block_stride;
+  }
+  int64_t num_weights() const { return num_k * num_parts; }  // of a row
 };
 
 // Rows of accumulators, a block of 16 lanes beside the next. Those that are empty count as zeros, whatever they hold:
@@ -130,20 +148,24 @@ inline void panel_product(const Panel& panel, int64_t block, Weights weights, Ac
   for (int r = 0; r < kRows; ++r) {
     for (int n = 0; n < kVecs; ++n) sum[r][n] = Acc::kIsEmpty ? Vec{} : load(first + r * acc.stride + n * kLanes);
   }
-  const char* row = panel.data + block * panel.block_stride;
   constexpr int64_t kLaneBytes = lane_bytes<Element>();
-  Steps steps(ahead, panel.num_k, panel.data);
+  const int64_t num_weights = panel.num_weights();
+  Steps steps(ahead, num_weights, panel.at[0]);
+  for (int64_t part = 0, i = 0; part < panel.num_parts; ++part) {
+    const char* row[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) row[b] = panel.place(part, block + b);
 #pragma GCC unroll 4  // num_k is a multiple of 8; 1 % of a call
-  for (int64_t k = 0; k < panel.num_k; ++k, row += panel.k_stride) {
-    steps.ask();
-    typename Element::Panel m[kVecs];
-    for (int n = 0; n < kVecs; ++n) {
-      const int64_t lane = n % kVecsPerBlock * kLanes;
-      m[n] = Element::panel(row + n / kVecsPerBlock * panel.block_stride + lane * kLaneBytes);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const auto w = Element::weight(weights.data + r * weights.stride, k, panel.num_k);
-      for (int n = 0; n < kVecs; ++n) sum[r][n] = Element::mac(sum[r][n], m[n], w);
+    for (int64_t k = 0; k < panel.num_k; ++k, ++i) {
+      steps.ask();
+      typename Element::Panel m[kVecs];
+      for (int n = 0; n < kVecs; ++n) {
+        const int64_t lane = n % kVecsPerBlock * kLanes;
+        m[n] = Element::panel(row[n / kVecsPerBlock] + k * panel.k_stride + lane * kLaneBytes);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const auto w = Element::weight(weights.data + r * weights.stride, i, num_weights);
+        for (int n = 0; n < kVecs; ++n) sum[r][n] = Element::mac(sum[r][n], m[n], w);
+      }
     }
   }
   steps.give_back(ahead);
@@ -152,13 +174,13 @@ inline void panel_product(const Panel& panel, int64_t block, Weights weights, Ac
   }
 }
 
-constexpr int kTileBlocks = kLanes == 16 ? 4 : 1;  // as many accumulators as the registers hold
+constexpr int kPanelBlocks = kLanes == 16 ? 4 : 1;  // as many accumulators as the registers hold
 
 template <class Element, int kRows, class Acc>
 void product_rows(const Panel& panel, Weights weights, Acc acc, Ahead& ahead) {
   int64_t block = 0;
-  for (; block + kTileBlocks <= panel.num_blocks; block += kTileBlocks) {
-    panel_product<Element, kRows, kTileBlocks>(panel, block, weights, acc, ahead);
+  for (; block + kPanelBlocks <= panel.num_blocks; block += kPanelBlocks) {
+    panel_product<Element, kRows, kPanelBlocks>(panel, block, weights, acc, ahead);
   }
   for (; block < panel.num_blocks; ++block) panel_product<Element, kRows, 1>(panel, block, weights, acc, ahead);
 }
@@ -179,12 +201,13 @@ struct TileShapes {
   ~TileShapes() { _tile_release(); }
 };
 
-// Four blocks of a panel whose num_k is a multiple of 16.
+// Four blocks of a panel of one part, whose num_k is a multiple of 16.
 template <bool kSplit, class Acc>
 void tile_product(const Panel& panel, int64_t block, Weights weights, Acc acc, Ahead& ahead) {
   float* c = acc.data + block * 16;
   const int64_t c_stride = acc.stride * 4, w_stride = weights.stride * 4;
-  const char* b = panel.data + block * panel.block_stride;
+  const char* b[4];
+  for (int i = 0; i < 4; ++i) b[i] = panel.place(0, block + i);
   if constexpr (Acc::kIsEmpty) {
     _tile_zero(0);
     _tile_zero(1);
@@ -197,13 +220,14 @@ void tile_product(const Panel& panel, int64_t block, Weights weights, Acc acc, A
     _tile_loadd(3, c + 48, c_stride);
   }
   Ahead asking = ahead;  // in registers: a store in the loop would hold back the tile loads (12 % of a call)
-  for (int64_t k = 0; k < panel.num_k; k += 16, b += 16 * panel.k_stride) {
+  for (int64_t k = 0; k < panel.num_k; k += 16) {
+    const int64_t at = k * panel.k_stride;
     _tile_loadd(4, weights.data + k, w_stride);
     if constexpr (kSplit) _tile_loadd(5, weights.data + panel.num_k + k, w_stride);
-#define TANDEM_TILE(C, B)                                     \
-  asking.ask(16);                                             \
-  _tile_loadd(B, b + C * panel.block_stride, panel.k_stride); \
-  _tile_dpbf16ps(C, 4, B);                                    \
+#define TANDEM_TILE(C, B)                    \
+  asking.ask(16);                            \
+  _tile_loadd(B, b[C] + at, panel.k_stride); \
+  _tile_dpbf16ps(C, 4, B);                   \
   if constexpr (kSplit) _tile_dpbf16ps(C, 5, B)
     TANDEM_TILE(0, 6);
     TANDEM_TILE(1, 7);
@@ -222,7 +246,7 @@ void tile_product(const Panel& panel, int64_t block, Weights weights, Acc acc, A
 template <class Element, class Acc>
 bool product_by_tiles(const Panel& panel, Weights weights, Acc acc, Ahead& ahead) {
   if constexpr (Element::kIsDot) {
-    if (panel.num_k % 16 != 0 || panel.num_blocks % 4 != 0) return false;
+    if (panel.num_parts != 1 || panel.num_k % 16 != 0 || panel.num_blocks % 4 != 0) return false;
     for (int64_t block = 0; block < panel.num_blocks; block += 4) {
       tile_product<Element::kIsSplit>(panel, block, weights, acc, ahead);
     }
@@ -246,8 +270,8 @@ template <class Element, class Acc>
 void product(const Panel& panel, Weights weights, Acc acc, int64_t num_rows, int64_t ahead_bytes, Ahead& ahead) {
   if (product_by_tiles<Element>(panel, weights, acc, ahead)) return;
   const int64_t num_passes = (num_rows + kMaxTileRows - 1) / kMaxTileRows;
-  const int64_t num_panels = panel.num_blocks / kTileBlocks + panel.num_blocks % kTileBlocks;
-  ahead.pace(ahead_bytes, num_passes * num_panels * panel.num_k);
+  const int64_t num_panels = panel.num_blocks / kPanelBlocks + panel.num_blocks % kPanelBlocks;
+  ahead.pace(ahead_bytes, num_passes * num_panels * panel.num_weights());
   for (int64_t pass = 0, r = 0; pass < num_passes; ++pass) {
     const int64_t rows = (num_rows - r + num_passes - pass - 1) / (num_passes - pass);
     const Weights w{weights.data + r * weights.stride, weights.stride};

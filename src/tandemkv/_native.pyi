@@ -49,13 +49,14 @@ class Run:
         num_pages: int,
         kv_start: int,
         kv_len: int,
+        of_blocks: bool,
     ) -> None: ...
 
 class ScoreRule:
     def __init__(self, scale: float, softcap: float | None, window: int | None) -> None: ...
 
 class Output:
-    def __init__(self, out: Rows, lse: int) -> None: ...
+    def __init__(self, out: Rows, lse: int, mass: int, mass_blocks: int) -> None: ...
 
 class PreparedCall:
     def __init__(self, isa: str, runs: Sequence[Run], q: Rows, k: Rows, v: Rows, rule: ScoreRule) -> None: ...
@@ -65,7 +66,15 @@ def attend(
     pool: WorkerPool, isa: str, runs: Sequence[Run], q: Rows, rule: ScoreRule, causal: bool, to: Output
 ) -> Status: ...
 def append_and_attend(
-    pool: WorkerPool, call: PreparedCall, q: int, k: int, v: int, out: int, sink_logit: int
+    pool: WorkerPool,
+    call: PreparedCall,
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    sink_logit: int,
+    mass: int,
+    mass_blocks: int,
 ) -> Status: ...
 def merge(
     pool: WorkerPool,
@@ -90,6 +99,46 @@ def move_pages(
     source_slots: Sequence[int],
     target_slots: Sequence[int],
 ) -> Status: ...
+class Codes(Enum):
+    bounds = 0
+    columns = 1
+
+class BlockCodes:
+    def __init__(
+        self, kind: Codes, codes: int, steps: int, num_kv_heads: int, num_slots: int, page_blocks: int
+    ) -> None: ...
+
+class CodeQueries:
+    def __init__(self, weights: int, offsets: int, scales: int, rows_per_head: int, num_lines: int) -> None: ...
+
+def score_blocks(
+    pool: WorkerPool,
+    isa: str,
+    codes: BlockCodes,
+    q: CodeQueries,
+    slots: int,
+    slot_stride: int,
+    num_seqs: int,
+    num_pages: int,
+    scores: int,
+) -> Status: ...
+def choose_blocks(
+    pool: WorkerPool,
+    scores: int,
+    strides: tuple[int, int],
+    shape: tuple[int, int, int],
+    padding: int,
+    num_wanted: int,
+    num_sink_tokens: int,
+    slots: int,
+    slot_stride: int,
+    page_blocks: int,
+    blocks: int,
+    entries: int,
+    capacity: int,
+    kv_start: int,
+    kv_len: int,
+) -> None: ...
 def read_gbps(pool: WorkerPool, isa: str, buffer: int, num_bytes: int) -> float: ...
 def dot_gops(pool: WorkerPool, isa: str) -> float: ...
 def multiply_adds(isa: str, group_size: int) -> int: ...

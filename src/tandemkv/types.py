@@ -181,18 +181,31 @@ class PagedKV:
         a row (stride 0). Token t of the run lies in page t // page_size. Entries outside `[kv_start, kv_len)` are
         not read.
     kv_start, kv_len: int64 `[num_seqs]` on the CPU: the tokens of the run that exist (padding before, nothing behind).
+    of_blocks: entries are not pages but blocks of 16 tokens, `slot * num_kv_heads * blocks of a page + block in the
+        page`, and every head has a run of its own: kv_start and kv_len are `[num_seqs, num_kv_heads]`.
     """
 
     arena: Arena
     page_table: Tensor
     kv_start: Tensor
     kv_len: Tensor
+    of_blocks: bool = False
 
     def __post_init__(self) -> None:
         tensors = self.page_table, self.kv_start, self.kv_len
         if not isinstance(self.arena, Arena) or not all(isinstance(tensor, Tensor) for tensor in tensors):
             got = ", ".join(type(value).__name__ for value in (self.arena, *tensors))
             raise InputError(f"PagedKV takes an Arena and the tensors page_table, kv_start and kv_len, got {got}")
+
+    @property
+    def entry_tokens(self) -> int:
+        """Tokens that an entry of the table stands for."""
+        return BLOCK_TOKENS if self.of_blocks else self.arena.layout.page_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that the table has room for."""
+        return self.page_table.shape[2] * self.entry_tokens // BLOCK_TOKENS
 
 
 def _is_number(value: object) -> bool:

@@ -23,6 +23,7 @@ def attend(
     *runs: PagedKV,
     rule: ScoreRule,
     causal: bool = False,
+    mass: Tensor | None = None,
     pool: "WorkerPool | None" = None,
     isa: str | None = None,
 ) -> Partial:
@@ -35,6 +36,7 @@ def attend(
     rule: a window needs `causal` and one run; tokens that no query sees are not read.
     causal: the queries are the last tokens of the last run: query i of q_len sees its tokens below
         `kv_len - q_len + 1 + i`, and all tokens of the other runs; without it all see all.
+    mass: what `block_mass` made for these, to be filled.
     pool: threads to use; without one, the caller's.
     isa: force an instruction set by name (`tandemkv doctor` lists them); without one, the fastest.
 
@@ -45,7 +47,17 @@ def attend(
     """
     from tandemkv.kernels import cpu
 
-    return cpu.attend(q, runs, rule=rule, causal=causal, pool=pool, isa=isa)
+    return cpu.attend(q, runs, rule=rule, causal=causal, mass=mass, pool=pool, isa=isa)
+
+
+def block_mass(q: Tensor, *runs: PagedKV) -> Tensor:
+    """Room for the attention mass of a call: zeros, float32 `[num_seqs, num_q_heads, q_len, num_blocks]`.
+
+    `attend` and `append_and_attend` fill it: the share that each block of 16 tokens, of the tables of all runs one
+    behind the other, has of a query's attention. A sink's logit counts in the whole, so that shares add up to less.
+    """
+    num_blocks = sum(kv.num_blocks for kv in runs)
+    return torch.zeros((*q.shape[:3], num_blocks), dtype=torch.float32, device="cpu")
 
 
 def append_and_attend(
@@ -56,19 +68,20 @@ def append_and_attend(
     rule: ScoreRule,
     pool: "WorkerPool",
     sink_logit: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> Tensor:
     """`append` k and v as the last q_len tokens of the last run, then `attend` from them, causally, over all runs.
 
     One call, because after a short context calls cost more than reading.
     q, rule as in `attend`; k, v as in `append`, q_len tokens; kv_len of the last run, equal for all sequences, counts
-    them already. sink_logit as in `merge`. Returns `[num_seqs, q_len, num_q_heads, v_head_dim]` in q's dtype,
+    them already. sink_logit as in `merge`, mass as in `attend`. Returns `[num_seqs, q_len, num_q_heads, v_head_dim]` in q's dtype,
     contiguous, rounded once. Raises as `attend`, `append` and `merge` do; where attention fails, tokens are written.
     """
     from tandemkv.kernels import cpu
 
     if sink_logit is not None:
         _check_sink_logit(sink_logit, q)
-    return cpu.append_and_attend(q, k, v, runs, rule=rule, pool=pool, sink_logit=sink_logit)
+    return cpu.append_and_attend(q, k, v, runs, rule=rule, pool=pool, sink_logit=sink_logit, mass=mass)
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, first_query: int | None = None) -> Partial:

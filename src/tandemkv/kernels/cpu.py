@@ -66,6 +66,7 @@ def attend(
     *,
     rule: ScoreRule,
     causal: bool,
+    mass: Tensor | None = None,
     pool: WorkerPool | None = None,
     isa: str | None = None,
 ) -> Partial:
@@ -85,7 +86,7 @@ def attend(
         _rows(q),
         native_rule,
         causal,
-        _native.Output(_rows(out), lse.data_ptr()),
+        _native.Output(_rows(out), lse.data_ptr(), *_mass(mass, q, runs)),
     )
     _raise_for(status, runs)
     return Partial(out, lse)
@@ -100,6 +101,7 @@ def append_and_attend(
     rule: ScoreRule,
     pool: WorkerPool,
     sink_logit: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> Tensor:
     """See `tandemkv.kernels.append_and_attend`; sink_logit is checked there."""
     call = _prepared(q, k, v, runs, rule)
@@ -108,8 +110,8 @@ def append_and_attend(
     sink_logit = None if sink_logit is None else sink_logit.contiguous()
     num_seqs, num_q_heads, q_len, _ = q.shape
     out = torch.empty((num_seqs, q_len, num_q_heads, runs[-1].arena.v_head_dim), dtype=q.dtype, device="cpu")
-    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-    _raise_for(_native.append_and_attend(_pool(pool), call.native, *addresses, _address(sink_logit)), runs)
+    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _address(sink_logit)
+    _raise_for(_native.append_and_attend(_pool(pool), call.native, *addresses, *_mass(mass, q, runs)), runs)
     return out
 
 
@@ -265,7 +267,7 @@ def _run_layout(kv: PagedKV) -> tuple[object, ...]:
     arena, table, kv_start, kv_len = kv.arena, kv.page_table, kv.kv_start, kv.kv_len
     addresses = arena.k.data_ptr(), arena.v.data_ptr(), table.data_ptr(), kv_start.data_ptr(), kv_len.data_ptr()
     sizes = arena.k.shape, arena.head_dim, arena.v_head_dim, table.shape, kv_start.shape, kv_len.shape
-    return addresses, sizes, table.stride(), arena.layout, table.dtype, kv_start.dtype, kv_len.dtype
+    return addresses, sizes, table.stride(), arena.layout, table.dtype, kv_start.dtype, kv_len.dtype, kv.of_blocks
 
 
 def _native_run(kv: PagedKV) -> _native.Run:
@@ -276,13 +278,14 @@ def _native_run(kv: PagedKV) -> _native.Run:
     arena, table = kv.arena, kv.page_table
     num_seqs = table.shape[0] if table.dim() else 0
     _check_table(arena, table, num_seqs)
+    shape = (num_seqs, arena.num_kv_heads) if kv.of_blocks else (num_seqs,)
     for name, tensor in (("kv_start", kv.kv_start), ("kv_len", kv.kv_len)):
-        good = tensor.dtype == torch.int64 and tensor.shape == (num_seqs,) and tensor.device.type == "cpu"
+        good = tensor.dtype == torch.int64 and tensor.shape == shape and tensor.device.type == "cpu"
         if not good or not tensor.is_contiguous():
             got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            raise InputError(f"{name} must be contiguous int64 [{num_seqs}] on the CPU, got {got}")
+            raise InputError(f"{name} must be contiguous int64 {list(shape)} on the CPU, got {got}")
     strides, at = (table.stride(0), table.stride(1)), (kv.kv_start.data_ptr(), kv.kv_len.data_ptr())
-    run = _native.Run(_native_arena(arena), table.data_ptr(), strides, num_seqs, table.shape[2], *at)
+    run = _native.Run(_native_arena(arena), table.data_ptr(), strides, num_seqs, table.shape[2], *at, kv.of_blocks)
     _runs[kv] = layout, run
     return run
 
@@ -381,6 +384,18 @@ def _native_tokens(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: T
     return _native_arena(arena), page_table.data_ptr(), strides, begin, _rows(k), _rows(v)
 
 
+def _mass(mass: Tensor | None, q: Tensor, runs: Sequence[PagedKV]) -> tuple[int, int]:
+    """Address and blocks of what is to be filled; none is (0, 0)."""
+    if mass is None:
+        return 0, 0
+    expected = (*q.shape[:3], sum(kv.num_blocks for kv in runs))
+    good = isinstance(mass, Tensor) and mass.dtype == torch.float32 and mass.shape == expected
+    if not good or not mass.is_contiguous() or mass.device.type != "cpu":
+        got = f"{mass.dtype} {list(mass.shape)} on {mass.device}" if isinstance(mass, Tensor) else _types_of(mass)
+        raise InputError(f"mass must be contiguous float32 {list(expected)} on the CPU, got {got}")
+    return mass.data_ptr(), mass.shape[3]
+
+
 def _pool(pool: WorkerPool | None) -> WorkerPool:
     if pool is None:
         return single_thread()
@@ -414,11 +429,11 @@ def _raise_for(status: _native.Status, runs: Sequence[PagedKV] = ()) -> None:
     if status == _native.Status.outside_table:
         for kv in runs:
             num_pages = kv.page_table.shape[2]
-            capacity = num_pages * kv.arena.layout.page_size
+            capacity, kind = num_pages * kv.entry_tokens, "blocks" if kv.of_blocks else "pages"
             if min(int(kv.kv_start.min()), int(kv.kv_len.min())) < 0 or int(kv.kv_len.max()) > capacity:
                 got = f"got {kv.kv_start.tolist()} and {kv.kv_len.tolist()}"
                 raise InputError(
-                    f"[kv_start, kv_len) must lie in [0, {capacity}] for a table of {num_pages} pages, {got}"
+                    f"[kv_start, kv_len) must lie in [0, {capacity}] for a table of {num_pages} {kind}, {got}"
                 )
         raise InputError(
             "kv_len of the last run must be the same for all sequences, count the tokens that are appended and stay as "
