@@ -99,6 +99,7 @@ def move_pages(
     source_slots: Sequence[int],
     target_slots: Sequence[int],
 ) -> Status: ...
+
 class Codes(Enum):
     bounds = 0
     columns = 1

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from tandemkv import machine
-from tandemkv.cache import Held, LayerKV
+from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
-from tandemkv.kernels import append_and_attend, attend_dense, gather, merge
+from tandemkv.kernels import append_and_attend, attend_dense, block_mass, gather, merge
 from tandemkv.lanes import LANES, PendingPartial
-from tandemkv.select import MAX_SELECT_QUERIES, SELECTORS, choose_pages
+from tandemkv.select import MAX_SELECT_QUERIES
+from tandemkv.selection import learn, observe_chunk, observer_of, taking_part
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
 
 if TYPE_CHECKING:
@@ -40,9 +41,14 @@ def decode_step(
     """
     if q.device.type != "cpu":
         return _decode_on_device(q, k, v, layer, rule, sink_logit)
+    pool = worker_pool()
     with layer.extended(q.shape[2]) as held:  # one processor reaches near and far: one call
-        runs = (*_taking_part(q, layer, held), held.near)
-        return append_and_attend(q, k, v, *runs, rule=rule, sink_logit=sink_logit, pool=worker_pool())
+        runs = (*taking_part(q, layer, held, pool), held.near)
+        mass = None if observer_of(layer) is None else block_mass(q, *runs)
+        out = append_and_attend(q, k, v, *runs, rule=rule, sink_logit=sink_logit, pool=pool, mass=mass)
+        if mass is not None:
+            learn(layer, mass, runs, is_decoded=True)
+        return out
 
 
 def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule) -> Partial:
@@ -82,6 +88,7 @@ def extend_and_attend(
         layer.evict()
         part = prefill_chunk(q_chunk, k_chunk, v_chunk, layer, rule)
         layer.append(k_chunk, v_chunk)
+        observe_chunk(q_chunk, layer, rule, worker_pool(), is_last=begin + layer.chunk_tokens >= q_len)
         part = part if sink_logit is None else merge([part], sink_logit=sink_logit)
         out[:, chunk] = part.out.transpose(1, 2)
     return out
@@ -115,19 +122,6 @@ def _max_step(q: Tensor, layer: LayerKV) -> int:
     return MAX_DECODE_QUERIES if layer.sparse is None else MAX_SELECT_QUERIES
 
 
-def _taking_part(q: Tensor, layer: LayerKV, held: Held) -> tuple[PagedKV, ...]:
-    """The far tokens that these queries attend to: all, or what its selector picks within its budget."""
-    sparse = layer.sparse
-    if sparse is None or not held.far:
-        return held.far
-    summaries = layer.summaries
-    num_chosen = (sparse.budget_tokens - layer.num_near_tokens) // summaries.page_size
-    if num_chosen >= summaries.num_pages:
-        return held.far
-    scores = SELECTORS[sparse.selector].score(q, summaries)
-    return (layer.far_part(choose_pages(scores, summaries, sparse.num_sink_tokens, num_chosen)),)
-
-
 def _decode_on_device(
     q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None = None
 ) -> Tensor:
@@ -135,7 +129,7 @@ def _decode_on_device(
         raise InputError("q contains NaN: a layer before this attention produced it")
     with layer.extended(q.shape[2]) as held:
         layer.write(k, v)
-        with _lanes_started(q, _taking_part(q, layer, held), rule) as far:
+        with _lanes_started(q, taking_part(q, layer, held, worker_pool()), rule) as far:
             near = _attend_near(q, held.near, rule)  # the device works while the lanes do
             part = merge([*(pending.result() for pending in far), near], sink_logit=sink_logit)
     return part.out.transpose(1, 2).to(q.dtype).contiguous()

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from tandemkv import kernels
+from tandemkv.cache.knowledge import Knowledge
 from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, InputError
-from tandemkv.select import Sparse, Summaries
-from tandemkv.types import PagedKV
+from tandemkv.kernels.blocks import ChosenBlocks, FarPages
+from tandemkv.select import Digester, Sparse, Summaries, Summariser
+from tandemkv.types import BLOCK_TOKENS, PagedKV
 
 
 class Held(NamedTuple):
@@ -62,6 +64,22 @@ class _View(NamedTuple):
     held: Held
 
 
+class Standing(NamedTuple):
+    """What a choice was made from. Tensors are replaced, never changed: equal are the same."""
+
+    slots: Tensor
+    num_older: int
+    kv_start: Tensor
+    epoch: int
+    num_wanted: int
+
+    def is_like(self, other: "Standing | None") -> bool:
+        """Whether the choice would be the same, where it does not depend on queries."""
+        return other is not None and all(
+            mine is its or _equal(mine, its) for mine, its in zip(self, other, strict=True)
+        )
+
+
 class LayerKV:
     """Keys and values of one layer for a batch of sequences of equal length."""
 
@@ -75,7 +93,10 @@ class LayerKV:
         self._is_held = False
         self._map = PageMap(torch.zeros((num_seqs, 0), dtype=torch.int32, device="cpu"), 0, 0)
         self._no_padding = self._kv_start = torch.zeros(num_seqs, dtype=torch.int64, device="cpu")
-        self.sparse: Sparse | None = None  # picks the far tokens that take part in a step; None: all do
+        self._sparse: Sparse | None = None
+        self.knowledge = Knowledge.none(num_seqs, spec.num_kv_heads)  # of the blocks, where somebody observes
+        self.chosen: tuple[Standing | None, ChosenBlocks] | None = None  # the last choice, and what it was made from
+        self.foreseen: Tensor | None = None  # the next query, predicted a layer ahead
 
     @property
     def num_seqs(self) -> int:
@@ -131,6 +152,7 @@ class LayerKV:
         assert (num_older + num_pages) * self._page_size <= seq_len, "only sealed pages leave"
         if self.window is None:
             far = self._store.demote(leaving)
+            self._summarise(far)
             slots = torch.cat([slots[:, :num_older], far, slots[:, num_older + num_pages :]], 1)
         self._map = PageMap(slots, num_older + num_pages, seq_len, owns)
         self._store.drop_near(leaving)
@@ -202,6 +224,7 @@ class LayerKV:
             owns = True
         kept_near = max(num_pages, old.num_older)
         self._map = PageMap(slots, num_older, seq_len, owns)
+        self.knowledge = self.knowledge.cut(self.num_far_blocks, self.num_near_blocks)
         if self.window is None:
             self._store.far.drop(old.slots[:, num_older : old.num_older])
         self._store.drop_near(old.slots[:, kept_near:])
@@ -225,12 +248,14 @@ class LayerKV:
         twin = LayerKV(self._store, pages.slots.shape[0], self._spec, self._index)
         self._share(pages)
         self._map = self._map._replace(owns_open_page=False)
-        twin._map, twin._kv_start, twin.sparse = pages, kv_start, self.sparse
+        twin._map, twin._kv_start, twin._sparse = pages, kv_start, self._sparse
+        twin.knowledge = self.knowledge if seqs is None else self.knowledge.of(seqs)
         return twin
 
     def replace_with(self, other: "LayerKV") -> None:
         """Take over the tokens of a fork, which must not be used any more."""
         old, self._map = self._map, other._map
+        self.knowledge = other.knowledge
         self._drop(old)
 
     def release(self) -> None:
@@ -301,18 +326,69 @@ class LayerKV:
             k.copy_(host_k)
             v.copy_(host_v)
 
-    @property
-    def summaries(self) -> Summaries:
-        """What selectors know of the far pages."""
-        return Summaries(self._store.far.arena.num_kv_heads, self.num_far_pages, self._page_size, self._kv_start)
+    # -- choosing ------------------------------------------------------------------------------------------------------
 
-    def far_part(self, pages: Tensor) -> PagedKV:
-        """Some far pages as one run. pages: int64 `[num_seqs, num_kv_heads, num_chosen]`, in order, as chosen."""
-        num_seqs, num_kv_heads, num_chosen = pages.shape
-        slots = self._map.slots[:, None, : self._map.num_older].expand(num_seqs, num_kv_heads, -1)
-        padded = (self._kv_start[:, None] - pages[:, 0] * self._page_size).clamp_(0, self._page_size)
-        kv_len = torch.full_like(self._kv_start, num_chosen * self._page_size)
-        return PagedKV(self._store.far.arena, slots.gather(2, pages), padded.sum(1), kv_len)
+    @property
+    def sparse(self) -> Sparse | None:
+        """What picks the far tokens that take part in a step; None: all do."""
+        return self._sparse
+
+    @sparse.setter
+    def sparse(self, sparse: Sparse | None) -> None:
+        """What was learnt for another selector is forgotten; codes of the pages that are far already are made."""
+        old, self._sparse = self._sparse, sparse
+        if sparse is None or old is None or old.policy != sparse.policy:
+            self.knowledge = Knowledge.none(self.num_seqs, self._spec.num_kv_heads)
+        self.chosen = None
+        self._summarise(self._map.slots[:, : self.num_far_pages])
+
+    @property
+    def far(self) -> FarPages:
+        """The far pages."""
+        return FarPages(self._store.far.arena, self._map.slots[:, : self.num_far_pages], self._kv_start)
+
+    def standing(self, num_wanted: int) -> Standing:
+        """What a choice of so many blocks would be made from now."""
+        pages = self._map
+        return Standing(pages.slots, pages.num_older, self._kv_start, self.known().epoch, num_wanted)
+
+    @property
+    def num_far_blocks(self) -> int:
+        """Blocks of 16 tokens in the far tier."""
+        return self.far_tokens // BLOCK_TOKENS
+
+    @property
+    def num_near_blocks(self) -> int:
+        """Blocks of 16 tokens that are near, the last one maybe open."""
+        return -(-self.num_near_tokens // BLOCK_TOKENS)
+
+    def known(self) -> Knowledge:
+        """What was learnt, of as many blocks as there are."""
+        return self.knowledge.fitted(self.num_far_blocks, self.num_near_blocks)
+
+    def summaries(self) -> Summaries:
+        """What the layer's selector is told of the far blocks."""
+        assert self._sparse is not None
+        policy, far, codes, basis = self._sparse.policy, self.far, None, None
+        known = self.known()
+        if isinstance(policy, Summariser):
+            book = self._store.codes_of(policy)
+            codes, basis = book.codes, book.basis(self._index)
+        if isinstance(policy, Digester):
+            known = known._replace(digest=policy.digest(known.digest, far, self._read_blocks))
+            self.knowledge = known
+        workers = self._store.workers
+        return Summaries(far, codes, basis, known.far, known.digest, self.foreseen, workers)
+
+    def _summarise(self, slots: Tensor) -> None:
+        """Codes of far pages, where the selector scores codes."""
+        policy = None if self._sparse is None else self._sparse.policy
+        if slots.numel() and isinstance(policy, Summariser):
+            self._store.codes_of(policy).add(self._index, slots, self._store.workers)
+
+    def _read_blocks(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        k, v = self.read(first * BLOCK_TOKENS, last * BLOCK_TOKENS)
+        return k.float().cpu(), v.float().cpu()
 
     def _held(self) -> Held:
         views = self._store.near.views
@@ -353,3 +429,7 @@ class LayerKV:
         """Slots of every near and of every far page, once for every sequence that has it."""
         far = self._map.slots[:, : self._map.num_older] if self.window is None else self._map.slots[:, :0]
         return self._map.near_slots.flatten(), far.flatten()
+
+
+def _equal(a: object, b: object) -> bool:
+    return isinstance(a, int) and a == b

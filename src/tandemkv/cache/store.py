@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from tandemkv import kernels
+from tandemkv.cache.codes import CodeBook
 from tandemkv.cache.pool import PagePool
+from tandemkv.select import Summariser
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -31,8 +33,15 @@ class PageStore:
         self.near, self.far, self.workers = near, far, workers
         self.members: WeakSet[object] = WeakSet()  # whose tables refer to pages
         self.is_busy = False  # a change is under way, or was cut off
+        self._books: dict[Summariser, CodeBook] = {}
         self._num_counted = 0  # members whose references the books have
         self._far_copies: dict[int, int] = {}  # near slot -> far slot
+
+    def codes_of(self, summariser: Summariser) -> CodeBook:
+        """The codes that it makes of far pages."""
+        if summariser not in self._books:
+            self._books[summariser] = CodeBook(self.far, summariser)
+        return self._books[summariser]
 
     @property
     def has_lost_members(self) -> bool:

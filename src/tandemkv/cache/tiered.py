@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tandemkv import machine
+from tandemkv.cache.knowledge import Knowledge
 from tandemkv.cache.layer import LayerKV
 from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
@@ -45,11 +46,13 @@ class Moment(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A forward pass under way. windows: copies of the layers whose past it may leave behind, to undo it with."""
+    """A forward pass under way. windows: copies of the layers whose past it may leave behind, to undo it with, and
+    knowledge: what was known of the blocks of each."""
 
     begin: int
     end: int
     windows: dict[int, LayerKV]
+    knowledge: list[Knowledge]
 
 
 class KVCache:
@@ -111,7 +114,7 @@ class KVCache:
         if sparse is not None:
             if not isinstance(sparse, Sparse):
                 raise InputError(f"sparse is a Sparse(selector, budget_tokens) or None, got {type(sparse).__name__}")
-            sparse.check(self.spec.near_tokens, self.spec.page_size)
+            sparse.check(self.spec.near_tokens)
         self.settle()
         self._sparse = sparse
         for layer in self._layers:
@@ -213,7 +216,7 @@ class KVCache:
             if layer.window is not None:
                 layer.evict()  # what the window has left behind already need not be kept twice
                 past[index] = layer.fork()
-        self._step = _Step(begin, begin + num_tokens, past)
+        self._step = _Step(begin, begin + num_tokens, past, [layer.knowledge for layer in self._layers])
 
     def refuse_out_of_turn(self, index: int) -> None:
         """CacheError where layer `index` is not the next one to grow."""
@@ -361,6 +364,8 @@ class KVCache:
             if past is not None and layer.seq_len != seq_len:
                 layer.replace_with(past)
             layer.crop(min(seq_len, layer.seq_len))
+            if step is not None:
+                layer.knowledge = step.knowledge[index]
         self._step = None
 
     @property

@@ -85,12 +85,19 @@ class ChosenBlocks(NamedTuple):
         """int64 `[num_seqs, num_kv_heads]`, blocks chosen."""
         return self.run.kv_len // BLOCK_TOKENS
 
-    def mark(self, scores: Tensor, value: float) -> Tensor:
-        """A copy of `scores [num_seqs, num_kv_heads, num_blocks]` with `value` at the chosen blocks."""
-        is_chosen = torch.arange(self.blocks.shape[2], device="cpu") < self.counts[..., None]
-        index = torch.where(is_chosen, self.blocks, scores.shape[2])  # what is not chosen goes into a column of its own
-        wide = torch.nn.functional.pad(scores, (0, 1))
-        return wide.scatter_(2, index.long(), value)[..., :-1]
+    @property
+    def is_chosen(self) -> Tensor:
+        """bool `[num_seqs, num_kv_heads, capacity]`: which of `blocks` are of the choice."""
+        return torch.arange(self.blocks.shape[2], device="cpu") < self.counts[..., None]
+
+    def put(self, x: Tensor, values: Tensor) -> Tensor:
+        """A copy of `x [num_seqs, num_kv_heads, num_blocks]` with `values [..., capacity]` at the chosen blocks."""
+        index = torch.where(self.is_chosen, self.blocks, x.shape[2])  # what is not chosen goes into a column of its own
+        return torch.nn.functional.pad(x, (0, 1)).scatter_(2, index.long(), values)[..., :-1]
+
+    def mark(self, x: Tensor, value: float) -> Tensor:
+        """The same with one value."""
+        return self.put(x, torch.full(self.blocks.shape, value, dtype=x.dtype, device="cpu"))
 
 
 def score_blocks(

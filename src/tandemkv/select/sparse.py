@@ -1,38 +1,60 @@
-"""The sparse mode of a cache: a selector by name, and its budget."""
+"""The sparse mode of a cache: a selector, its budget, and whether what it leaves out is estimated."""
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from tandemkv.errors import InputError
-from tandemkv.select.base import MAX_SELECT_QUERIES
+from tandemkv.select.base import MAX_SELECT_QUERIES, Selector
 from tandemkv.select.table import SELECTORS
+from tandemkv.select.verified import Verified
+from tandemkv.types import BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """That not everything is attended, but what `selector` picks.
+    """That not everything is attended, but what a selector picks; of the rest nothing, or an estimate.
 
+    selector: a name of `SELECTORS`, or one's own (`examples/custom_selector.py`).
     budget_tokens: what each KV head attends to at most, near, first and new tokens included.
-    num_sink_tokens: first tokens that are always kept (StreamingLLM, 2309.17453); their page is kept whole.
+    num_sink_tokens: first tokens that are always kept (StreamingLLM, 2309.17453); their blocks of 16 are kept whole.
+    verified: the rest is sampled until the error is as small as this says; what is read for that is not of the budget.
     """
 
-    selector: str
+    selector: str | Selector
     budget_tokens: int
     num_sink_tokens: int = 4
+    verified: Verified | None = None
 
     def __post_init__(self) -> None:
-        if self.selector not in SELECTORS:
-            raise InputError(f"selector must be one of {', '.join(sorted(SELECTORS))}, got {self.selector!r}")
+        known = ", ".join(sorted(SELECTORS))
+        if isinstance(self.selector, str):
+            if self.selector not in SELECTORS:
+                raise InputError(f"selector must be one of {known}, got {self.selector!r}")
+        elif isinstance(self.selector, type) or not isinstance(self.selector, Selector):
+            raise InputError(f"selector must be one of {known}, or an object with `score`, got {self.selector!r}")
         for name, least in (("budget_tokens", 1), ("num_sink_tokens", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not is_whole(value) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if self.verified is not None and not isinstance(self.verified, Verified):
+            raise InputError(f"verified must be a Verified(epsilon, delta) or None, got {self.verified!r}")
 
-    def check(self, near_tokens: int, page_size: int) -> None:
+    @property
+    def policy(self) -> Selector:
+        """The selector itself."""
+        return SELECTORS[self.selector] if isinstance(self.selector, str) else self.selector
+
+    def check(self, near_tokens: int) -> None:
         """InputError unless first and recent tokens fit into the budget."""
-        sinks = -(-self.num_sink_tokens // page_size) * page_size
+        sinks = -(-self.num_sink_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         least = sinks + near_tokens + MAX_SELECT_QUERIES
         if self.budget_tokens < least:
             raise InputError(
-                f"budget_tokens must be at least {least}: {sinks} for the pages of the first {self.num_sink_tokens} "
+                f"budget_tokens must be at least {least}: {sinks} for the blocks of the first {self.num_sink_tokens} "
                 f"tokens, {near_tokens} near ones and {MAX_SELECT_QUERIES} new ones; got {self.budget_tokens}"
             )
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is an int and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)

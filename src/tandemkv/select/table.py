@@ -1,6 +1,20 @@
-"""Selectors by name."""
+"""Selectors by name, as they are where nothing else is asked for."""
 
 from tandemkv.select.base import Selector
+from tandemkv.select.bounds import Bounds
+from tandemkv.select.columns import Columns
+from tandemkv.select.heavy_hitters import HeavyHitters
+from tandemkv.select.keyformer import Keyformer
+from tandemkv.select.recall import Recall
+from tandemkv.select.salience import Salience
 from tandemkv.select.window import Window
 
-SELECTORS: dict[str, Selector] = {"window": Window()}
+SELECTORS: dict[str, Selector] = {
+    "window": Window(),
+    "salience": Salience(),
+    "heavy_hitters": HeavyHitters(),
+    "keyformer": Keyformer(),
+    "bounds": Bounds(),
+    "columns": Columns(),
+    "recall": Recall(),
+}
