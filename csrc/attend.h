@@ -184,6 +184,8 @@ struct KernelTable {
   // Tokens [begin, end) of a head's slice of panels <- rows, other tokens untouched; and back.
   void (*pack)(const Arena& arena, HeadSlice to, int64_t begin, int64_t end, const TokenRun& from);
   void (*unpack)(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, const TokenRun& to);
+  // Bounds of a block of panels as lane `lane` of its lines; other lanes and padding are not touched.
+  void (*make_bounds)(const Arena& arena, const char* k_panel, int64_t lane, uint8_t* codes, float* step);
   // scores[i] of blocks that follow each other: the largest of a head's rows, of bounds the upper one of q.k, of
   // columns that of the best token. steps: [num_blocks] of bounds.
   void (*score_bounds)(const CodeQueries& q, const uint8_t* codes, const float* steps, int64_t first_row,

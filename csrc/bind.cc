@@ -244,6 +244,16 @@ NB_MODULE(_native, m) {
           },
           "weights"_a, "offsets"_a, "scales"_a, "rows_per_head"_a, "num_lines"_a);
 
+  m.def(
+      "make_bounds",
+      [](WorkerPool& pool, const std::string& isa, const Arena& arena, const std::vector<int32_t>& slots,
+         int64_t num_lines, Address codes, Address steps) {
+        const KernelTable& kernels = kernels_named(isa);
+        nb::gil_scoped_release release;
+        return make_bounds(pool, kernels, arena, slots, num_lines, as<uint8_t>(codes), as<float>(steps));
+      },
+      "pool"_a, "isa"_a, "arena"_a, "slots"_a, "num_lines"_a, "codes"_a, "steps"_a);
+
   // slots: [num_seqs][num_pages], the same for all heads.
   m.def(
       "score_blocks",

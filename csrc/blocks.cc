@@ -13,6 +13,7 @@ namespace {
 uint32_t rank_of(float score) {
   if (score != score) return UINT32_MAX;
   if (score == -INFINITY) return 0;
+  score += 0.0f;  // zeros of either sign are equal
   uint32_t bits;
   std::memcpy(&bits, &score, sizeof bits);
   return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
@@ -78,12 +79,34 @@ void choose_of_head(const Choice& choice, const PageTable& slots, int64_t page_b
       entries[count++] = static_cast<int32_t>(slot * slot_blocks + block % page_blocks);
     }
   }
+  std::fill(blocks + count, blocks + chosen.capacity, 0);  // positions that may be looked up
   const bool has_padding = count > 0 && blocks[0] == bounds.first;
   chosen.kv_start[at] = has_padding ? choice.kv_start[seq] % kBlockTokens : 0;
   chosen.kv_len[at] = count * kBlockTokens;
 }
 
 }  // namespace
+
+Status make_bounds(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const std::vector<int32_t>& slots,
+                   int64_t num_lines, uint8_t* codes, float* steps) {
+  for (const int32_t slot : slots) {
+    if (slot < 0 || slot >= arena.num_slots) return Status::kSlotOutOfRange;
+  }
+  const int64_t page_blocks = arena.page_size / kBlockTokens, unit_bytes = num_lines * kLineBytes;
+  const int64_t page_units = (page_blocks + kLaneBlocks - 1) / kLaneBlocks;
+  pool.run(static_cast<int64_t>(slots.size()) * arena.num_kv_heads, [&](int64_t item) {
+    const int64_t slot = slots[item / arena.num_kv_heads], head = item % arena.num_kv_heads;
+    const int64_t unit = (head * arena.num_slots + slot) * page_units;
+    std::memset(codes + unit * unit_bytes, 128, page_units * unit_bytes);
+    std::fill_n(steps + unit * kLaneBlocks, page_units * kLaneBlocks, 0.0f);
+    for (int64_t block = 0; block < page_blocks; ++block) {
+      const int64_t at = unit + block / kLaneBlocks, lane = block % kLaneBlocks;
+      kernels.make_bounds(arena, arena.slice(slot, head, block * kBlockTokens).k, lane, codes + at * unit_bytes,
+                          steps + at * kLaneBlocks + lane);
+    }
+  });
+  return Status::kOk;
+}
 
 Status score_blocks(WorkerPool& pool, const KernelTable& kernels, const BlockCodes& codes, const CodeQueries& q,
                     const PageTable& slots, int64_t num_seqs, int64_t num_pages, float* scores) {

@@ -21,6 +21,10 @@ struct BlockCodes {
   }
 };
 
+// Bounds of the pages of panels in these slots, into `codes` of that kind.
+Status make_bounds(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const std::vector<int32_t>& slots,
+                   int64_t num_lines, uint8_t* codes, float* steps);
+
 // scores [num_seqs][num_kv_heads][num_pages * page_blocks], of the pages slots [num_seqs][num_pages], stride_seq apart.
 Status score_blocks(WorkerPool& pool, const KernelTable& kernels, const BlockCodes& codes, const CodeQueries& q,
                     const PageTable& slots, int64_t num_seqs, int64_t num_pages, float* scores);

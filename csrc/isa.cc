@@ -70,9 +70,8 @@ const std::vector<Isa>& isas() {
                                                  {__builtin_cpu_supports("avx512vl"), "avx512vl"},
                                                  {__builtin_cpu_supports("fma"), "fma"},
                                                  {__builtin_cpu_supports("bmi2"), "bmi2"}});
-    const std::string no_bf16 = first_missing(
-        {{__builtin_cpu_supports("avx512bf16"), "avx512_bf16"}, {__builtin_cpu_supports("avx512vnni"), "avx512_vnni"}});
-    const Isa bf16{&avx512_bf16::kTable, no_avx512.empty() ? no_bf16 : no_avx512};
+    const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
+    const Isa bf16{&avx512_bf16::kTable, no_avx512.empty() && !has_bf16 ? "avx512_bf16" : no_avx512};
     std::string no_amx = bf16.missing;
     if (no_amx.empty() && !cpu_has_amx_bf16()) no_amx = "amx_bf16";
     if (no_amx.empty() && !system_grants_tiles()) no_amx = "permission to use AMX tiles";

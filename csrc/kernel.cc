@@ -322,7 +322,15 @@ Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, flo
 #define TANDEM_STRING_(x) #x
 #define TANDEM_STRING(x) TANDEM_STRING_(x)
 extern const KernelTable kTable;
-const KernelTable kTable{
-    TANDEM_STRING(TANDEM_ISA), attend_item, pack, unpack, score_bounds, score_columns, read, dot, multiply_adds};
+const KernelTable kTable{TANDEM_STRING(TANDEM_ISA),
+                         attend_item,
+                         pack,
+                         unpack,
+                         make_bounds,
+                         score_bounds,
+                         score_columns,
+                         read,
+                         dot,
+                         multiply_adds};
 
 }  // namespace tandem::TANDEM_ISA

@@ -2,6 +2,7 @@
 // simd.h.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -18,16 +19,28 @@ constexpr int64_t kLineWords = kLineBytes / 4;
 template <int kRows>
 inline void dot_lines(const uint8_t* codes, int64_t num_lines, const int8_t* weights, int64_t row_bytes,
                       int32_t (*sum)[kLineWords]) {
-#if defined(__AVX512VNNI__)
-  __m512i acc[kRows];
-  for (int r = 0; r < kRows; ++r) acc[r] = _mm512_setzero_si512();
+#if defined(__AVX2__)
+  // Even and odd codes as 16-bit numbers, of which an instruction adds neighbouring products.
+  constexpr int kHalves = kLineBytes / 32;
+  const __m256i low = _mm256_set1_epi16(0xFF);
+  __m256i acc[kRows][kHalves];
+  for (int r = 0; r < kRows; ++r) {
+    for (int half = 0; half < kHalves; ++half) acc[r][half] = _mm256_setzero_si256();
+  }
   for (int64_t line = 0; line < num_lines; ++line) {
-    const __m512i x = _mm512_loadu_si512(codes + line * kLineBytes);
-    for (int r = 0; r < kRows; ++r) {
-      acc[r] = _mm512_dpbusd_epi32(acc[r], x, _mm512_loadu_si512(weights + r * row_bytes + line * kLineBytes));
+    for (int half = 0; half < kHalves; ++half) {
+      const int64_t at = line * kLineBytes + half * 32;
+      const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + at));
+      const __m256i even = _mm256_and_si256(x, low), odd = _mm256_srli_epi16(x, 8);
+      for (int r = 0; r < kRows; ++r) {
+        const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + r * row_bytes + at));
+        const __m256i even_w = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), odd_w = _mm256_srai_epi16(w, 8);
+        acc[r][half] = _mm256_add_epi32(acc[r][half], _mm256_madd_epi16(even, even_w));
+        acc[r][half] = _mm256_add_epi32(acc[r][half], _mm256_madd_epi16(odd, odd_w));
+      }
     }
   }
-  for (int r = 0; r < kRows; ++r) _mm512_storeu_si512(sum[r], acc[r]);
+  for (int r = 0; r < kRows; ++r) std::memcpy(sum[r], acc[r], sizeof acc[r]);
 #else
   for (int r = 0; r < kRows; ++r) {
     int32_t acc[kLineWords] = {};
@@ -45,31 +58,115 @@ inline void dot_lines(const uint8_t* codes, int64_t num_lines, const int8_t* wei
 #endif
 }
 
+#if defined(__AVX512F__)
+// The same in one instruction for a line and row. Not every processor with AVX-512 has it.
+template <int kRows>
+__attribute__((target("avx512vnni"))) inline void dot_lines_vnni(const uint8_t* codes, int64_t num_lines,
+                                                                 const int8_t* weights, int64_t row_bytes,
+                                                                 int32_t (*sum)[kLineWords]) {
+  __m512i acc[kRows];
+  for (int r = 0; r < kRows; ++r) acc[r] = _mm512_setzero_si512();
+  for (int64_t line = 0; line < num_lines; ++line) {
+    const __m512i x = _mm512_loadu_si512(codes + line * kLineBytes);
+    for (int r = 0; r < kRows; ++r) {
+      acc[r] = _mm512_dpbusd_epi32(acc[r], x, _mm512_loadu_si512(weights + r * row_bytes + line * kLineBytes));
+    }
+  }
+  for (int r = 0; r < kRows; ++r) _mm512_storeu_si512(sum[r], acc[r]);
+}
+#endif
+
+using DotLines = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t (*)[kLineWords]);
+
+// For 1, 2, 3 and 4 rows.
+inline const DotLines* dots() {
+  static constexpr DotLines kPlain[] = {dot_lines<1>, dot_lines<2>, dot_lines<3>, dot_lines<4>};
+#if defined(__AVX512F__)
+  static constexpr DotLines kVnni[] = {dot_lines_vnni<1>, dot_lines_vnni<2>, dot_lines_vnni<3>, dot_lines_vnni<4>};
+  if (__builtin_cpu_supports("avx512vnni")) return kVnni;
+#endif
+  return kPlain;
+}
+
 // The same for any number of rows, of which `visit(row, sum)` sees one after the other.
 template <class Visit>
-inline void for_each_row(const uint8_t* codes, const CodeQueries& q, int64_t first_row, const Visit& visit) {
+inline void for_each_row(const DotLines* dot, const uint8_t* codes, const CodeQueries& q, int64_t first_row,
+                         const Visit& visit) {
   int32_t sum[4][kLineWords];
   const int64_t num_lines = q.num_lines, row_bytes = num_lines * kLineBytes;
   for (int64_t row = first_row; row < first_row + q.rows_per_head; row += 4) {
     const int64_t num = min64(4, first_row + q.rows_per_head - row);
     const int8_t* const weights = q.weights + row * row_bytes;
-    switch (num) {
-      case 1: dot_lines<1>(codes, num_lines, weights, row_bytes, sum); break;
-      case 2: dot_lines<2>(codes, num_lines, weights, row_bytes, sum); break;
-      case 3: dot_lines<3>(codes, num_lines, weights, row_bytes, sum); break;
-      default: dot_lines<4>(codes, num_lines, weights, row_bytes, sum); break;
-    }
+    dot[num - 1](codes, num_lines, weights, row_bytes, sum);
     for (int64_t r = 0; r < num; ++r) visit(row + r, sum[r]);
   }
 }
 
 inline float larger(float a, float b) { return b > a ? b : a; }
 
+// K of one block of panels as float32, [16][head_dim].
+template <DType kDType>
+void widen_block(const Arena& arena, const char* panel, float* rows) {
+  const BlockShape<kDType> shape(arena.head_dim);
+  alignas(64) char stored[kBlockTokens * kMaxHeadDim * 4 + 64];  // float16 is widened in whole vectors
+  const int64_t num = kBlockTokens * arena.head_dim;
+  get_k(shape, panel, 0, kBlockTokens, stored, shape.row_bytes());
+  const Half* const halves = reinterpret_cast<const Half*>(stored);
+  if constexpr (kDType == DType::kFloat32) {
+    std::memcpy(rows, stored, num * 4);
+  } else if constexpr (kDType == DType::kBFloat16) {
+    for (int64_t i = 0; i < num; ++i) rows[i] = as_float(static_cast<uint32_t>(halves[i]) << 16);
+  } else {
+    for (int64_t i = 0; i < num; i += kLanes) store(rows + i, widen_half(halves + i));  // 16 head_dim: whole vectors
+  }
+}
+
+// Codes of one block among the 4 that share lines, and its step; rounded outward, so that the box that they describe
+// holds every key. rows: [16][dim].
+void put_bounds(const float* rows, int64_t dim, int64_t lane, uint8_t* codes, float* step) {
+  float low[kMaxHeadDim], high[kMaxHeadDim], most = 0.0f, sum = 0.0f;
+  for (int64_t d = 0; d < dim; ++d) low[d] = high[d] = rows[d];
+  for (int64_t t = 1; t < kBlockTokens; ++t) {
+    for (int64_t d = 0; d < dim; ++d) {
+      const float x = rows[t * dim + d];
+      low[d] = x < low[d] ? x : low[d];
+      high[d] = x > high[d] ? x : high[d];
+    }
+  }
+  for (int64_t i = 0; i < kBlockTokens * dim; ++i) sum += rows[i] * 0.0f;  // NaN where a key is no number
+  for (int64_t d = 0; d < dim; ++d) most = larger(most, larger(high[d], -low[d]));
+  *step = sum == 0.0f ? most / 126.0f : NAN;  // 126, not 127: a quotient that rounding pushes up still has a code
+  const float size = most > 0.0f && sum == 0.0f ? most / 126.0f : 1.0f, inverse = 1.0f / size;
+  const int64_t words = (dim + 3) / 4;
+  for (int64_t d = 0; d < dim; ++d) {
+    const float least = sum == 0.0f ? low[d] : 0.0f, top = sum == 0.0f ? high[d] : 0.0f;
+    int32_t floor = static_cast<int32_t>(std::floor(least * inverse)),
+            ceil = static_cast<int32_t>(std::ceil(top * inverse));
+    // Products round; neither may cut a corner off.
+    floor -= static_cast<float>(floor) * size > least;
+    ceil += static_cast<float>(ceil) * size < top;
+    const int64_t at = d / 4, in_word = lane * 4 + d % 4;
+    codes[at / 4 * kLineBytes + at % 4 * 16 + in_word] = static_cast<uint8_t>(floor + 128);
+    codes[(words + at) / 4 * kLineBytes + (words + at) % 4 * 16 + in_word] = static_cast<uint8_t>(ceil + 128);
+  }
+}
+
+void make_bounds(const Arena& arena, const char* panel, int64_t lane, uint8_t* codes, float* step) {
+  alignas(64) float rows[kBlockTokens * kMaxHeadDim];
+  switch (arena.dtype) {
+    case DType::kFloat32: widen_block<DType::kFloat32>(arena, panel, rows); break;
+    case DType::kBFloat16: widen_block<DType::kBFloat16>(arena, panel, rows); break;
+    case DType::kFloat16: widen_block<DType::kFloat16>(arena, panel, rows); break;
+  }
+  put_bounds(rows, arena.head_dim, lane, codes, step);
+}
+
 void score_bounds(const CodeQueries& q, const uint8_t* codes, const float* steps, int64_t first_row, int64_t num_blocks,
                   float* scores) {
+  const DotLines* const dot = dots();
   for (int64_t block = 0; block < num_blocks; block += kLaneBlocks) {
     float best[kLaneBlocks] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-    for_each_row(codes, q, first_row, [&](int64_t row, const int32_t* sum) {
+    for_each_row(dot, codes, q, first_row, [&](int64_t row, const int32_t* sum) {
       for (int64_t i = 0; i < kLaneBlocks; ++i) {
         const int32_t dot = sum[i] + sum[4 + i] + sum[8 + i] + sum[12 + i] - q.offsets[row];
         best[i] = larger(best[i], static_cast<float>(dot) * q.scales[row]);
@@ -82,9 +179,10 @@ void score_bounds(const CodeQueries& q, const uint8_t* codes, const float* steps
 
 void score_columns(const CodeQueries& q, const uint8_t* codes, const float*, int64_t first_row, int64_t num_blocks,
                    float* scores) {
+  const DotLines* const dot = dots();
   for (int64_t block = 0; block < num_blocks; ++block, codes += q.num_lines * kLineBytes) {
     scores[block] = -INFINITY;
-    for_each_row(codes, q, first_row, [&](int64_t row, const int32_t* sum) {
+    for_each_row(dot, codes, q, first_row, [&](int64_t row, const int32_t* sum) {
       int32_t most = sum[0];
       for (int64_t lane = 1; lane < kLineWords; ++lane) most = sum[lane] > most ? sum[lane] : most;
       scores[block] = larger(scores[block], static_cast<float>(most - q.offsets[row]) * q.scales[row]);

@@ -112,6 +112,9 @@ class BlockCodes:
 class CodeQueries:
     def __init__(self, weights: int, offsets: int, scales: int, rows_per_head: int, num_lines: int) -> None: ...
 
+def make_bounds(
+    pool: WorkerPool, isa: str, arena: Arena, slots: Sequence[int], num_lines: int, codes: int, steps: int
+) -> Status: ...
 def score_blocks(
     pool: WorkerPool,
     isa: str,

@@ -11,10 +11,10 @@ from torch import Tensor
 from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
-from tandemkv.kernels import append_and_attend, attend_dense, block_mass, gather, merge
+from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, gather, merge
 from tandemkv.lanes import LANES, PendingPartial
 from tandemkv.select import MAX_SELECT_QUERIES
-from tandemkv.selection import learn, observe_chunk, observer_of, taking_part
+from tandemkv.selection import estimates, learn, observe_chunk, observer_of, taking_part, what_is_left
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
 
 if TYPE_CHECKING:
@@ -45,7 +45,13 @@ def decode_step(
     with layer.extended(q.shape[2]) as held:  # one processor reaches near and far: one call
         runs = (*taking_part(q, layer, held, pool), held.near)
         mass = None if observer_of(layer) is None else block_mass(q, *runs)
-        out = append_and_attend(q, k, v, *runs, rule=rule, sink_logit=sink_logit, pool=pool, mass=mass)
+        if estimates(layer):
+            layer.write(k, v)
+            exact = attend(q, *runs, rule=rule, causal=True, mass=mass, pool=pool)
+            part = merge([exact, *what_is_left(q, layer, runs, exact, rule, pool)], pool, sink_logit=sink_logit)
+            out = part.out.transpose(1, 2).to(q.dtype).contiguous()
+        else:
+            out = append_and_attend(q, k, v, *runs, rule=rule, sink_logit=sink_logit, pool=pool, mass=mass)
         if mass is not None:
             learn(layer, mass, runs, is_decoded=True)
         return out

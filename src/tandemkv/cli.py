@@ -18,6 +18,7 @@ from rich.markup import escape
 import tandemkv
 from tandemkv import assets, machine
 from tandemkv.errors import TandemError
+from tandemkv.systems import SYSTEMS
 
 _SYSTEMS, _BUDGETS = ["window"], [528, 1024, 2048, 4096]
 
@@ -25,6 +26,9 @@ app = typer.Typer(name="tandemkv", no_args_is_help=True, add_completion=False, p
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for programs.")]
 Context = Annotated[int, typer.Option(help="Tokens of context. Up to 32768 are prefilled, more are filled in.")]
+Budget = Annotated[
+    int | None, typer.Option(help="Tokens per KV head that a sparse system attends to.", show_default="none")
+]
 Budgets = Annotated[list[int], typer.Option(help="Tokens per KV head that a sparse system attends to; repeat it.")]
 Contexts = Annotated[int, typer.Option(help="Shared contexts of a task.")]
 Dtype = Annotated[
@@ -60,7 +64,9 @@ RowsFolder = Annotated[
     typer.Option(help="With kv-retrieval-75_keys.jsonl.gz and longchat_200_lines.jsonl, for kv_rows and lines_rows."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default="none")]
-Systems = Annotated[list[str], typer.Option(help="Repeat it; dense always runs.")]
+_KNOWN = ", ".join(SYSTEMS)
+System = Annotated[str, typer.Option(help=f"How to attend: {_KNOWN}.")]
+Systems = Annotated[list[str], typer.Option(help=f"Repeat it; dense always runs. Known: {_KNOWN}.")]
 Tasks = Annotated[
     str, typer.Option(help="Names with commas; counted: those the shipped model is a judge of; all: every one.")
 ]
@@ -178,6 +184,8 @@ def generate(  # noqa: PLR0913  one argument per option
     seed: Seed = None,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    system: System = "dense",
+    budget: Budget = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue the text of a file with a local model; nothing is downloaded.
@@ -186,6 +194,8 @@ def generate(  # noqa: PLR0913  one argument per option
     end, in the object. Ctrl-C stops and keeps what is written (exit code 130).
 
     Example: tandemkv generate ./Qwen3-0.6B --prompt-file a.txt --near-tokens 1024
+
+    Example: tandemkv generate ./Qwen3-0.6B --prompt-file a.txt --system tandem-verified --near-tokens 512 --budget 2048
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
     console = Console(stderr=True)
@@ -193,7 +203,9 @@ def generate(  # noqa: PLR0913  one argument per option
         from tandemkv.generate import Settings, print_generation
         from tandemkv.generate import generate as run
 
-        settings = Settings(near_tokens, far_bytes, max_new_tokens, temperature, top_p, seed, dtype, threads)
+        settings = Settings(
+            near_tokens, far_bytes, max_new_tokens, temperature, top_p, seed, dtype, threads, system, budget
+        )
         write = (lambda text: None) if as_json else partial(typer.echo, nl=False)
         found = run(folder, prompt_file, settings, console, write)
     except KeyboardInterrupt:

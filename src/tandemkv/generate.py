@@ -36,6 +36,8 @@ from tandemkv.integrations.transformers.folders import (
     special_tokens,
     tokenize,
 )
+from tandemkv.select import Tally
+from tandemkv.selection import sparse_mode
 from tandemkv.types import format_bytes, parse_bytes
 
 MIN_TEMPERATURE = 1e-30  # logits divided by less leave float32
@@ -58,6 +60,8 @@ class Settings:
     seed: int | None = None
     dtype: Dtype = "auto"
     threads: int | None = None
+    system: str = "dense"
+    budget_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -70,6 +74,8 @@ class Settings:
             raise InputError("--top-p and --seed are for sampling: give a --temperature above 0 too")
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise InputError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
+        if sparse_mode(self.system, self.budget_tokens) is None and self.budget_tokens is not None:
+            raise InputError(f"system {self.system!r} attends to every token: leave budget_tokens out")
 
     def for_transformers(self) -> dict[str, Any]:
         """Keywords of `generate`."""
@@ -83,7 +89,8 @@ class Settings:
 class Generation:
     """What came out and what it took. `finish`: at the end of text, at max_new_tokens, or by Ctrl-C.
 
-    Seconds count from the start of prefill, when the model is loaded. Rates are None where nothing was timed.
+    Seconds count from the start of prefill, when the model is loaded. Rates are None where nothing was timed. verified:
+    what came of a promise about the error, all layers together.
     """
 
     text: str
@@ -92,6 +99,7 @@ class Generation:
     num_prompt_tokens: int
     token_seconds: list[float]
     tiers: list[TierUse]
+    verified: Tally | None = None
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -122,6 +130,7 @@ class Generation:
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "first_token_seconds": self.first_token_seconds,
             "tiers": [asdict(tier) for tier in self.tiers],
+            "verified": None if self.verified is None else self.verified.to_dict(),
         }
 
 
@@ -176,6 +185,7 @@ def reserve_cache(
     _check_memory(sum(weight.nbytes for weight in skeleton.parameters()), kv_bytes, num_tokens)
     if settings.far_bytes is None:
         cache = tandem.TieredCache(skeleton.config, settings.near_tokens, needed_far_bytes)
+    cache.kv.sparse = sparse_mode(settings.system, settings.budget_tokens)
     cache.reserve(1, num_tokens)
     return cache
 
@@ -241,6 +251,8 @@ def print_generation(generation: Generation, console: Console) -> None:
         moved = f", {format_bytes(tier.moved_bytes)} moved there" if tier.name != "near" else ""
         size = f"{format_bytes(tier.used_bytes)} of {format_bytes(tier.capacity_bytes)} used{moved}"
         rows.append((f"{tier.name} ({tier.device})", size))
+    if generation.verified is not None:
+        rows.append(("estimated error", generation.verified.summary))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in rows:
         table.add_row(escape(name), escape(text))
@@ -274,6 +286,7 @@ def _run(
         num_prompt_tokens=ids.shape[1],
         token_seconds=[seconds - begin for seconds in stream.times],
         tiers=cache.use(),
+        verified=Tally.of(cache.kv.tallies) if cache.kv.tallies else None,
     )
 
 

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from tandemkv.cache import Held, LayerKV
+from tandemkv.errors import InputError
 from tandemkv.kernels import attend, block_mass
 from tandemkv.kernels.blocks import ChosenBlocks, choose_blocks
-from tandemkv.select import Estimator, Observer, Seen, Sparse, is_standing
+from tandemkv.select import Estimator, Observer, Seen, Sparse, Tally, Verified, is_standing
+from tandemkv.systems import SYSTEMS
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
+from tandemkv.verification import Rest, attend_rest, sample_rest
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -19,12 +22,29 @@ if TYPE_CHECKING:
 MASS_QUERIES = 64
 
 
+def sparse_mode(system: str, budget_tokens: int | None) -> Sparse | None:
+    """What a cache's `sparse` is for a system of `SYSTEMS`; None where every token is attended.
+
+    InputError for an unknown system, and for one without the budget it needs.
+    """
+    if system not in SYSTEMS:
+        raise InputError(f"unknown system {system!r}: the known ones are {', '.join(SYSTEMS)}")
+    selector, promise = SYSTEMS[system].selector, SYSTEMS[system].verified
+    if selector is None:
+        return None
+    if budget_tokens is None:
+        raise InputError(f"system {system!r} needs a budget, in tokens per KV head: give budget_tokens")
+    num_sampled = int(SYSTEMS[system].sampled_share * budget_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+    verified = None if promise is None else Verified(*promise)
+    return Sparse(selector, budget_tokens, verified=verified, sampled_tokens=num_sampled)
+
+
 def taking_part(q: Tensor, layer: LayerKV, held: Held, pool: "WorkerPool") -> tuple[PagedKV, ...]:
     """The far tokens that these queries attend to: all, or what the layer's selector picks within its budget."""
     sparse = layer.sparse
     if sparse is None or not held.far or looks_at_all(layer, q.shape[2]):
         return held.far
-    num_wanted = (sparse.budget_tokens - layer.num_near_tokens) // BLOCK_TOKENS
+    num_wanted = (sparse.budget_tokens - sparse.sampled_tokens - layer.num_near_tokens) // BLOCK_TOKENS
     if num_wanted >= layer.num_far_blocks and not _forgets(layer):
         return held.far
     return (_choose(q, layer, num_wanted, sparse, pool).run,)
@@ -52,34 +72,35 @@ def learn(layer: LayerKV, mass: Tensor, runs: tuple[PagedKV, ...], *, is_decoded
     """
     observer, known = observer_of(layer), layer.known()
     assert observer is not None
-    num_seqs, num_heads, q_len, _ = mass.shape
-    grouped = mass.unflatten(1, (known.far.shape[1], -1)).amax(2)
-    num_listed = sum(run.num_blocks for run in runs[:-1])
-    near_mass = grouped[..., num_listed : num_listed + known.near.shape[2]]
-    seen = Seen(near_mass, layer.seq_len, known.num_queries, known.num_decoded)
-    chosen = layer.chosen[1] if layer.chosen is not None and runs[0] is layer.chosen[1].run else None
-    num_listed_all = num_listed == known.far.shape[2] and chosen is None
-    if num_listed == 0 or (chosen is not None and not observer.watches_far):
-        near, far = observer.observe(known.near, seen), known.far
-    elif num_listed_all:
-        whole = observer.observe(
-            torch.cat([known.far, known.near], 2), seen._replace(mass=grouped[..., : num_listed + known.near.shape[2]])
-        )
-        far, near = whole[..., :num_listed], whole[..., num_listed:]
-    else:
-        assert chosen is not None
+    q_len, num_listed = mass.shape[2], sum(run.num_blocks for run in runs[:-1])
+    mass = mass.unflatten(1, (known.far.shape[1], -1)).amax(2)[..., : num_listed + known.near.shape[2]]
+    chosen = _chosen_in(layer, runs)
+    if chosen is None:
+        listed = known.far[..., :num_listed]  # all far blocks, or none
+    elif observer.watches_far:
         listed = known.far.gather(2, chosen.blocks.long())
-        whole = observer.observe(
-            torch.cat([listed, known.near], 2), seen._replace(mass=grouped[..., : num_listed + known.near.shape[2]])
-        )
-        far, near = chosen.put(known.far, whole[..., :num_listed]), whole[..., num_listed:]
+    else:
+        mass, listed, chosen = mass[..., num_listed:], known.far[..., :0], None
+    seen = Seen(mass, layer.seq_len, known.num_queries, known.num_decoded)
+    numbers = observer.observe(torch.cat([listed, known.near], 2), seen)
+    of_far, near = numbers.split([listed.shape[2], known.near.shape[2]], 2)
+    if chosen is None:
+        far = known.far if of_far.shape[2] == 0 else of_far
+    else:
+        far = chosen.put(known.far, of_far)
     layer.knowledge = known._replace(
         far=far,
         near=near,
         num_queries=known.num_queries + q_len,
         num_decoded=known.num_decoded + q_len * is_decoded,
-        epoch=known.epoch + (num_listed_all and num_listed > 0),
+        epoch=known.epoch + (chosen is None and of_far.shape[2] > 0),
     )
+
+
+def _chosen_in(layer: LayerKV, runs: tuple[PagedKV, ...]) -> ChosenBlocks | None:
+    """The choice that is one of these runs."""
+    chosen = None if layer.chosen is None else layer.chosen[1]
+    return chosen if chosen is not None and runs[0] is chosen.run else None
 
 
 def observe_chunk(q: Tensor, layer: LayerKV, rule: ScoreRule, pool: "WorkerPool", *, is_last: bool) -> None:
@@ -100,17 +121,45 @@ def observe_chunk(q: Tensor, layer: LayerKV, rule: ScoreRule, pool: "WorkerPool"
 def estimates(layer: LayerKV) -> bool:
     """Whether what is left out is not dropped."""
     sparse = layer.sparse
-    return sparse is not None and (sparse.verified is not None or isinstance(sparse.policy, Estimator))
+    if sparse is None:
+        return False
+    return sparse.verified is not None or sparse.sampled_tokens > 0 or isinstance(sparse.policy, Estimator)
 
 
-def estimate_rest(q: Tensor, layer: LayerKV, chosen: ChosenBlocks, rule: ScoreRule) -> Partial:
-    """What the far blocks that were not chosen would add, as the selector estimates it."""
-    assert layer.sparse is not None
-    estimator, summaries = layer.sparse.policy, layer.summaries()
+def what_is_left(
+    q: Tensor, layer: LayerKV, runs: tuple[PagedKV, ...], exact: Partial, rule: ScoreRule, pool: "WorkerPool"
+) -> list[Partial]:
+    """What the far tokens that these runs leave out would add, estimated; nothing where none is left out.
+
+    exact: the attention of q over these runs.
+    """
+    chosen, sparse = _chosen_in(layer, runs), layer.sparse
+    assert sparse is not None
+    if sparse.verified is not None:
+        rest = None if chosen is None else attend_rest(q, layer, chosen, exact, rule, pool)
+        layer.knowledge = layer.knowledge._replace(tally=_tally(layer, rest))
+        return [] if rest is None else rest.parts
+    if chosen is None:
+        return []
+    if sparse.sampled_tokens:
+        num_sampled = sparse.sampled_tokens // BLOCK_TOKENS
+        return [sample_rest(q, layer, chosen, rule, pool, num_sampled)]
+    estimator, summaries = sparse.policy, layer.summaries()
     assert isinstance(estimator, Estimator)
     shape = (q.shape[0], summaries.num_kv_heads, summaries.num_blocks)
     is_chosen = chosen.mark(torch.zeros(shape, dtype=torch.float32, device="cpu"), 1.0) > 0
-    return estimator.estimate(q, ~(is_chosen | summaries.is_padding), summaries, rule)
+    return [estimator.estimate(q, ~(is_chosen | summaries.is_padding), summaries, rule)]
+
+
+def _tally(layer: LayerKV, rest: Rest | None) -> Tally:
+    """What is known of the errors of a layer, a step later."""
+    tally = layer.knowledge.tally
+    num_heads = layer.num_seqs * layer.knowledge.far.shape[1]
+    num_tokens = int((layer.seq_len - layer.kv_start).sum()) * layer.knowledge.far.shape[1]
+    if rest is None:
+        return tally.plus(torch.zeros(0), num_tokens, num_tokens, num_heads, 0)
+    num_read = num_heads * layer.num_near_tokens + int(rest.num_read.sum()) * BLOCK_TOKENS
+    return tally.plus(rest.error, min(num_read, num_tokens), num_tokens, num_heads, int(rest.is_exact.sum()))
 
 
 def _forgets(layer: LayerKV) -> bool:
@@ -132,7 +181,9 @@ def _choose(q: Tensor, layer: LayerKV, num_wanted: int, sparse: Sparse, pool: "W
     scores = policy.score(q, layer.summaries()).to(torch.float32)
     shape = (q.shape[0], far.arena.num_kv_heads)
     wanted = torch.full(shape, max(0, num_wanted), dtype=torch.int64, device="cpu")
-    choose_blocks(scores, wanted, far, sparse.num_sink_tokens, chosen, pool)
+    # A sample stands for whole blocks: the one in which padding ends must not be in it.
+    num_sinks = max(1, sparse.num_sink_tokens) if estimates(layer) else sparse.num_sink_tokens
+    choose_blocks(scores, wanted, far, num_sinks, chosen, pool)
     if _forgets(layer):  # what was not chosen once is gone
         gone = torch.full_like(known.far, -torch.inf)
         layer.knowledge = known._replace(far=chosen.put(gone, known.far.gather(2, chosen.blocks.long())))

@@ -7,19 +7,76 @@ from dataclasses import dataclass
 class System:
     """selector: of `tandemkv.select`, or None where every token is attended.
 
-    where_it_differs: from what the paper has, said beside its results.
+    sampled_share: of the budget, drawn at random from what is left out, to stand for it. verified: epsilon and delta,
+    where what is left out is estimated with a promise. where_it_differs: from what the
+    paper has, said beside its results.
     """
 
     about: str
     selector: str | None = None
+    sampled_share: float = 0.0
+    verified: tuple[float, float] | None = None
     where_it_differs: str = ""
 
 
 SYSTEMS: dict[str, System] = {
     "dense": System("every token is attended"),
     "window": System(
-        "StreamingLLM (2309.17453): the first tokens and the most recent ones",
+        "the first tokens and the most recent ones",
+        selector="window",
+    ),
+    "streaming_llm": System(
+        "StreamingLLM (2309.17453): the first 4 tokens and the most recent ones",
         selector="window",
         where_it_differs="positions stay those of the text, the paper renumbers them inside its cache",
+    ),
+    "h2o": System(
+        "H2O (2306.14048): what got the most attention so far, and the most recent; the rest is gone",
+        selector="heavy_hitters",
+        where_it_differs="blocks of 16 tokens; of a prompt the last 64 queries of each chunk are watched, and what a "
+        "later prompt reads is not yet gone for its own queries",
+    ),
+    "keyformer": System(
+        "Keyformer (2403.09054): H2O with Gumbel noise and a temperature that rises from 1 to 2",
+        selector="keyformer",
+        where_it_differs="as H2O here; the noise is added to the logarithm of a block's mass, not to a token's logit",
+    ),
+    "quest": System(
+        "Quest (2406.10774): the blocks whose channel minima and maxima allow the largest product",
+        selector="bounds",
+        where_it_differs="bounds are int8, a group of query heads shares a choice, the first two layers are sparse too",
+    ),
+    "infinigen": System(
+        "InfiniGen (2406.19707): the query of a layer is predicted from the input of the layer before it",
+        selector="lookahead",
+        where_it_differs="a budget instead of a threshold; partial keys are principal directions found in the keys at "
+        "hand, not columns of a skewed W_q; nothing is prefetched where the near device is the CPU",
+    ),
+    "retroinfer": System(
+        "RetroInfer (2505.02922): the nearest clusters of keys exactly, of the others centroids with their counts",
+        selector="clusters",
+        where_it_differs="blocks of 16 tokens are clustered, not tokens; no buffer of hot clusters",
+    ),
+    "corm": System(
+        "CORM (2404.15949): what one of the last queries gave more than its even share; the rest is gone",
+        selector="recall",
+        where_it_differs="blocks of 16 tokens, and a budget; as H2O here in prompts",
+    ),
+    "hgca": System(
+        "HGCA (2507.03153): what weighed more than its head's mean while it was near; nothing is deleted",
+        selector="salience",
+        where_it_differs="blocks of 16 tokens, and a budget that cuts the set of a head",
+    ),
+    "tandem-sparse": System(
+        "the blocks whose best key is best along the directions in which a head's keys differ most, and for a third of "
+        "the budget blocks drawn at random, which stand for the others",
+        selector="columns",
+        sampled_share=1 / 3,
+    ),
+    "tandem-verified": System(
+        "the blocks of tandem-sparse, and of the others a sample so large that the error of a layer's attention is "
+        "above 5 % with a probability of at most 5 %",
+        selector="columns",
+        verified=(0.05, 0.05),
     ),
 }

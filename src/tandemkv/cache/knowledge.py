@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tandemkv.select import Digest
+from tandemkv.select import Digest, Tally
 
 
 class Knowledge(NamedTuple):
@@ -14,7 +14,7 @@ class Knowledge(NamedTuple):
     nobody saw it is 0.
 
     num_queries: seen so far, num_decoded of them outside of prompts. digest: what a `Digester` made of the far blocks.
-    epoch: another one where a choice that stood no longer does.
+    epoch: another one where a choice that stood no longer does. tally: of estimated errors.
     """
 
     far: Tensor
@@ -23,6 +23,7 @@ class Knowledge(NamedTuple):
     num_decoded: int = 0
     digest: Digest | None = None
     epoch: int = 0
+    tally: Tally = Tally()
 
     @staticmethod
     def none(num_seqs: int, num_kv_heads: int) -> "Knowledge":
@@ -41,6 +42,8 @@ class Knowledge(NamedTuple):
 
     def cut(self, num_far: int, num_near: int) -> "Knowledge":
         """After a crop: what is gone may come back with other content."""
+        if not num_far + num_near:
+            return Knowledge.none(*self.far.shape[:2])._replace(tally=self.tally)
         if not self.num_queries and self.digest is None:
             return self
         digest = None if self.digest is None else self.digest.cut(num_far)

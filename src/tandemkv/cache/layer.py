@@ -85,7 +85,7 @@ class LayerKV:
 
     def __init__(self, store: PageStore, num_seqs: int, spec: CacheSpec, index: int) -> None:
         """The store is shared with the other layers; `spec` says how many tokens layer `index` keeps near."""
-        self._store, self._spec, self._index = store, spec, index
+        self._store, self._spec, self.index = store, spec, index
         self.chunk_tokens = spec.chunk_tokens
         self.window = spec.window(index)
         self._near_tokens = spec.kept_tokens(index)
@@ -224,7 +224,7 @@ class LayerKV:
             owns = True
         kept_near = max(num_pages, old.num_older)
         self._map = PageMap(slots, num_older, seq_len, owns)
-        self.knowledge = self.knowledge.cut(self.num_far_blocks, self.num_near_blocks)
+        self.knowledge, self.chosen = self.knowledge.cut(self.num_far_blocks, self.num_near_blocks), None
         if self.window is None:
             self._store.far.drop(old.slots[:, num_older : old.num_older])
         self._store.drop_near(old.slots[:, kept_near:])
@@ -245,7 +245,7 @@ class LayerKV:
         kv_start, pages = self._kv_start, self._map._replace(owns_open_page=False)
         if seqs is not None:
             kv_start, pages = kv_start[seqs], pages._replace(slots=pages.slots[seqs])
-        twin = LayerKV(self._store, pages.slots.shape[0], self._spec, self._index)
+        twin = LayerKV(self._store, pages.slots.shape[0], self._spec, self.index)
         self._share(pages)
         self._map = self._map._replace(owns_open_page=False)
         twin._map, twin._kv_start, twin._sparse = pages, kv_start, self._sparse
@@ -373,7 +373,7 @@ class LayerKV:
         known = self.known()
         if isinstance(policy, Summariser):
             book = self._store.codes_of(policy)
-            codes, basis = book.codes, book.basis(self._index)
+            codes, basis = book.codes, book.basis(self.index)
         if isinstance(policy, Digester):
             known = known._replace(digest=policy.digest(known.digest, far, self._read_blocks))
             self.knowledge = known
@@ -384,7 +384,7 @@ class LayerKV:
         """Codes of far pages, where the selector scores codes."""
         policy = None if self._sparse is None else self._sparse.policy
         if slots.numel() and isinstance(policy, Summariser):
-            self._store.codes_of(policy).add(self._index, slots, self._store.workers)
+            self._store.codes_of(policy).add(self.index, slots, self._store.workers)
 
     def _read_blocks(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         k, v = self.read(first * BLOCK_TOKENS, last * BLOCK_TOKENS)

@@ -20,7 +20,7 @@ from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, CapacityError, InputError
-from tandemkv.select import Sparse
+from tandemkv.select import Sparse, Tally
 from tandemkv.types import Arena, format_bytes
 
 if TYPE_CHECKING:
@@ -119,6 +119,13 @@ class KVCache:
         self._sparse = sparse
         for layer in self._layers:
             layer.sparse = sparse
+
+    @property
+    def tallies(self) -> list[Tally]:
+        """Of every layer with far tokens what came of a promise about the error; none where none was given."""
+        if self._sparse is None or self._sparse.verified is None:
+            return []
+        return [layer.knowledge.tally for layer in self._layers if layer.window is None]
 
     # -- before work starts --------------------------------------------------------------------------------------------
 

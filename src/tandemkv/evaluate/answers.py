@@ -1,4 +1,5 @@
-"""How a system answers: a shared context is prefilled densely once, and every system goes on from a fork of it."""
+"""How a system answers: a shared context is prefilled densely once, and systems go on from forks of it; one that lives
+from what it observed while the context was read, from a context that was read under its eyes."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 import tandemkv.integrations.transformers as tandem
 from tandemkv.evaluate.prompts import Asked
-from tandemkv.select import MAX_SELECT_QUERIES, Sparse
+from tandemkv.select import MAX_SELECT_QUERIES, Observer, Sparse
 
 Questions = Sequence[Sequence[Asked]]
 Answers = list[list[list[int]]]
@@ -26,8 +27,14 @@ class SharedContexts:
     Questions come as `[context][question]`, as many for each context, and answers as `[context][question]` tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, contexts: Sequence[tuple[int, ...]], num_new_tokens: int) -> None:
-        """num_new_tokens: the most that a fork will add, all its sequences together."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        contexts: Sequence[tuple[int, ...]],
+        num_new_tokens: int,
+        observer: Observer | None = None,
+    ) -> None:
+        """num_new_tokens: the most that a fork will add, all its sequences together. observer: who watches."""
         self._model = model
         config = model.config.get_text_config(decoder=True)
         self._cache = tandem.TieredCache(config, NEAR_TOKENS, 0, page_size=PAGE_SIZE)
@@ -36,6 +43,8 @@ class SharedContexts:
         pages += spec.num_full_layers * (num_new_tokens // PAGE_SIZE + 1)
         self._cache = tandem.TieredCache(config, NEAR_TOKENS, pages * spec.far_page_bytes, page_size=PAGE_SIZE)
         ids = torch.tensor(contexts)
+        if observer is not None:  # with room for everything: budgets come with the forks
+            self._cache.kv.sparse = Sparse(observer, 2 * ids.shape[1] + NEAR_TOKENS)
         _forward(model, self._cache, ids[:, :-PAGE_SIZE])
         _forward(model, self._cache, ids[:, -PAGE_SIZE:])  # demotes what a chunk left near: once, not in every fork
 

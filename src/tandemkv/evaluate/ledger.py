@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tandemkv.errors import InputError
-from tandemkv.evaluate.answers import NEAR_TOKENS, PAGE_SIZE
-from tandemkv.select import Sparse
+from tandemkv.evaluate.answers import NEAR_TOKENS
+from tandemkv.select import Observer, Sparse
+from tandemkv.selection import sparse_mode
 from tandemkv.systems import SYSTEMS
 
 
@@ -21,10 +22,13 @@ class Contestant:
     @property
     def sparse(self) -> Sparse | None:
         """As a cache takes it."""
-        selector = SYSTEMS[self.system].selector
-        if selector is None or self.budget_tokens is None:
-            return None
-        return Sparse(selector, self.budget_tokens)
+        return sparse_mode(self.system, self.budget_tokens)
+
+    @property
+    def observer(self) -> Observer | None:
+        """Who must watch while a context is read."""
+        policy = None if self.sparse is None else self.sparse.policy
+        return policy if isinstance(policy, Observer) else None
 
 
 def contestants(systems: list[str], budgets: list[int]) -> list[Contestant]:
@@ -41,7 +45,7 @@ def contestants(systems: list[str], budgets: list[int]) -> list[Contestant]:
         found += [Contestant(name, budget) for budget in dict.fromkeys(budgets)]
     for contestant in found:
         if contestant.sparse is not None:
-            contestant.sparse.check(NEAR_TOKENS, PAGE_SIZE)
+            contestant.sparse.check(NEAR_TOKENS)
     return found
 
 

@@ -35,7 +35,7 @@ from tandemkv.evaluate.tasks import (
 )
 from tandemkv.evaluate.vocabulary import Vocabulary
 from tandemkv.integrations.transformers.folders import refuse_foreign_tokens
-from tandemkv.select import Sparse
+from tandemkv.select import Observer, Sparse
 
 Form = Literal["requests", "turns"]
 """Questions about a shared context, each alone behind it, or one after another in one conversation."""
@@ -188,22 +188,21 @@ def _fill(
     ledger: Ledger, model: PreTrainedModel, batch: _Batch, settings: Settings, advance: Callable[[], None]
 ) -> None:
     """What the ledger lacks of a batch; the contexts are prefilled only where something is."""
-    missing = []
+    missing: dict[Observer | None, list[tuple[str, Contestant]]] = {}
     for form, who in batch.asks(settings):
         if any((batch.task, form, i, who.system, who.budget_tokens) not in ledger.found for i in batch.places):
-            missing.append((form, who))
+            missing.setdefault(who.observer, []).append((form, who))
         else:
             advance()
-    if not missing:
-        return
-    shared = SharedContexts(model, batch.ids, batch.num_new_tokens)
-    for form, who in missing:
-        found = batch.scores(shared, form, who.sparse)
-        for place, scores in zip(batch.places, found, strict=True):
-            digest = batch.contexts[place].digest
-            ledger.add(Scores(batch.task, form, place, who.system, who.budget_tokens, scores, digest))
-        advance()
-    shared.close()
+    for observer, asked in missing.items():
+        shared = SharedContexts(model, batch.ids, batch.num_new_tokens, observer)
+        for form, who in asked:
+            found = batch.scores(shared, form, who.sparse)
+            for place, scores in zip(batch.places, found, strict=True):
+                digest = batch.contexts[place].digest
+                ledger.add(Scores(batch.task, form, place, who.system, who.budget_tokens, scores, digest))
+            advance()
+        shared.close()
 
 
 def _require_positions(task: str, context: Context, num_positions: int) -> None:

@@ -74,8 +74,9 @@ def append_and_attend(
 
     One call, because after a short context calls cost more than reading.
     q, rule as in `attend`; k, v as in `append`, q_len tokens; kv_len of the last run, equal for all sequences, counts
-    them already. sink_logit as in `merge`, mass as in `attend`. Returns `[num_seqs, q_len, num_q_heads, v_head_dim]` in q's dtype,
-    contiguous, rounded once. Raises as `attend`, `append` and `merge` do; where attention fails, tokens are written.
+    them already. sink_logit as in `merge`, mass as in `attend`. Returns `[num_seqs, q_len, num_q_heads, v_head_dim]` in
+    q's dtype, contiguous, rounded once. Raises as `attend`, `append` and `merge` do; where attention fails, tokens are
+    written.
     """
     from tandemkv.kernels import cpu
 

@@ -1,12 +1,15 @@
 """Which far blocks of 16 tokens take part: scores from int8 codes, and the choice of the highest. Native."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tandemkv import machine
 from tandemkv.errors import InputError
+from tandemkv.kernels import gather
 from tandemkv.types import BLOCK_TOKENS, Arena, PagedKV
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ class BlockCodes:
     """What is known of the blocks of every slot of a pool.
 
     codes: uint8, 128 is 0. bounds: `[num_kv_heads, num_slots, units, lines, 4 words, 4 blocks, 4]`, where the words are
-        the channel minima of a block, then its maxima; columns: `[num_kv_heads, num_slots, blocks, lines, 16 tokens, 4]`.
+        a block's channel minima, then its maxima; columns: `[num_kv_heads, num_slots, blocks, lines, 1, 16 tokens, 4]`.
     steps: float32 `[num_kv_heads, num_slots, 4 x units]` of bounds: what a code of a block counts.
     """
 
@@ -32,6 +35,32 @@ class BlockCodes:
     codes: Tensor
     steps: Tensor | None
     page_blocks: int
+
+
+def read_keys(arena: Arena, slots: Tensor, pool: "WorkerPool | None" = None) -> Tensor:
+    """K of pages, float32 `[num_pages, num_kv_heads, page_size, head_dim]`. slots: int32 `[num_pages]`."""
+    shape, dtype = (len(slots), arena.num_kv_heads, arena.layout.page_size), arena.layout.dtype
+    k = torch.empty((*shape, arena.head_dim), dtype=dtype, device="cpu")
+    v = torch.empty((*shape, arena.v_head_dim), dtype=dtype, device="cpu")
+    gather(arena, slots[:, None, None].expand(-1, arena.num_kv_heads, 1), 0, k, v, pool)
+    return k.float()
+
+
+@torch.inference_mode(False)  # written again, maybe outside of it
+def room_for_codes(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Uninitialised; memory is taken by the first codes of a slot, as with pages."""
+    found = torch.empty(shape, dtype=dtype, device="cpu")
+    machine.advise_huge_pages(found.data_ptr(), found.nbytes)
+    return found
+
+
+def make_bounds(into: BlockCodes, arena: Arena, slots: Tensor, pool: "WorkerPool | None" = None) -> None:
+    """Channel minima and maxima of the blocks of pages of panels, int8 rounded outward. slots: int32 `[num_pages]`."""
+    assert into.kind == "bounds" and into.steps is not None and arena.layout.packing == "panels"
+    native, num_lines = _native(), into.codes.shape[3]
+    where = into.codes.data_ptr(), into.steps.data_ptr()
+    status = native.make_bounds(_pool(pool), _isa(None), _arena(arena), slots.tolist(), num_lines, *where)
+    assert status == native.Status.ok, "a far slot lies outside its pool"
 
 
 class CodeQueries(NamedTuple):
@@ -103,21 +132,19 @@ class ChosenBlocks(NamedTuple):
 def score_blocks(
     codes: BlockCodes, q: CodeQueries, far: FarPages, pool: "WorkerPool | None" = None, isa: str | None = None
 ) -> Tensor:
-    """float32 `[num_seqs, num_kv_heads, num_blocks]`: of bounds the upper one of q.k of the best row, of columns q.k."""
-    from tandemkv.kernels import cpu
-
+    """float32 `[num_seqs, num_kv_heads, num_blocks]`: of the best row; by bounds an upper one of q.k, else q.k."""
+    native = _native()
     num_seqs, num_kv_heads, rows = q.scales.shape
     num_pages, num_lines = far.slots.shape[1], q.weights.shape[3]
     scores = torch.empty((num_seqs, num_kv_heads, far.num_blocks), dtype=torch.float32, device="cpu")
     steps = 0 if codes.steps is None else codes.steps.data_ptr()
-    native = cpu._native  # noqa: SLF001
     kind = native.Codes[codes.kind]
     of_slots = native.BlockCodes(
         kind, codes.codes.data_ptr(), steps, num_kv_heads, codes.codes.shape[1], codes.page_blocks
     )
     of_rows = native.CodeQueries(*(x.data_ptr() for x in q), rows, num_lines)
     where = far.slots.data_ptr(), far.slots.stride(0), num_seqs, num_pages
-    status = native.score_blocks(_pool(pool), cpu.resolve_isa(isa), of_slots, of_rows, *where, scores.data_ptr())
+    status = native.score_blocks(_pool(pool), _isa(isa), of_slots, of_rows, *where, scores.data_ptr())
     assert status == native.Status.ok, "a far slot lies outside its pool"
     return scores
 
@@ -136,20 +163,23 @@ def choose_blocks(
     num_wanted: int64 `[num_seqs, num_kv_heads]`, cut at the room there is. Blocks of the first num_sink_tokens tokens
     behind the padding come first of all, blocks of padding alone never.
     """
-    from tandemkv.kernels import cpu
-
-    num_seqs, num_kv_heads, num_blocks = scores.shape
-    if scores.dtype != torch.float32 or scores.stride(2) != 1 or num_blocks != far.num_blocks:
+    shape = (far.slots.shape[0], far.arena.num_kv_heads, far.num_blocks)
+    if scores.dtype != torch.float32 or scores.shape != shape or (shape[2] > 1 and scores.stride(2) != 1):
         raise InputError(
-            f"scores must be float32 [num_seqs, num_kv_heads, {far.num_blocks}], contiguous along blocks, got "
+            f"scores must be float32 {list(shape)} (num_seqs, num_kv_heads, num_blocks), contiguous along blocks, got "
             f"{scores.dtype} {list(scores.shape)} with strides {scores.stride()}"
         )
+    if num_wanted.dtype != torch.int64 or num_wanted.shape != shape[:2] or into.blocks.shape[:2] != shape[:2]:
+        raise InputError(
+            f"num_wanted must be int64 {list(shape[:2])} and room as much, got {num_wanted.dtype} "
+            f"{list(num_wanted.shape)} and room {list(into.blocks.shape)}"
+        )
     num_wanted, run = num_wanted.contiguous(), into.run
-    cpu._native.choose_blocks(  # noqa: SLF001
+    _native().choose_blocks(
         _pool(pool),
         scores.data_ptr(),
         scores.stride()[:2],
-        (num_seqs, num_kv_heads, num_blocks),
+        shape,
         far.kv_start.data_ptr(),
         num_wanted.data_ptr(),
         num_sink_tokens,
@@ -162,6 +192,24 @@ def choose_blocks(
         run.kv_start.data_ptr(),
         run.kv_len.data_ptr(),
     )
+
+
+def _native() -> ModuleType:
+    from tandemkv.kernels import cpu  # says why where there is none
+
+    return cpu.native
+
+
+def _arena(arena: Arena) -> Any:
+    from tandemkv.kernels import cpu
+
+    return cpu.native_arena(arena)
+
+
+def _isa(name: str | None) -> str:
+    from tandemkv.kernels import cpu
+
+    return cpu.resolve_isa(name)
 
 
 def _pool(pool: "WorkerPool | None") -> "WorkerPool":

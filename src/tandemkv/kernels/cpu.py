@@ -23,6 +23,7 @@ except ImportError as error:  # doctor prints this reason
         f"the native module is not there ({error}): install a wheel, or build with a C++ compiler"
     ) from error
 
+native = _native
 WorkerPool = _native.WorkerPool
 _DTYPES = {
     torch.float32: _native.DType.float32,
@@ -73,7 +74,7 @@ def attend(
     """See `tandemkv.kernels.attend`."""
     if not isinstance(causal, bool):
         raise InputError(f"causal must be True or False, got {causal!r}")
-    _check_query(q, runs)
+    _check_query(q, runs, causal)
     native_rule = _native_rule(rule, causal, len(runs))
     q = _dense(q)
     shape = (*q.shape[:3], runs[0].arena.v_head_dim)
@@ -136,7 +137,7 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], rule: Sc
         known = _calls.get(runs[-1])
         if known is not None and known.layout == layout:
             return known
-    _check_query(q, runs)
+    _check_query(q, runs, True)
     native_rule = _native_rule(rule, True, len(runs))
     runs[-1].arena.check_tokens(q.shape[0], k, v)
     if k.shape[2] != q.shape[2]:
@@ -204,7 +205,7 @@ def move_pages(
     if shapes[0] != shapes[1]:
         raise InputError(f"arenas differ in more than packing: {shapes[0]} and {shapes[1]}")
     _check_disjoint(source, target, source_slots, target_slots)
-    arenas = _native_arena(source), _native_arena(target)
+    arenas = native_arena(source), native_arena(target)
     _raise_for(_native.move_pages(_pool(pool), resolve_isa(), *arenas, source_slots, target_slots))
 
 
@@ -238,7 +239,7 @@ def multiply_adds(group_size: int, isa: str | None = None) -> int:
     return _native.multiply_adds(resolve_isa(isa), group_size)
 
 
-def _native_arena(arena: Arena) -> _native.Arena:
+def native_arena(arena: Arena) -> _native.Arena:
     addresses = arena.k.data_ptr(), arena.v.data_ptr()
     known = _arenas.get(arena)
     if known is not None and known[0] == addresses:
@@ -285,7 +286,7 @@ def _native_run(kv: PagedKV) -> _native.Run:
             got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             raise InputError(f"{name} must be contiguous int64 {list(shape)} on the CPU, got {got}")
     strides, at = (table.stride(0), table.stride(1)), (kv.kv_start.data_ptr(), kv.kv_len.data_ptr())
-    run = _native.Run(_native_arena(arena), table.data_ptr(), strides, num_seqs, table.shape[2], *at, kv.of_blocks)
+    run = _native.Run(native_arena(arena), table.data_ptr(), strides, num_seqs, table.shape[2], *at, kv.of_blocks)
     _runs[kv] = layout, run
     return run
 
@@ -302,7 +303,7 @@ def _native_rule(rule: ScoreRule, causal: bool, num_runs: int) -> _native.ScoreR
     return _native.ScoreRule(rule.scale, rule.softcap, None if rule.window is None else min(rule.window, 2**62))
 
 
-def _check_query(q: Tensor, runs: Sequence[PagedKV]) -> None:
+def _check_query(q: Tensor, runs: Sequence[PagedKV], causal: bool) -> None:
     if not runs:
         raise InputError("attend needs at least one run of tokens; an empty one gives the identity of merge")
     if not isinstance(q, Tensor) or not all(isinstance(kv, PagedKV) for kv in runs):
@@ -322,6 +323,8 @@ def _check_query(q: Tensor, runs: Sequence[PagedKV]) -> None:
         raise InputError(f"q_len must be at least 1, got {list(q.shape)}")
     if arena.num_kv_heads < 1 or q.shape[1] < 1 or q.shape[1] % arena.num_kv_heads:
         raise InputError(f"query heads must be a multiple of the {arena.num_kv_heads} KV heads, got {q.shape[1]}")
+    if causal and runs[-1].of_blocks:
+        raise InputError("causal queries are the last tokens of the last run: expected pages there, got blocks")
     for kv in runs:
         if kv.page_table.shape[:1] != q.shape[:1]:
             got = list(kv.page_table.shape)
@@ -381,7 +384,7 @@ _NativeTokens = tuple[_native.Arena, int, tuple[int, int], int, _native.Rows, _n
 def _native_tokens(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> _NativeTokens:
     """Rows of tokens, and where they lie in pages; the caller holds the tensors until the call returns."""
     strides = page_table.stride(0), page_table.stride(1)
-    return _native_arena(arena), page_table.data_ptr(), strides, begin, _rows(k), _rows(v)
+    return native_arena(arena), page_table.data_ptr(), strides, begin, _rows(k), _rows(v)
 
 
 def _mass(mass: Tensor | None, q: Tensor, runs: Sequence[PagedKV]) -> tuple[int, int]:

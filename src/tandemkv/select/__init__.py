@@ -18,7 +18,7 @@ from tandemkv.select.base import (
 )
 from tandemkv.select.sparse import Sparse
 from tandemkv.select.table import SELECTORS
-from tandemkv.select.verified import Verified
+from tandemkv.select.verified import Tally, Verified
 
 __all__ = [
     "MAX_SELECT_QUERIES",
@@ -32,6 +32,7 @@ __all__ = [
     "Sparse",
     "Summaries",
     "Summariser",
+    "Tally",
     "Verified",
     "is_standing",
 ]

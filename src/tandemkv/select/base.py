@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.kernels.blocks import BlockCodes, CodeQueries, FarPages, score_blocks
-from tandemkv.types import BLOCK_TOKENS, Partial, ScoreRule
+from tandemkv.types import BLOCK_TOKENS, Arena, Partial, ScoreRule
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -104,11 +104,14 @@ class Observer(Selector, Protocol):
 class Summariser(Selector, Protocol):
     """Scores codes of blocks, which are made when pages become far."""
 
-    def begin(self, k: Tensor) -> Any:
-        """What all codes of a layer are made with, from its first far keys `[num_kv_heads, num_tokens, head_dim]`."""
+    def allocate(self, arena: Arena) -> BlockCodes:
+        """Room for the codes of every slot."""
 
-    def summarise(self, k: Tensor, basis: Any) -> BlockCodes:
-        """Codes of pages: k float32 `[num_pages, num_kv_heads, page_size, head_dim]`; slots are the pages."""
+    def begin(self, arena: Arena, slots: Tensor, pool: "WorkerPool | None") -> Any:
+        """What all codes of a layer are made with, from its first far pages. slots: int32 `[num_pages]`."""
+
+    def summarise(self, arena: Arena, slots: Tensor, basis: Any, into: BlockCodes, pool: "WorkerPool | None") -> None:
+        """Make the codes of the pages in these slots."""
 
 
 class Digest(Protocol):
@@ -146,5 +149,5 @@ def is_standing(selector: Selector) -> bool:
 
 
 def group_rows(x: Tensor, num_kv_heads: int) -> Tensor:
-    """`[num_seqs, num_q_heads, q_len, ...]` -> `[num_seqs, num_kv_heads, group_size * q_len, ...]`, a view if it can."""
+    """`[num_seqs, num_q_heads, q_len, ...]` -> `[num_seqs, num_kv_heads, group_size * q_len, ...]`."""
     return x.reshape(x.shape[0], num_kv_heads, -1, *x.shape[3:])

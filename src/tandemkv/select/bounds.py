@@ -1,14 +1,18 @@
 """The blocks that could hold the best key (Quest, 2406.10774): channel minima and maxima of every block."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tandemkv.kernels.blocks import LANE_BLOCKS, BlockCodes
+from tandemkv.kernels.blocks import LANE_BLOCKS, BlockCodes, make_bounds, room_for_codes
 from tandemkv.select.base import Summaries
 from tandemkv.select.codes import code_queries
-from tandemkv.types import BLOCK_TOKENS
+from tandemkv.types import BLOCK_TOKENS, Arena
+
+if TYPE_CHECKING:
+    from tandemkv.kernels.cpu import WorkerPool
 
 _LINE_WORDS = 4
 
@@ -21,31 +25,21 @@ class Bounds:
     V in bfloat16 at head_dim 128. The query is rounded to 8 bits too, which moves a score by 0.4 % of the largest.
     """
 
-    def begin(self, k: Tensor) -> None:
+    def allocate(self, arena: Arena) -> BlockCodes:
+        """See `Summariser`."""
+        num_blocks = arena.layout.page_size // BLOCK_TOKENS
+        num_units, num_words = -(-num_blocks // LANE_BLOCKS), 2 * -(-arena.head_dim // 4)
+        shape = (arena.num_kv_heads, arena.num_slots, num_units)
+        codes = room_for_codes(*shape, -(-num_words // _LINE_WORDS), _LINE_WORDS, LANE_BLOCKS, 4)
+        steps = room_for_codes(*shape[:2], num_units * LANE_BLOCKS, dtype=torch.float32)
+        return BlockCodes("bounds", codes, steps, num_blocks)
+
+    def begin(self, arena: Arena, slots: Tensor, pool: "WorkerPool | None") -> None:
         """See `Summariser`: nothing is needed."""
 
-    def summarise(self, k: Tensor, basis: None) -> BlockCodes:
-        """See `Summariser`."""
-        num_pages, num_kv_heads, page_size, head_dim = k.shape
-        blocks = k.unflatten(2, (-1, BLOCK_TOKENS))
-        low, high = blocks.amin(3), blocks.amax(3)  # [page, head, block, channel]
-        # 126 codes, not 127: a quotient that rounding pushes up still has one.
-        steps = torch.maximum(low.abs(), high.abs()).amax(-1) / 126.0
-        divisor = torch.where(steps > 0, steps, 1.0)[..., None]
-        low_codes, high_codes = (low / divisor).floor_(), (high / divisor).ceil_()
-        # Quotient and product both round; neither may cut a corner off.
-        low_codes -= (low_codes * steps[..., None] > low).to(low_codes.dtype)
-        high_codes += (high_codes * steps[..., None] < high).to(high_codes.dtype)
-        num_blocks, missing = page_size // BLOCK_TOKENS, -(page_size // BLOCK_TOKENS) % LANE_BLOCKS
-        codes = torch.cat([_as_words(low_codes), _as_words(high_codes)], -2)  # [page, head, block, word, 4]
-        codes = torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[-2] % _LINE_WORDS, 0, missing))
-        codes = codes.nan_to_num_(0.0, 0.0, 0.0).clamp_(-128, 127) + 128
-        # [page, head, unit, block, line, word, 4] -> [head, page, unit, line, word, block, 4]
-        lines = codes.to(torch.uint8).unflatten(2, (-1, LANE_BLOCKS)).unflatten(4, (-1, _LINE_WORDS))
-        lines = lines.permute(1, 0, 2, 4, 5, 3, 6).contiguous()
-        # A key that is no number makes its block's score none: it is chosen, and seen.
-        steps = torch.nn.functional.pad(torch.where(steps.isfinite(), steps, torch.nan), (0, missing))
-        return BlockCodes("bounds", lines, steps.transpose(0, 1).contiguous(), num_blocks)
+    def summarise(self, arena: Arena, slots: Tensor, basis: None, into: BlockCodes, pool: "WorkerPool | None") -> None:
+        """See `Summariser`. A key that is no number makes its block's score none: it is chosen, and seen."""
+        make_bounds(into, arena, slots, pool)
 
     def score(self, q: Tensor, summaries: Summaries) -> Tensor:
         """See `Selector`."""
@@ -53,7 +47,3 @@ class Bounds:
         missing = (0, -q.shape[-1] % 4)
         rows = torch.cat([torch.nn.functional.pad(x, missing) for x in (q.clamp(max=0), q.clamp(min=0))], -1)
         return summaries.score_codes(code_queries(rows, summaries.num_kv_heads, (_LINE_WORDS, LANE_BLOCKS)))
-
-
-def _as_words(codes: Tensor) -> Tensor:
-    return torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 4)).unflatten(-1, (-1, 4))

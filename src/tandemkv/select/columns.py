@@ -1,16 +1,19 @@
 """The blocks whose best key is best along the directions in which keys differ most."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError
-from tandemkv.kernels.blocks import BlockCodes
+from tandemkv.kernels.blocks import BlockCodes, read_keys, room_for_codes
 from tandemkv.select.base import Summaries, group_rows
 from tandemkv.select.codes import code_queries
-from tandemkv.types import BLOCK_TOKENS
+from tandemkv.types import BLOCK_TOKENS, Arena
+
+if TYPE_CHECKING:
+    from tandemkv.kernels.cpu import WorkerPool
 
 _LINE_WORDS = 1
 
@@ -38,9 +41,16 @@ class Columns:
         if not isinstance(self.num_columns, int) or self.num_columns < 4 or self.num_columns % 4:
             raise InputError(f"num_columns must be a multiple of 4, at least 4, got {self.num_columns!r}")
 
-    def begin(self, k: Tensor) -> Basis:
+    def allocate(self, arena: Arena) -> BlockCodes:
+        """See `Summariser`."""
+        num_blocks, num_words = arena.layout.page_size // BLOCK_TOKENS, -(-min(self.num_columns, arena.head_dim) // 4)
+        shape = (arena.num_kv_heads, arena.num_slots, num_blocks, num_words, 1, BLOCK_TOKENS, 4)
+        return BlockCodes("columns", room_for_codes(*shape), None, num_blocks)
+
+    def begin(self, arena: Arena, slots: Tensor, pool: "WorkerPool | None") -> Basis:
         """See `Summariser`: the principal directions of each head's keys."""
-        k = k.float().nan_to_num(0.0, 0.0, 0.0)
+        k = read_keys(arena, slots, pool).transpose(0, 1).flatten(1, 2)
+        k = k.nan_to_num_(0.0, 0.0, 0.0)
         mean = k.mean(1)
         centred = k - mean[:, None]
         widths, directions = torch.linalg.eigh((centred.mT @ centred).double() / k.shape[1])  # narrowest first
@@ -51,14 +61,14 @@ class Columns:
         steps = torch.nn.functional.pad(widths.flip(-1)[..., :num].clamp(min=0).sqrt().float() / 20.0, (0, -num % 4))
         return Basis(mean, directions, steps.clamp(min=torch.finfo(torch.float32).tiny))
 
-    def summarise(self, k: Tensor, basis: Basis) -> BlockCodes:
+    def summarise(self, arena: Arena, slots: Tensor, basis: Basis, into: BlockCodes, pool: "WorkerPool | None") -> None:
         """See `Summariser`."""
+        k = read_keys(arena, slots, pool)
         along = (k - basis.mean[:, None]) @ basis.directions  # [page, head, token, column]
         codes = (along / basis.steps[:, None]).nan_to_num_(127.0, 127.0, -127.0).round_().clamp_(-127, 127) + 128
         # [page, head, block, token, line, word of 1, 4] -> [head, page, block, line, 1, token, 4]
         lines = codes.to(torch.uint8).unflatten(2, (-1, BLOCK_TOKENS)).unflatten(4, (-1, 1, 4))
-        lines = lines.permute(1, 0, 2, 4, 5, 3, 6).contiguous()
-        return BlockCodes("columns", lines, None, k.shape[2] // BLOCK_TOKENS)
+        into.codes[:, slots.long()] = lines.permute(1, 0, 2, 4, 5, 3, 6)
 
     def score(self, q: Tensor, summaries: Summaries) -> Tensor:
         """See `Selector`."""

@@ -31,11 +31,13 @@ class Keyformer:
             raise InputError(f"temperatures must be above 0 and rise, got {self.first!r} to {self.last!r}")
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise InputError(f"num_steps must be a whole number of tokens, at least 1, got {self.num_steps!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise InputError(f"seed must be a whole number of at least 0, got {self.seed!r}")
 
     def observe(self, known: Tensor, seen: Seen) -> Tensor:
         """See `Observer`."""
         # One stream per call: repeated after an undone step, it gives the same numbers.
-        random = torch.Generator().manual_seed(self.seed * 2**32 + seen.num_queries)
+        random = torch.Generator().manual_seed((self.seed * 1_000_003 + seen.num_queries) % 2**32)  # it takes 32 bits
         uniform = torch.rand(seen.mass.shape, generator=random, device="cpu").clamp_(1e-9, 1 - 1e-7)
         temperature = self.first + (self.last - self.first) * min(1.0, seen.num_decoded / self.num_steps)
         logits = (seen.mass.log() - (-uniform.log()).log()) / temperature

@@ -34,7 +34,7 @@ class Recall:
         is_recalled = seen.mass > BLOCK_TOKENS / seen.seq_len
         left = self.num_queries - torch.arange(num - 1, -1, -1, dtype=torch.float32, device="cpu")
         latest = (is_recalled * left[:, None]).amax(2)
-        return torch.maximum(latest, (known - num).clamp(min=0) + torch.where(known == -torch.inf, -torch.inf, 0.0))
+        return torch.where(known == -torch.inf, known, torch.maximum(latest, (known - num).clamp(min=0)))
 
     def score(self, q: Tensor, summaries: Summaries) -> Tensor:
         """See `Selector`."""

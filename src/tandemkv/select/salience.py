@@ -14,7 +14,7 @@ from tandemkv.select.base import Seen, Summaries
 class Salience:
     """Keeps what weighs more than `beta` times its head's mean, the heaviest first; nothing is deleted.
 
-    The number of a block is the moving average of its attention mass, `old + rate (mass - old)` with each query, carried
+    The number of a block is the moving average of its attention mass, `old + rate (mass - old)` with each query, taken
     along when its page becomes far. Where several tokens are appended, everything is attended and every block is
     weighed anew. The paper's unit is a token; its constant and its exact threshold are not to be had.
     """

@@ -2,9 +2,11 @@
 
 from tandemkv.select.base import Selector
 from tandemkv.select.bounds import Bounds
+from tandemkv.select.clusters import Clusters
 from tandemkv.select.columns import Columns
 from tandemkv.select.heavy_hitters import HeavyHitters
 from tandemkv.select.keyformer import Keyformer
+from tandemkv.select.lookahead import Lookahead
 from tandemkv.select.recall import Recall
 from tandemkv.select.salience import Salience
 from tandemkv.select.window import Window
@@ -17,4 +19,6 @@ SELECTORS: dict[str, Selector] = {
     "bounds": Bounds(),
     "columns": Columns(),
     "recall": Recall(),
+    "clusters": Clusters(),
+    "lookahead": Lookahead(),
 }

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.integrations.transformers.cache import LAYER_OF_KEYS, TieredLayer, layer_of
+from tandemkv.integrations.transformers.foresight import WANTS_QUERY, QueryCaught
 from tandemkv.integrations.transformers.masks import padding_of, stock_mask_of
 from tandemkv.types import ScoreRule
 
@@ -44,6 +45,8 @@ def attend(
     """
     found: tuple[TieredLayer, torch.dtype] | None = getattr(key, LAYER_OF_KEYS, None)
     if found is None:
+        if getattr(key, WANTS_QUERY, False):
+            raise QueryCaught(query)
         mask = stock_mask_of(attention_mask)
         out: tuple[Tensor, Any] = _stock_attention(stock, module)(module, query, key, value, mask, **kwargs)
         return out

@@ -19,6 +19,7 @@ from tandemkv.attention import extend_and_attend, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, Moment, TierUse
 from tandemkv.errors import CacheError, InputError, UnsupportedError
 from tandemkv.integrations.transformers.configs import dtype_of, kv_shape, layers_of, refuse_detached
+from tandemkv.integrations.transformers.foresight import Foresight
 from tandemkv.integrations.transformers.stock import cropped
 from tandemkv.types import ScoreRule, parse_bytes
 
@@ -88,6 +89,7 @@ class TieredCache(Cache):
         with torch.inference_mode(False):  # it is written to, maybe outside of it
             self.length = torch.tensor(kv.seq_len, device="cpu")  # tokens held, for compiled models: see TieredLayer
         self.pending: TieredLayer | None = None  # was updated, but has not attended yet
+        self.foresight: Foresight | None = None  # of the pass under way, where the selector wants one
         self._padding: tuple[Tensor, Tensor | None] | None = None
         ours = iter(range(kv.spec.num_layers))
         super().__init__(layers=[TieredLayer(self, next(ours)) if layer is None else layer for layer in layers])
@@ -207,6 +209,7 @@ class TieredCache(Cache):
         For a forward pass it is the moment before, for a crop or a selection the one after.
         """
         self.kv.settle()
+        self._end_foresight()
         if self._stock_at is not None:
             moment, layers = self._stock_at
             if self.kv.moment == moment:
@@ -238,8 +241,33 @@ class TieredCache(Cache):
     def end_pass(self) -> None:
         """Every layer has grown: from here on the new tokens count."""
         self.kv.end_step()
+        self._end_foresight()
         self._stock_at = None
         self.length.fill_(self.kv.seq_len)
+
+    @property
+    def foresees(self) -> bool:
+        """Whether the selector scores with queries that are predicted a layer ahead."""
+        return self.kv.sparse is not None and getattr(self.kv.sparse.policy, "foresees", False)
+
+    def foresee(self, layers: torch.nn.ModuleList | None) -> None:
+        """Let the pass that has begun predict queries; `layers` are those of the decoder."""
+        if not self.foresees or not self.kv.seq_len:
+            return
+        if layers is None:
+            raise UnsupportedError(
+                f"the layers of a {self._config.model_type} model were not found, whose queries the selector wants to "
+                "foresee: take another selector, such as 'columns'"
+            )
+        full = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, TieredLayer) and not layer.window}
+        pages = {place: self.kv.layer(layer.index) for place, layer in full.items()}
+        if any(layer.num_far_pages for layer in pages.values()):
+            self.foresight = Foresight(layers, self, pages)
+
+    def _end_foresight(self) -> None:
+        if self.foresight is not None:
+            self.foresight.end()
+            self.foresight = None
 
     # -- a forward pass ------------------------------------------------------------------------------------------------
 
@@ -266,6 +294,12 @@ class TieredCache(Cache):
     def begin_compiled_layer(self, layer: "TieredLayer") -> None:
         """The same in a compiled graph, where the first of our layers begins the pass. Layers that stay stock may have
         moved on before it: where there are any, graphs break, and the pass has announced itself."""
+        if self.foresees:
+            raise UnsupportedError(
+                "a selector that foresees queries, such as 'lookahead', is not supported under torch.compile, which "
+                "leaves no place to do so: do not compile the model, or set cache.kv.sparse to another selector, such "
+                "as Sparse('columns', ...)"
+            )
         if layer.index == 0 and not self._has_stock_layers:
             self.begin_pass()
         self.begin_layer(layer)

@@ -15,6 +15,7 @@ from tandemkv.integrations.transformers.attention import attend, end_compiled_pa
 from tandemkv.integrations.transformers.cache import TieredCache
 from tandemkv.integrations.transformers.configs import IMPLEMENTATIONS, kv_shape, layers_of
 from tandemkv.integrations.transformers.families import refusal_of
+from tandemkv.integrations.transformers.foresight import layers_in
 from tandemkv.integrations.transformers.masks import make_mask, stock_mask_of
 from tandemkv.types import MAX_HEAD_DIM
 
@@ -27,7 +28,7 @@ def attach(model: PreTrainedModel, make_cache: MakeCache | None = None) -> PreTr
     """Let a model use a `TieredCache`; returns the same model. Undone by `detach`.
 
     Changes this instance only: its attention implementation, and its `generate`, which reserves the cache before it
-    starts; and its decoder tells the cache when a forward pass begins and ends.
+    starts; and its decoder tells the cache when a forward pass begins and ends, and which layer comes next.
     The model then refers to itself: after `del model` its memory comes back at the next `gc.collect()`; after
     `detach(model)` at once, as before.
     make_cache: where given, a `generate` that is not handed a cache uses `make_cache(model.config)`, which is how a
@@ -95,9 +96,15 @@ def _refuse_model(model: PreTrainedModel) -> None:
         )
 
 
-def _hooked(decoder: torch.nn.Module, keeps_stock_layers: bool) -> tuple[RemovableHandle, RemovableHandle]:
+def _hooked(decoder: torch.nn.Module, keeps_stock_layers: bool) -> tuple[RemovableHandle, ...]:
     begin = decoder.register_forward_pre_hook(partial(_begin_pass, keeps_stock_layers), with_kwargs=True)
-    return begin, decoder.register_forward_hook(_end_pass, with_kwargs=True)
+    end = decoder.register_forward_hook(_end_pass, with_kwargs=True)
+    # A layer's hook knows its place, not its neighbours: a deep copy of the model would follow them, one in the other.
+    enter = [
+        layer.register_forward_pre_hook(partial(_enter_layer, place), with_kwargs=True)
+        for place, layer in enumerate(layers_in(decoder) or ())
+    ]
+    return begin, end, *enter
 
 
 def _begin_pass(keeps_stock_layers: bool, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -108,6 +115,16 @@ def _begin_pass(keeps_stock_layers: bool, decoder: Any, args: tuple[Any, ...], k
     for cache in _tiered(args, kwargs):
         cache.refuse_foreign(decoder.config)
         cache.begin_pass()
+        if not torch.compiler.is_compiling():
+            cache.foresee(layers_in(decoder) if cache.foresees else None)
+
+
+def _enter_layer(place: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        return  # refused where the layer's attention begins
+    for cache in _tiered(args, kwargs):
+        if cache.foresight is not None:
+            cache.foresight.enter(place, cache, args, kwargs)
 
 
 def _end_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
