@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from tandemkv.attention import extend_and_attend, worker_pool  # noqa: E402
 from tandemkv.cache import CacheSpec, KVCache  # noqa: E402
 from tandemkv.kernels import attend, block_mass  # noqa: E402
 from tandemkv.select import SELECTORS, Estimator, Sparse, Verified  # noqa: E402
+from tandemkv.select.columns import Columns  # noqa: E402
 from tandemkv.types import ScoreRule  # noqa: E402
 
 MODULE = "benchmarks.sparse"
@@ -136,8 +138,7 @@ class Layer:
 
 def limit_of(selector: str, budget_tokens: int, context: int) -> float:
     """Bytes of the exact step over bytes of this one."""
-    num_columns = SELECTORS[selector].num_columns if selector == "columns" else 0
-    codes = {"bounds": (2 * HEAD_DIM + 4) / 16, "columns": num_columns}.get(selector, 0)
+    codes = {"bounds": (2 * HEAD_DIM + 4) / 16, "columns": Columns().num_columns}.get(selector, 0)
     return context * 4 * HEAD_DIM / (budget_tokens * 4 * HEAD_DIM + context * codes)
 
 
@@ -171,7 +172,8 @@ def measure(layer: Layer, context: int, selectors: list[str], budget_s: float) -
     for cache in caches.values():
         for _ in range(3):
             layer.step(cache)
-    ms = common.medians_in_turn({n: common.in_ms(lambda c=c: layer.step(c)) for n, c in caches.items()}, budget_s)
+    steps = {name: common.in_ms(partial(layer.step, cache)) for name, cache in caches.items()}
+    ms = common.medians_in_turn(steps, budget_s)
     return [
         Row(
             context,

@@ -168,11 +168,11 @@ struct TokenRun {
 enum class Codes : int32_t { kBounds = 0, kColumns = 1 };
 constexpr int64_t kLineBytes = 64, kLaneBlocks = 4;
 
-// Queries as weights of codes. Row r of KV head h of sequence s is (s * num_kv_heads + h) * rows_per_head + r.
+// Queries as int8 weights of codes. Row r of KV head h of sequence s is (s * num_kv_heads + h) * rows_per_head + r.
 struct CodeQueries {
   const int8_t* weights;   // [num_rows][num_lines][64], in the order of codes
   const int32_t* offsets;  // [num_rows], 128 times the sum of a row's weights of one lane
-  const float* scales;     // [num_rows], of a row's weights
+  const float* scales;     // [num_rows], what a weight counts
   int64_t rows_per_head, num_lines;
 };
 

@@ -234,16 +234,6 @@ NB_MODULE(_native, m) {
                                   page_blocks};
           },
           "kind"_a, "codes"_a, "steps"_a, "num_kv_heads"_a, "num_slots"_a, "page_blocks"_a);
-  nb::class_<CodeQueries>(m, "CodeQueries")
-      .def(
-          "__init__",
-          [](CodeQueries* self, Address weights, Address offsets, Address scales, int64_t rows_per_head,
-             int64_t num_lines) {
-            new (self) CodeQueries{as<const int8_t>(weights), as<const int32_t>(offsets), as<const float>(scales),
-                                   rows_per_head, num_lines};
-          },
-          "weights"_a, "offsets"_a, "scales"_a, "rows_per_head"_a, "num_lines"_a);
-
   m.def(
       "make_bounds",
       [](WorkerPool& pool, const std::string& isa, const Arena& arena, const std::vector<int32_t>& slots,
@@ -257,14 +247,23 @@ NB_MODULE(_native, m) {
   // slots: [num_seqs][num_pages], the same for all heads.
   m.def(
       "score_blocks",
-      [](WorkerPool& pool, const std::string& isa, const BlockCodes& codes, const CodeQueries& q, Address slots,
-         int64_t slot_stride, int64_t num_seqs, int64_t num_pages, Address scores) {
+      [](WorkerPool& pool, const std::string& isa, const BlockCodes& codes, Address rows, const Four& shape,
+         Address directions, int64_t num_columns, Address slots, int64_t slot_stride, int64_t num_pages,
+         Address scores) {
         const KernelTable& kernels = kernels_named(isa);
+        const auto [num_seqs, num_kv_heads, rows_per_head, dim] = shape;
+        const QueryRows q{as<const float>(rows),
+                          as<const float>(directions),
+                          num_seqs,
+                          num_kv_heads,
+                          rows_per_head,
+                          dim,
+                          num_columns};
         nb::gil_scoped_release release;
-        return score_blocks(pool, kernels, codes, q, table_of(slots, {slot_stride, 0}), num_seqs, num_pages,
-                            as<float>(scores));
+        return score_blocks(pool, kernels, codes, q, table_of(slots, {slot_stride, 0}), num_pages, as<float>(scores));
       },
-      "pool"_a, "isa"_a, "codes"_a, "q"_a, "slots"_a, "slot_stride"_a, "num_seqs"_a, "num_pages"_a, "scores"_a);
+      "pool"_a, "isa"_a, "codes"_a, "rows"_a, "shape"_a, "directions"_a, "num_columns"_a, "slots"_a, "slot_stride"_a,
+      "num_pages"_a, "scores"_a);
 
   m.def(
       "choose_blocks",

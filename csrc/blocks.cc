@@ -85,6 +85,65 @@ void choose_of_head(const Choice& choice, const PageTable& slots, int64_t page_b
   chosen.kv_len[at] = count * kBlockTokens;
 }
 
+// What queries are as weights, and their memory.
+struct OwnedQueries {
+  std::vector<int8_t> weights;
+  std::vector<int32_t> offsets;
+  std::vector<float> scales;
+  int64_t num_lines;
+
+  explicit OwnedQueries(const QueryRows& q) {
+    const bool columns = q.directions != nullptr;
+    const int64_t num_rows = q.num_seqs * q.num_kv_heads * q.rows_per_head;
+    const int64_t words = ((columns ? q.num_columns : q.dim) + 3) / 4, lanes = columns ? kBlockTokens : kLaneBlocks;
+    const int64_t num_words = columns ? words : 2 * words, line_words = kLineBytes / 4 / lanes;
+    num_lines = (num_words + line_words - 1) / line_words;
+    offsets.resize(num_rows);
+    scales.resize(num_rows);
+    weights.assign(num_rows * num_lines * kLineBytes, 0);
+    std::vector<float> row(num_words * 4);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const float* const from = q.data + r * q.dim;
+      if (columns) {
+        coordinates(q, from, r / q.rows_per_head % q.num_kv_heads, row);
+      } else {
+        for (int64_t d = 0; d < q.dim; ++d) {  // a negative number meets the lower bound, a positive one the upper
+          row[d] = std::min(from[d], 0.0f);
+          row[words * 4 + d] = std::max(from[d], 0.0f);
+        }
+      }
+      put_row(r, row, lanes, line_words);
+    }
+  }
+
+ private:
+  static void coordinates(const QueryRows& q, const float* from, int64_t head, std::vector<float>& row) {
+    std::fill(row.begin(), row.end(), 0.0f);
+    const float* along = q.directions + head * q.dim * q.num_columns;
+    for (int64_t d = 0; d < q.dim; ++d, along += q.num_columns) {
+      for (int64_t c = 0; c < q.num_columns; ++c) row[c] += from[d] * along[c];
+    }
+  }
+
+  void put_row(int64_t r, const std::vector<float>& row, int64_t lanes, int64_t line_words) {
+    float most = 0.0f;
+    for (const float x : row) most = std::max(most, std::abs(x));
+    const float step = std::max(most, 1.17549435e-38f) / 127.0f;
+    int8_t* const to = weights.data() + r * num_lines * kLineBytes;
+    int32_t sum = 0;
+    for (size_t i = 0; i < row.size(); ++i) {
+      const float rounded = std::nearbyint(row[i] / step);
+      const int8_t weight = rounded == rounded ? static_cast<int8_t>(rounded) : 0;
+      const int64_t word = static_cast<int64_t>(i) / 4;
+      int8_t* const at = to + word / line_words * kLineBytes + word % line_words * lanes * 4 + i % 4;
+      for (int64_t lane = 0; lane < lanes; ++lane) at[lane * 4] = weight;
+      sum += weight;
+    }
+    offsets[r] = sum * 128;
+    scales[r] = step;
+  }
+};
+
 }  // namespace
 
 Status make_bounds(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const std::vector<int32_t>& slots,
@@ -108,10 +167,14 @@ Status make_bounds(WorkerPool& pool, const KernelTable& kernels, const Arena& ar
   return Status::kOk;
 }
 
-Status score_blocks(WorkerPool& pool, const KernelTable& kernels, const BlockCodes& codes, const CodeQueries& q,
-                    const PageTable& slots, int64_t num_seqs, int64_t num_pages, float* scores) {
+Status score_blocks(WorkerPool& pool, const KernelTable& kernels, const BlockCodes& codes, const QueryRows& rows,
+                    const PageTable& slots, int64_t num_pages, float* scores) {
+  const int64_t num_seqs = rows.num_seqs;
   // A quarter of a mebibyte and less of codes at a time; heads and ranges of pages are handed out to threads.
   constexpr int64_t kItemPages = 64;
+  const OwnedQueries owned(rows);
+  const CodeQueries q{owned.weights.data(), owned.offsets.data(), owned.scales.data(), rows.rows_per_head,
+                      owned.num_lines};
   const int64_t unit_bytes = q.num_lines * kLineBytes, page_units = codes.page_units();
   const int64_t step_blocks = codes.kind == Codes::kBounds ? page_units * kLaneBlocks : 0;
   for (int64_t seq = 0; seq < num_seqs; ++seq) {

@@ -25,9 +25,17 @@ struct BlockCodes {
 Status make_bounds(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const std::vector<int32_t>& slots,
                    int64_t num_lines, uint8_t* codes, float* steps);
 
+// Queries [num_seqs][num_kv_heads][rows_per_head][dim], contiguous, and for columns what their coordinates follow by,
+// [num_kv_heads][dim][num_columns]; else nullptr.
+struct QueryRows {
+  const float *data, *directions;
+  int64_t num_seqs, num_kv_heads, rows_per_head, dim, num_columns;
+};
+
 // scores [num_seqs][num_kv_heads][num_pages * page_blocks], of the pages slots [num_seqs][num_pages], stride_seq apart.
-Status score_blocks(WorkerPool& pool, const KernelTable& kernels, const BlockCodes& codes, const CodeQueries& q,
-                    const PageTable& slots, int64_t num_seqs, int64_t num_pages, float* scores);
+// Queries are rounded to 8 bits, to the nearest.
+Status score_blocks(WorkerPool& pool, const KernelTable& kernels, const BlockCodes& codes, const QueryRows& q,
+                    const PageTable& slots, int64_t num_pages, float* scores);
 
 // A choice among the blocks of far pages, for every sequence and KV head.
 struct Choice {

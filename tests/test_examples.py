@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import lm_eval_offline, merge_partials
+from examples import custom_selector, lm_eval_offline, merge_partials
 from tests.test_generate import save_tiny_llama
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -75,3 +75,9 @@ def test_lm_eval_s_tasks_answer_as_stock_does(monkeypatch: pytest.MonkeyPatch) -
     assert len(tiers) == 8, "a cache for each batch of two"
     assert all(each["far"].used_bytes > each["near"].used_bytes > 0 for each in tiers)
     assert all(each["far"].moved_bytes > 0 for each in tiers)
+
+
+def test_one_s_own_selector_decides_what_is_attended() -> None:
+    """Where the fact stands it finds it. Elsewhere it does not, which it would if nobody asked it."""
+    assert custom_selector.main(1000) == " 9467240"
+    assert "9467240" not in custom_selector.main(2500)

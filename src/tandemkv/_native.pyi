@@ -109,9 +109,6 @@ class BlockCodes:
         self, kind: Codes, codes: int, steps: int, num_kv_heads: int, num_slots: int, page_blocks: int
     ) -> None: ...
 
-class CodeQueries:
-    def __init__(self, weights: int, offsets: int, scales: int, rows_per_head: int, num_lines: int) -> None: ...
-
 def make_bounds(
     pool: WorkerPool, isa: str, arena: Arena, slots: Sequence[int], num_lines: int, codes: int, steps: int
 ) -> Status: ...
@@ -119,10 +116,12 @@ def score_blocks(
     pool: WorkerPool,
     isa: str,
     codes: BlockCodes,
-    q: CodeQueries,
+    rows: int,
+    shape: tuple[int, ...],
+    directions: int,
+    num_columns: int,
     slots: int,
     slot_stride: int,
-    num_seqs: int,
     num_pages: int,
     scores: int,
 ) -> Status: ...

@@ -9,7 +9,7 @@ from tandemkv.cache import Held, LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import attend, block_mass
 from tandemkv.kernels.blocks import ChosenBlocks, choose_blocks
-from tandemkv.select import Estimator, Observer, Seen, Sparse, Tally, Verified, is_standing
+from tandemkv.select import Observer, Seen, Sparse, Tally, Verified
 from tandemkv.systems import SYSTEMS
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
 from tandemkv.verification import Rest, attend_rest, sample_rest
@@ -54,7 +54,7 @@ def observer_of(layer: LayerKV) -> Observer | None:
     """Who watches the attention of this layer; a layer whose window has no far tokens is not watched."""
     if layer.sparse is None or layer.window is not None:
         return None
-    return layer.sparse.policy if isinstance(layer.sparse.policy, Observer) else None
+    return layer.sparse.observer
 
 
 def looks_at_all(layer: LayerKV, q_len: int) -> bool:
@@ -84,16 +84,14 @@ def learn(layer: LayerKV, mass: Tensor, runs: tuple[PagedKV, ...], *, is_decoded
     seen = Seen(mass, layer.seq_len, known.num_queries, known.num_decoded)
     numbers = observer.observe(torch.cat([listed, known.near], 2), seen)
     of_far, near = numbers.split([listed.shape[2], known.near.shape[2]], 2)
-    if chosen is None:
-        far = known.far if of_far.shape[2] == 0 else of_far
-    else:
-        far = chosen.put(known.far, of_far)
+    if chosen is not None:
+        of_far = chosen.put(known.far, of_far)
     layer.knowledge = known._replace(
-        far=far,
+        far=of_far if of_far.shape[2] else known.far,
         near=near,
         num_queries=known.num_queries + q_len,
         num_decoded=known.num_decoded + q_len * is_decoded,
-        epoch=known.epoch + (chosen is None and of_far.shape[2] > 0),
+        epoch=known.epoch + (chosen is None and listed.shape[2] > 0),
     )
 
 
@@ -121,9 +119,7 @@ def observe_chunk(q: Tensor, layer: LayerKV, rule: ScoreRule, pool: "WorkerPool"
 def estimates(layer: LayerKV) -> bool:
     """Whether what is left out is not dropped."""
     sparse = layer.sparse
-    if sparse is None:
-        return False
-    return sparse.verified is not None or sparse.sampled_tokens > 0 or isinstance(sparse.policy, Estimator)
+    return sparse is not None and sparse.estimates
 
 
 def what_is_left(
@@ -144,8 +140,8 @@ def what_is_left(
     if sparse.sampled_tokens:
         num_sampled = sparse.sampled_tokens // BLOCK_TOKENS
         return [sample_rest(q, layer, chosen, rule, pool, num_sampled)]
-    estimator, summaries = sparse.policy, layer.summaries()
-    assert isinstance(estimator, Estimator)
+    estimator, summaries = sparse.estimator, layer.summaries()
+    assert estimator is not None
     shape = (q.shape[0], summaries.num_kv_heads, summaries.num_blocks)
     is_chosen = chosen.mark(torch.zeros(shape, dtype=torch.float32, device="cpu"), 1.0) > 0
     return [estimator.estimate(q, ~(is_chosen | summaries.is_padding), summaries, rule)]
@@ -171,20 +167,21 @@ def _choose(q: Tensor, layer: LayerKV, num_wanted: int, sparse: Sparse, pool: "W
     """The blocks that a selector picks for these queries; a choice that stands is not made again."""
     far, policy = layer.far, sparse.policy
     room = -(-sparse.budget_tokens // BLOCK_TOKENS)
-    now, known = layer.standing(num_wanted), layer.known()
+    now = layer.standing(num_wanted)
     if layer.chosen is None or layer.chosen[1].run.arena is not far.arena:
         layer.chosen = None, ChosenBlocks.allocate(far.arena, q.shape[0], room)
     last, chosen = layer.chosen
-    if is_standing(policy) and now.is_like(last):
+    if sparse.stands and now.is_like(last):
         return chosen
     layer.chosen = None, chosen  # until the new one is there
-    scores = policy.score(q, layer.summaries()).to(torch.float32)
+    scores = policy.score(q.cpu(), layer.summaries()).to(torch.float32)  # far blocks are known on the host
     shape = (q.shape[0], far.arena.num_kv_heads)
     wanted = torch.full(shape, max(0, num_wanted), dtype=torch.int64, device="cpu")
     # A sample stands for whole blocks: the one in which padding ends must not be in it.
     num_sinks = max(1, sparse.num_sink_tokens) if estimates(layer) else sparse.num_sink_tokens
     choose_blocks(scores, wanted, far, num_sinks, chosen, pool)
     if _forgets(layer):  # what was not chosen once is gone
+        known = layer.known()
         gone = torch.full_like(known.far, -torch.inf)
         layer.knowledge = known._replace(far=chosen.put(gone, known.far.gather(2, chosen.blocks.long())))
     layer.chosen = now, chosen

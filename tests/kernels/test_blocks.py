@@ -531,9 +531,10 @@ class OnIsa(Summaries):
 
     isa: str
 
-    def score_codes(self, q: Tensor) -> Tensor:  # type: ignore[override]
+    def score_codes(self, q: Tensor, directions: Tensor | None = None) -> Tensor:
         assert self.codes is not None
-        return score_blocks(self.codes, q, self.far, self.pool, self.isa)  # type: ignore[arg-type]
+        rows = q.float().reshape(q.shape[0], self.num_kv_heads, -1, q.shape[3])
+        return score_blocks(self.codes, rows, self.far, directions, self.pool, self.isa)
 
 
 def summaries(isa: str, far: FarPages, codes: BlockCodes, basis: object = None) -> OnIsa:
@@ -610,7 +611,10 @@ def test_scores_of_columns_are_integer_arithmetic(
     codes = made.codes.permute(1, 0, 2, 5, 3, 4, 6).flatten(4).long() - 128
     for group_size in (1, 3, 4):
         q = queries(head_dim, q_len, group_size)
-        rows = q.unflatten(1, (NUM_HEADS, group_size)).flatten(2, 3) @ basis.directions * basis.steps[:, None]
+        grouped = q.unflatten(1, (NUM_HEADS, group_size)).flatten(2, 3)
+        rows = torch.zeros(*grouped.shape[:3], basis.weights.shape[2])
+        for d in range(head_dim):  # in the kernel's order, so that roundings are the same
+            rows = rows + grouped[..., d, None] * basis.weights[:, None, d]
         weights, scales = weights_of(rows)
         dots = torch.einsum("shrc,shbtc->shrbt", weights, of_pages(codes, far)).amax(-1)
         want = (dots.float() * scales).amax(2)

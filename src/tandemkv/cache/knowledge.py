@@ -14,7 +14,7 @@ class Knowledge(NamedTuple):
     nobody saw it is 0.
 
     num_queries: seen so far, num_decoded of them outside of prompts. digest: what a `Digester` made of the far blocks.
-    epoch: another one where a choice that stood no longer does. tally: of estimated errors.
+    epoch: another one where a choice that stood among the same pages no longer does. tally: of estimated errors.
     """
 
     far: Tensor
@@ -38,7 +38,7 @@ class Knowledge(NamedTuple):
                 return self
             return self._replace(near=_resized(self.near, num_near))
         whole = _resized(torch.cat([self.far, self.near], 2), num_far + num_near)
-        return self._replace(far=whole[:, :, :num_far], near=whole[:, :, num_far:], epoch=self.epoch + 1)
+        return self._replace(far=whole[:, :, :num_far], near=whole[:, :, num_far:])
 
     def cut(self, num_far: int, num_near: int) -> "Knowledge":
         """After a crop: what is gone may come back with other content."""

@@ -28,7 +28,7 @@ from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, InputError
 from tandemkv.kernels.blocks import ChosenBlocks, FarPages
-from tandemkv.select import Digester, Sparse, Summaries, Summariser
+from tandemkv.select import Sparse, Summaries
 from tandemkv.types import BLOCK_TOKENS, PagedKV
 
 
@@ -350,7 +350,7 @@ class LayerKV:
     def standing(self, num_wanted: int) -> Standing:
         """What a choice of so many blocks would be made from now."""
         pages = self._map
-        return Standing(pages.slots, pages.num_older, self._kv_start, self.known().epoch, num_wanted)
+        return Standing(pages.slots, pages.num_older, self._kv_start, self.knowledge.epoch, num_wanted)
 
     @property
     def num_far_blocks(self) -> int:
@@ -369,22 +369,23 @@ class LayerKV:
     def summaries(self) -> Summaries:
         """What the layer's selector is told of the far blocks."""
         assert self._sparse is not None
-        policy, far, codes, basis = self._sparse.policy, self.far, None, None
-        known = self.known()
-        if isinstance(policy, Summariser):
-            book = self._store.codes_of(policy)
-            codes, basis = book.codes, book.basis(self.index)
-        if isinstance(policy, Digester):
-            known = known._replace(digest=policy.digest(known.digest, far, self._read_blocks))
-            self.knowledge = known
-        workers = self._store.workers
-        return Summaries(far, codes, basis, known.far, known.digest, self.foreseen, workers)
+        sparse, told = self._sparse, Summaries(self.far, foreseen=self.foreseen, pool=self._store.workers)
+        if sparse.observer is not None:
+            told = told._replace(observed=self.known().far)
+        if sparse.summariser is not None:
+            book = self._store.codes_of(sparse.summariser)
+            told = told._replace(codes=book.codes, basis=book.basis(self.index))
+        if sparse.digester is not None:
+            digest = sparse.digester.digest(self.knowledge.digest, told.far, self._read_blocks)
+            self.knowledge = self.knowledge._replace(digest=digest)
+            told = told._replace(digest=digest)
+        return told
 
     def _summarise(self, slots: Tensor) -> None:
         """Codes of far pages, where the selector scores codes."""
-        policy = None if self._sparse is None else self._sparse.policy
-        if slots.numel() and isinstance(policy, Summariser):
-            self._store.codes_of(policy).add(self.index, slots, self._store.workers)
+        summariser = None if self._sparse is None else self._sparse.summariser
+        if slots.numel() and summariser is not None:
+            self._store.codes_of(summariser).add(self.index, slots, self._store.workers)
 
     def _read_blocks(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         k, v = self.read(first * BLOCK_TOKENS, last * BLOCK_TOKENS)

@@ -19,7 +19,7 @@ from tandemkv.cache.layer import LayerKV
 from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import PageStore
-from tandemkv.errors import CacheError, CapacityError, InputError
+from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
 from tandemkv.select import Sparse, Tally
 from tandemkv.types import Arena, format_bytes
 
@@ -115,6 +115,7 @@ class KVCache:
             if not isinstance(sparse, Sparse):
                 raise InputError(f"sparse is a Sparse(selector, budget_tokens) or None, got {type(sparse).__name__}")
             sparse.check(self.spec.near_tokens)
+            self._refuse_on_device(sparse)
         self.settle()
         self._sparse = sparse
         for layer in self._layers:
@@ -126,6 +127,16 @@ class KVCache:
         if self._sparse is None or self._sparse.verified is None:
             return []
         return [layer.knowledge.tally for layer in self._layers if layer.window is None]
+
+    def _refuse_on_device(self, sparse: Sparse) -> None:
+        """UnsupportedError for what needs the near tokens' attention in host memory."""
+        device = self.spec.device
+        if device.type != "cpu" and (sparse.observer is not None or sparse.estimates):
+            why = "estimates what is left out" if sparse.estimates else "lives from what near tokens are attended with"
+            raise UnsupportedError(
+                f"{sparse.selector!r} {why}, which works with a CPU as the near device, got {device}: use bounds, "
+                "columns or window, without verified and sampled_tokens"
+            )
 
     # -- before work starts --------------------------------------------------------------------------------------------
 
@@ -177,6 +188,15 @@ class KVCache:
         if self._store is not None:
             self._store.require_far(self._num_new_far(num_pages))
 
+    @property
+    def _code_bytes(self) -> int:
+        """What a selector's codes of a far page take."""
+        summariser = None if self._sparse is None else self._sparse.summariser
+        if summariser is None:
+            return 0
+        one = Arena.allocate(self.spec.far_layout, 1, self.spec.num_kv_heads, self.spec.head_dim)
+        return summariser.allocate(one).num_bytes
+
     def _require_memory(self, num_seqs: int, far_pages: int) -> None:
         """The host memory that growth to so many far pages will touch for the first time must be there."""
         spec, store = self.spec, self._store
@@ -184,7 +204,9 @@ class KVCache:
             far, near = far_pages, spec.num_near_slots(num_seqs)
         else:  # forks may fill the near pool too
             far, near = store.far.num_untouched(self._num_new_far(far_pages)), store.near.num_untouched()
-        new_bytes = far * spec.far_page_bytes + (near * spec.near_page_bytes if spec.device.type == "cpu" else 0)
+        new_bytes = far * (spec.far_page_bytes + self._code_bytes) + (
+            near * spec.near_page_bytes if spec.device.type == "cpu" else 0
+        )
         available = machine.available_bytes()
         if new_bytes > available.num_bytes:
             raise CapacityError(

@@ -20,23 +20,27 @@ from tandemkv.evaluate.answers import answer_greedily
 from tandemkv.evaluate.formats import FORMATS
 from tandemkv.evaluate.vocabulary import Vocabulary
 from tandemkv.integrations.transformers.folders import load_model, quieten, read_config, read_tokenizer
-from tandemkv.select import Sparse
+from tandemkv.select import Tally
+from tandemkv.selection import sparse_mode
 from tandemkv.types import format_bytes
 
 NEAR_TOKENS = 512
-WINDOW = Sparse("window", 1024)
+BUDGET = 1024
+SYSTEMS = {"hgca": "salience (HGCA)", "tandem-verified": "verified", "window": "window"}
 NEW_TOKENS = 10
 DEPTH = 0.2  # of the text stands before the fact
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What a contestant said, and the median milliseconds of a token behind the question."""
+    """What a contestant said, and the median milliseconds of a token behind the question. verified: the estimated error
+    and what was read for it, where there is a promise."""
 
     name: str
     text: str
     is_right: bool
     token_ms: float
+    verified: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ class Recall:
 
     @property
     def holds(self) -> bool:
-        """Stock and tandemkv agree and are right, and a window of the same text is not."""
-        stock, exact, window = self.answers
-        return stock.text == exact.text and exact.is_right and not window.is_right
+        """Stock and tandemkv agree and are right, so is the verified tail, and a window of the same text is not."""
+        stock, exact, _, verified, window = self.answers
+        return stock.text == exact.text and exact.is_right and verified.is_right and not window.is_right
 
     def to_dict(self) -> dict[str, object]:
         """For --json."""
@@ -75,9 +79,9 @@ class _Prompt:
 
 
 def ask_far_back(num_tokens: int, console: Console) -> Recall:
-    """Read `num_tokens` of a novel with a fact in it, and ask for the fact: stock, tandemkv exact, tandemkv window."""
+    """Read `num_tokens` of a novel with a fact in it, and ask for the fact: stock, tandemkv exact, and sparse ones."""
     quieten()
-    with console.status(f"reading {num_tokens:,} tokens three times"):
+    with console.status(f"reading {num_tokens:,} tokens five times"):
         config = read_config(assets.MODEL, "float32")
         tokenizer = read_tokenizer(assets.MODEL)
         ours = load_model(assets.MODEL, config.dtype)
@@ -86,16 +90,18 @@ def ask_far_back(num_tokens: int, console: Console) -> Recall:
         contestants: list[tuple[str, PreTrainedModel, Any]] = [
             ("transformers (DynamicCache, sdpa)", stock, DynamicCache(config=stock.config)),
             (f"tandemkv, exact, {NEAR_TOKENS} tokens near", ours, _cache(ours, num_tokens)),
-            (f"tandemkv, window of {WINDOW.budget_tokens}", ours, _cache(ours, num_tokens)),
         ]
+        for system, label in SYSTEMS.items():
+            cache = _cache(ours, num_tokens)
+            cache.kv.sparse = sparse_mode(system, BUDGET)  # before the text is read: one of them watches
+            contestants.append((f"tandemkv, {label}, {BUDGET}", ours, cache))
         for _, model, cache in contestants:
             next_logits(model, cache, prompt.context)
-        contestants[-1][-1].kv.sparse = WINDOW
         said = [_answer(model, cache, prompt.question, tokenizer) for _, model, cache in contestants]
         times, _ = decode_in_turn({name: (model, cache) for name, model, cache in contestants})
     answers = tuple(
-        Answered(name, text, prompt.value in text, statistics.median(times[name]))
-        for (name, _, _), text in zip(contestants, said, strict=True)
+        Answered(name, text, prompt.value in text, statistics.median(times[name]), _promised(cache))
+        for (name, _, cache), text in zip(contestants, said, strict=True)
     )
     far_bytes = contestants[1][2].use()[1].used_bytes
     return Recall(num_tokens, prompt.distance, prompt.fact, prompt.asked, prompt.value, far_bytes, answers)
@@ -108,11 +114,13 @@ def print_recall(recall: Recall, console: Console) -> None:
         f"[cyan]{recall.fact}[/cyan]"
     )
     table = Table(title=recall.question.strip(), title_justify="left")
-    for heading in ("", "answer", "", "ms per token"):
-        table.add_column(heading, justify="right" if heading == "ms per token" else "left")
+    for heading in ("", "answer", "", "ms per token", "estimated error"):
+        table.add_column(heading, justify="right" if heading in ("ms per token", "estimated error") else "left")
     for answer in recall.answers:
         verdict = "[green]right[/green]" if answer.is_right else "[red]wrong[/red]"
-        table.add_row(answer.name, escape(answer.text.strip()), verdict, f"{answer.token_ms:.1f}")
+        error = "" if answer.verified is None else f"{answer.verified['estimated_error_mean']:.1%}, at most "
+        error += "" if answer.verified is None else f"{answer.verified['estimated_error_max']:.1%}"
+        table.add_row(answer.name, escape(answer.text.strip()), verdict, f"{answer.token_ms:.1f}", error)
     console.print(table)
     console.print(f"{format_bytes(recall.far_bytes)} of its keys and values lay far.")
 
@@ -133,6 +141,11 @@ def _cache(model: PreTrainedModel, num_tokens: int) -> tandem.TieredCache:
     cache = tandem.TieredCache(model.config, near_tokens=NEAR_TOKENS, far_bytes="1GiB")
     cache.reserve(1, num_tokens + 2 * NEW_TOKENS)
     return cache
+
+
+def _promised(cache: Any) -> dict[str, float] | None:
+    tallies = cache.kv.tallies if isinstance(cache, tandem.TieredCache) else []
+    return Tally.of(tallies).to_dict() if tallies else None
 
 
 def _answer(model: PreTrainedModel, cache: Cache, question: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -27,8 +27,7 @@ class Contestant:
     @property
     def observer(self) -> Observer | None:
         """Who must watch while a context is read."""
-        policy = None if self.sparse is None else self.sparse.policy
-        return policy if isinstance(policy, Observer) else None
+        return None if self.sparse is None else self.sparse.observer
 
 
 def contestants(systems: list[str], budgets: list[int]) -> list[Contestant]:

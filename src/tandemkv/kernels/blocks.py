@@ -36,6 +36,11 @@ class BlockCodes:
     steps: Tensor | None
     page_blocks: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slots."""
+        return self.codes.nbytes + (0 if self.steps is None else self.steps.nbytes)
+
 
 def read_keys(arena: Arena, slots: Tensor, pool: "WorkerPool | None" = None) -> Tensor:
     """K of pages, float32 `[num_pages, num_kv_heads, page_size, head_dim]`. slots: int32 `[num_pages]`."""
@@ -61,18 +66,6 @@ def make_bounds(into: BlockCodes, arena: Arena, slots: Tensor, pool: "WorkerPool
     where = into.codes.data_ptr(), into.steps.data_ptr()
     status = native.make_bounds(_pool(pool), _isa(None), _arena(arena), slots.tolist(), num_lines, *where)
     assert status == native.Status.ok, "a far slot lies outside its pool"
-
-
-class CodeQueries(NamedTuple):
-    """Queries as weights of codes.
-
-    weights: int8 `[num_seqs, num_kv_heads, rows, lines, ...]` in the order of codes; a head's score is that of its best
-        row. offsets: int32, 128 times the sum of the weights of one lane. scales: float32, what a weight counts.
-    """
-
-    weights: Tensor
-    offsets: Tensor
-    scales: Tensor
 
 
 class FarPages(NamedTuple):
@@ -130,21 +123,29 @@ class ChosenBlocks(NamedTuple):
 
 
 def score_blocks(
-    codes: BlockCodes, q: CodeQueries, far: FarPages, pool: "WorkerPool | None" = None, isa: str | None = None
+    codes: BlockCodes,
+    rows: Tensor,
+    far: FarPages,
+    directions: Tensor | None = None,
+    pool: "WorkerPool | None" = None,
+    isa: str | None = None,
 ) -> Tensor:
-    """float32 `[num_seqs, num_kv_heads, num_blocks]`: of the best row; by bounds an upper one of q.k, else q.k."""
-    native = _native()
-    num_seqs, num_kv_heads, rows = q.scales.shape
-    num_pages, num_lines = far.slots.shape[1], q.weights.shape[3]
+    """float32 `[num_seqs, num_kv_heads, num_blocks]`: of the best row; by bounds an upper one of q.k, else q.k.
+
+    rows: float32 `[num_seqs, num_kv_heads, rows, head_dim]`, queries. directions: of columns, float32 `[num_kv_heads,
+    head_dim, num_columns]`, contiguous: a query's weight of each code. Weights are rounded to 8 bits.
+    """
+    assert (codes.kind == "columns") == (directions is not None)
+    native, rows = _native(), rows.contiguous()
+    num_seqs, num_kv_heads = rows.shape[:2]
     scores = torch.empty((num_seqs, num_kv_heads, far.num_blocks), dtype=torch.float32, device="cpu")
     steps = 0 if codes.steps is None else codes.steps.data_ptr()
-    kind = native.Codes[codes.kind]
     of_slots = native.BlockCodes(
-        kind, codes.codes.data_ptr(), steps, num_kv_heads, codes.codes.shape[1], codes.page_blocks
+        native.Codes[codes.kind], codes.codes.data_ptr(), steps, num_kv_heads, codes.codes.shape[1], codes.page_blocks
     )
-    of_rows = native.CodeQueries(*(x.data_ptr() for x in q), rows, num_lines)
-    where = far.slots.data_ptr(), far.slots.stride(0), num_seqs, num_pages
-    status = native.score_blocks(_pool(pool), _isa(isa), of_slots, of_rows, *where, scores.data_ptr())
+    along = (0, 0) if directions is None else (directions.data_ptr(), directions.shape[2])
+    where = far.slots.data_ptr(), far.slots.stride(0), far.slots.shape[1], scores.data_ptr()
+    status = native.score_blocks(_pool(pool), _isa(isa), of_slots, rows.data_ptr(), rows.shape, *along, *where)
     assert status == native.Status.ok, "a far slot lies outside its pool"
     return scores
 

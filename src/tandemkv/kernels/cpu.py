@@ -240,6 +240,7 @@ def multiply_adds(group_size: int, isa: str | None = None) -> int:
 
 
 def native_arena(arena: Arena) -> _native.Arena:
+    """The view that C++ takes, of an arena that the caller holds; made once."""
     addresses = arena.k.data_ptr(), arena.v.data_ptr()
     known = _arenas.get(arena)
     if known is not None and known[0] == addresses:

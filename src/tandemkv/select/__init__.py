@@ -14,7 +14,6 @@ from tandemkv.select.base import (
     Selector,
     Summaries,
     Summariser,
-    is_standing,
 )
 from tandemkv.select.sparse import Sparse
 from tandemkv.select.table import SELECTORS
@@ -34,5 +33,4 @@ __all__ = [
     "Summariser",
     "Tally",
     "Verified",
-    "is_standing",
 ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tandemkv.kernels.blocks import BlockCodes, CodeQueries, FarPages, score_blocks
+from tandemkv.kernels.blocks import BlockCodes, FarPages, score_blocks
 from tandemkv.types import BLOCK_TOKENS, Arena, Partial, ScoreRule
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ class Summaries(NamedTuple):
         ends = torch.arange(1, self.num_blocks + 1, device="cpu") * BLOCK_TOKENS
         return ends <= self.far.kv_start[:, None, None]
 
-    def score_codes(self, q: CodeQueries) -> Tensor:
-        """Scores of all blocks by their codes, float32 `[num_seqs, num_kv_heads, num_blocks]`."""
+    def score_codes(self, q: Tensor, directions: Tensor | None = None) -> Tensor:
+        """Scores of all blocks by their codes, float32 `[num_seqs, num_kv_heads, num_blocks]`; see `score_blocks`."""
         assert self.codes is not None
-        return score_blocks(self.codes, q, self.far, self.pool)
+        return score_blocks(self.codes, group_rows(q.float(), self.num_kv_heads), self.far, directions, self.pool)
 
 
 @runtime_checkable
@@ -141,11 +141,6 @@ class Estimator(Selector, Protocol):
 
     def estimate(self, q: Tensor, is_left_out: Tensor, summaries: Summaries, rule: ScoreRule) -> Partial:
         """Attention of q over the blocks of which bool `[num_seqs, num_kv_heads, num_blocks]` is true, estimated."""
-
-
-def is_standing(selector: Selector) -> bool:
-    """Whether its choice is the same for every query until what it knows changes."""
-    return isinstance(selector, Observer) or getattr(selector, "is_standing", False)
 
 
 def group_rows(x: Tensor, num_kv_heads: int) -> Tensor:

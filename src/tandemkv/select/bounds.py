@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tandemkv.kernels.blocks import LANE_BLOCKS, BlockCodes, make_bounds, room_for_codes
 from tandemkv.select.base import Summaries
-from tandemkv.select.codes import code_queries
 from tandemkv.types import BLOCK_TOKENS, Arena
 
 if TYPE_CHECKING:
@@ -43,7 +42,4 @@ class Bounds:
 
     def score(self, q: Tensor, summaries: Summaries) -> Tensor:
         """See `Selector`."""
-        q = q.float()
-        missing = (0, -q.shape[-1] % 4)
-        rows = torch.cat([torch.nn.functional.pad(x, missing) for x in (q.clamp(max=0), q.clamp(min=0))], -1)
-        return summaries.score_codes(code_queries(rows, summaries.num_kv_heads, (_LINE_WORDS, LANE_BLOCKS)))
+        return summaries.score_codes(q)

@@ -8,23 +8,22 @@ from torch import Tensor
 
 from tandemkv.errors import InputError
 from tandemkv.kernels.blocks import BlockCodes, read_keys, room_for_codes
-from tandemkv.select.base import Summaries, group_rows
-from tandemkv.select.codes import code_queries
+from tandemkv.select.base import Summaries
 from tandemkv.types import BLOCK_TOKENS, Arena
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
 
-_LINE_WORDS = 1
-
 
 class Basis(NamedTuple):
     """Of a layer. mean: `[num_kv_heads, head_dim]`; directions: `[num_kv_heads, head_dim, num_columns]`, orthonormal,
-    the widest first; steps: `[num_kv_heads, num_columns]`, what a code along each counts. float32."""
+    the widest first; steps: `[num_kv_heads, num_columns]`, what a code along each counts; weights: their products, by
+    which a query's follow. float32."""
 
     mean: Tensor
     directions: Tensor
     steps: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class Columns:
         directions = torch.nn.functional.pad(directions, (0, -num % 4))
         # A code counts a 20th of the deviation: numbers of up to 6 deviations have one.
         steps = torch.nn.functional.pad(widths.flip(-1)[..., :num].clamp(min=0).sqrt().float() / 20.0, (0, -num % 4))
-        return Basis(mean, directions, steps.clamp(min=torch.finfo(torch.float32).tiny))
+        steps = steps.clamp_(min=torch.finfo(torch.float32).tiny)
+        return Basis(mean, directions, steps, (directions * steps[:, None]).contiguous())
 
     def summarise(self, arena: Arena, slots: Tensor, basis: Basis, into: BlockCodes, pool: "WorkerPool | None") -> None:
         """See `Summariser`."""
@@ -73,6 +73,4 @@ class Columns:
     def score(self, q: Tensor, summaries: Summaries) -> Tensor:
         """See `Selector`."""
         basis: Basis = summaries.basis
-        num_kv_heads = summaries.num_kv_heads
-        rows = group_rows(q.float(), num_kv_heads) @ basis.directions * basis.steps[:, None]
-        return summaries.score_codes(code_queries(rows, num_kv_heads, (_LINE_WORDS, BLOCK_TOKENS)))
+        return summaries.score_codes(q, basis.weights)

@@ -1,10 +1,11 @@
 """The sparse mode of a cache: a selector, its budget, and whether what it leaves out is estimated."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeGuard
 
 from tandemkv.errors import InputError
-from tandemkv.select.base import MAX_SELECT_QUERIES, Selector
+from tandemkv.select.base import MAX_SELECT_QUERIES, Digester, Estimator, Observer, Selector, Summariser
 from tandemkv.select.table import SELECTORS
 from tandemkv.select.verified import Verified
 from tandemkv.types import BLOCK_TOKENS
@@ -45,6 +46,36 @@ class Sparse:
     def policy(self) -> Selector:
         """The selector itself."""
         return SELECTORS[self.selector] if isinstance(self.selector, str) else self.selector
+
+    @cached_property
+    def observer(self) -> Observer | None:
+        """The selector, where it lives from attention. Asking a protocol takes 20 us, too long for every step."""
+        return self.policy if isinstance(self.policy, Observer) else None
+
+    @cached_property
+    def summariser(self) -> Summariser | None:
+        """The selector, where it scores codes."""
+        return self.policy if isinstance(self.policy, Summariser) else None
+
+    @cached_property
+    def digester(self) -> Digester | None:
+        """The selector, where it groups keys."""
+        return self.policy if isinstance(self.policy, Digester) else None
+
+    @cached_property
+    def estimator(self) -> Estimator | None:
+        """The selector, where it says what it leaves out."""
+        return self.policy if isinstance(self.policy, Estimator) else None
+
+    @cached_property
+    def stands(self) -> bool:
+        """Whether a choice is the same for every query until what is known changes."""
+        return self.observer is not None or getattr(self.policy, "is_standing", False)
+
+    @property
+    def estimates(self) -> bool:
+        """Whether what is left out is not dropped."""
+        return self.verified is not None or self.sampled_tokens > 0 or self.estimator is not None
 
     def check(self, near_tokens: int) -> None:
         """InputError unless first and recent tokens fit into the budget."""
