@@ -12,7 +12,7 @@ from tandemkv.kernels.blocks import FarPages
 from tandemkv.select.base import Summaries, group_rows
 from tandemkv.types import BLOCK_TOKENS, Partial, ScoreRule
 
-# Fewer blocks than this are not worth a segment: they are attended instead, 1008 tokens at most.
+# Fewer blocks than this are not worth a segment.
 MIN_SEGMENT_BLOCKS = 64
 
 # The mean cosine to the own centre, with random keys and with clustered ones, is 0.3385 and 0.7787 after 4 as after 20.
@@ -115,7 +115,7 @@ class Clusters:
 
     Segments of far blocks, up to `segment_blocks` of them, are clustered once by spherical k-means of their mean keys,
     less the segment's mean; a cluster has `cluster_blocks` blocks on average. The newest far blocks, too few for a
-    segment, are attended. What is left out of a cluster counts as so many tokens, all with the cluster's mean key and
+    segment, are clusters of one. What is left out of a cluster counts as so many tokens, all with the cluster's mean key and
     mean value.
 
     Not as in the paper: the unit is a block of 16 tokens, not a token; there is no cache of clusters on a GPU; the
@@ -149,9 +149,7 @@ class Clusters:
         """See `Selector`."""
         known: Clustered = summaries.digest
         rows = group_rows(q.float(), summaries.num_kv_heads)
-        scores = (rows @ known.keys.mT).amax(2)
-        scores[..., known.in_segments.num_clusters :] = torch.inf
-        return scores.gather(2, known.labels)
+        return (rows @ known.keys.mT).amax(2).gather(2, known.labels)
 
     def estimate(self, q: Tensor, is_left_out: Tensor, summaries: Summaries, rule: ScoreRule) -> Partial:
         """See `Estimator`. A block that is in no segment counts with its own means."""
