@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 from unittest import mock
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +28,7 @@ from tandemkv.select import Sparse, Tally, Verified  # noqa: E402
 from tandemkv.types import BLOCK_TOKENS, ScoreRule  # noqa: E402
 
 MODULE = "benchmarks.coverage"
-CONTEXT, QUICK_CONTEXT, NUM_STEPS = 32_768, 4096, 100
+CONTEXT, QUICK_CONTEXT, NUM_STEPS = 32_768, 16_384, 100
 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, NEAR_TOKENS, SPARE_TOKENS = 2, 2, 64, 512, 512
 RULE = ScoreRule(HEAD_DIM**-0.5)
 PROMISE = Verified(0.05, 0.05)
@@ -40,8 +41,9 @@ HELP = """Shares of (step, layer, query head) whose error is above epsilon, for 
 Every decode step is attended twice, verified and exactly, on the same queries, keys and values. Keys of the first four
 kinds are random, 4:2 heads x 64 in float32: logits normal with a deviation of 1 (flat); two tight groups in random
 order, of which a tenth of the tokens has nearly all the mass; flat ones and one block, somewhere far back, with half of
-the mass; Student's t of 4 degrees (heavy tails). Values have a mean as large as their deviation. Those of the shipped
-model come from a novel, in all of its layers. A sample cannot see a needle that the selector missed.
+the mass; logits of Student's t, half of it, of 4 degrees (heavy tails). Values have a mean as large as their deviation.
+Those of the shipped model come from a novel, in all of its layers. A sample cannot see a needle that the selector
+missed.
 
 Example: python -m benchmarks.coverage --context 16384 --keys flat --json
 """
@@ -83,7 +85,7 @@ def random_tokens(num_tokens: int, keys: str, seed: int = 0) -> Tokens:
     k, q = normal(1, NUM_KV_HEADS, num_tokens, HEAD_DIM), normal(1, NUM_KV_HEADS * GROUP_SIZE, num_tokens, HEAD_DIM)
     v = normal(*k.shape) + normal(1, NUM_KV_HEADS, 1, HEAD_DIM)
     if keys == "heavy tails":
-        k *= (normal(1, NUM_KV_HEADS, num_tokens, 4).square().mean(-1, keepdim=True)) ** -0.5
+        k *= 0.5 * normal(1, NUM_KV_HEADS, num_tokens, 4).square().mean(-1, keepdim=True) ** -0.5
     elif keys == "two clusters":
         is_heavy = torch.rand(1, NUM_KV_HEADS, num_tokens, generator=random) < 0.1
         k = 0.1 * k + normal(1, NUM_KV_HEADS, 1, HEAD_DIM)
@@ -253,24 +255,28 @@ def measure(text: RandomContext | ShippedContext, selector: str, promise: Verifi
 
 def print_rows(rows: list[Row], console: Console) -> None:
     """The table for people."""
-    table = Table(title=f"verified({PROMISE.epsilon}, {PROMISE.delta}): share above epsilon, errors, and what was read")
+    table = Table(title=f"verified({PROMISE.epsilon}, {PROMISE.delta})", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("keys", "in front"):
         table.add_column(heading, no_wrap=True)
     for heading in ("above", "median", "largest", "estimated", "read", "exact"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         shares = (row.wrong, row.median_error, row.largest_error, row.estimated_mean, row.read, row.fallbacks)
-        style = "red" if row.wrong > PROMISE.delta else None
+        by_chance = 3 * math.sqrt(PROMISE.delta * (1 - PROMISE.delta) / row.num_rows)
+        style = "red" if row.wrong > PROMISE.delta + by_chance else None
         keys = f"{row.keys}, {row.context // 1024}K"
         table.add_row(keys, row.selector, *(f"{share:.1%}" for share in shares), style=style)
     console.print(table)
-    console.print("above: of (step, layer, query head), red where it is more than delta; exact: KV heads read whole")
+    console.print("above: of (step, layer, query head) those whose error is above epsilon; red where that is more than")
+    console.print("delta and chance explain. estimated: on average. exact: KV heads read whole.")
 
 
 def main() -> None:
     """Run, print, save."""
     parser = common.argument_parser(MODULE, HELP)
-    parser.add_argument("--context", type=common.positive, help=f"tokens (default: {CONTEXT}, the model's at most 8192)")
+    parser.add_argument(
+        "--context", type=common.positive, help=f"tokens (default: {CONTEXT}, the model's at most 8192)"
+    )
     parser.add_argument("--steps", type=common.positive, help=f"of each row (default: {NUM_STEPS})")
     parser.add_argument("--keys", choices=(*KEYS, SHIPPED), action="append", help="only this kind; may be repeated")
     parser.add_argument("--selector", choices=IN_FRONT, action="append", help="only this one; may be repeated")

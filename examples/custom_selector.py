@@ -1,6 +1,6 @@
 """A selector of one's own: of the far blocks those around a place in the text. It prints the number planted there."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,7 +14,8 @@ FACT = " One of the special magic numbers for nodded-pen is: 9467240."
 QUESTION = "\nWhat is the special magic number for nodded-pen? The special magic number for nodded-pen is:"
 
 
-class Around(NamedTuple):
+@dataclass(frozen=True)
+class Around:
     token: int
 
     def score(self, q: torch.Tensor, summaries: Summaries) -> torch.Tensor:

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import attend, common, contest, decode, plot, prefill
+from benchmarks import attend, common, contest, coverage, decode, plot, prefill
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
+from tandemkv import kernels
 from tandemkv.demo import speed as demo
 from tandemkv.kernels import cpu
 from tandemkv.types import Partial, ScoreRule
@@ -264,14 +267,78 @@ def test_wrong_logits_are_no_prefill_row() -> None:
             prefill.check([[1.0, 2.0], [1.0, wrong]], 10)
 
 
-@pytest.mark.parametrize("module", ["decode", "prefill"])
-def test_the_last_line_of_a_short_run(module: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--context", "512", "--json"]
+@pytest.mark.parametrize(
+    ("module", "context", "number"),
+    [
+        ("decode", 512, "ratio"),
+        ("prefill", 512, "ratio"),
+        ("sparse", 4096, "speedup"),
+        ("coverage", 4096, "largest_error"),
+    ],
+)
+def test_the_last_line_of_a_short_run(module: str, context: int, number: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--context", str(context), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["context"] == 512
-    assert found["rows"][0]["ratio"] == found["ratio"] > 0
+    assert found["context"] == context
+    assert found["rows"][-1][number] == found[number] > 0
     assert {"machine", "commit", "command"} <= found.keys()
+
+
+@pytest.mark.parametrize("error", [1e-3, math.nan])
+def test_a_wrong_exact_output_says_nothing_about_errors(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = coverage.RandomContext("flat", 2048)
+    for added in (0.0, error):
+
+        def attend_wrongly(*args: Any, added: float = added, **rest: Any) -> Partial:
+            return Partial(kernels.attend(*args, **rest).out + added, Tensor())
+
+        monkeypatch.setattr(coverage, "attend", attend_wrongly)
+        if added == 0:
+            assert coverage.measure(text, "window", coverage.PROMISE, 2).largest_error > 0
+            continue
+        with pytest.raises(common.WrongResultError, match=r"exact attention is .* from float64"):
+            coverage.measure(text, "window", coverage.PROMISE, 2)
+
+
+@pytest.mark.parametrize("keys", coverage.KEYS)
+def test_random_keys_are_what_they_are_called(keys: str) -> None:
+    """The mass of tokens of single queries, in float64."""
+    q, k, _ = coverage.random_tokens(16_384, keys)
+    logits = q[0, 0, :64].double() @ k[0, 0].double().mT * coverage.RULE.scale
+    mass = logits.softmax(-1)
+    blocks = mass.unflatten(1, (-1, 16)).sum(-1)
+    largest = blocks.amax(-1).median()
+    if keys == "flat":
+        assert abs(float(logits.std()) - 1) < 0.05
+        assert largest < 0.01
+    elif keys == "two clusters":
+        is_heavy = k[0, 0, :, 0] > 4
+        assert 0.09 < float(is_heavy.double().mean()) < 0.11
+        assert float(mass[:, is_heavy].sum(-1).median()) > 0.99
+        assert largest < 0.01
+    elif keys == "one needle":
+        assert 0.35 < float(largest) < 0.65
+        assert len(blocks.argmax(-1).unique()) == 1
+    else:
+        assert 0.02 < float(largest) < 0.5
+        assert len(blocks.argmax(-1).unique()) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--context=1024"], "--context must be at least 2048, got 1024"),
+        (["--steps=512"], "--steps must be below 512, got 512"),
+    ],
+)
+def test_coverage_needs_something_left_out(
+    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["coverage", *arguments])
+    with pytest.raises(SystemExit):
+        coverage.main()
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argument", ["--context=0", "--context=many", "--steps=-1"])

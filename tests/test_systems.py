@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 import tandemkv.integrations.transformers as tandem
-from tandemkv import assets, cli, machine, verification
+from tandemkv import assets, cli, machine
 from tandemkv.attention import worker_pool
 from tandemkv.cache import CacheSpec, KVCache
 from tandemkv.errors import InputError
@@ -80,7 +80,6 @@ def test_the_table() -> None:
         assert mode is not None
         assert (mode.budget_tokens, mode.num_sink_tokens) == (960, 4)
         assert (mode.verified is not None) == (name == "tandem-verified")
-        assert (mode.sampled_tokens > 0) == (name == "tandem-sparse")
     papers = {name: re.findall(r"\d{4}\.\d{5}", system.about) for name, system in SYSTEMS.items()}
     assert all(found for name, found in papers.items() if name not in {"dense", "window"} and "tandem" not in name)
     assert all(SYSTEMS[name].where_it_differs for name, found in papers.items() if found)
@@ -228,24 +227,15 @@ def test_what_is_left_out_is_estimated(system: str) -> None:
     assert (out - whole).norm() < 0.5 * (read - whole).norm()
 
 
-def test_tandem_sparse_draws_a_third_of_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Tensor] = []
-    draw = verification.Tail.draw
-
-    def watched(tail: verification.Tail, num_wanted: Tensor) -> Any:
-        found = draw(tail, num_wanted)
-        drawn.append(found.counts.clone())
-        return found
-
-    monkeypatch.setattr(verification.Tail, "draw", watched)
-    text, budget_tokens = Text(num_tokens=1400), 480
-    cache = read_under("tandem-sparse", budget_tokens, text, 1200)
-    feed(cache, text, 1)
-    num_drawn = budget_tokens // 3 // BLOCK_TOKENS
-    assert [counts.unique().tolist() for counts in drawn] == [[num_drawn]]
-    room = (budget_tokens - cache.layer(0).num_near_tokens) // BLOCK_TOKENS - num_drawn
-    sizes = {len(blocks) for heads in chosen_of(cache.layer(0)) for blocks in heads}
-    assert sizes == {room}
+def test_tandem_sparse_chooses_by_columns_and_estimates_by_clusters() -> None:
+    """The choice is that of `columns` with the same budget; what it adds is what clusters say of the rest."""
+    text = Text(num_tokens=1400)
+    tandem, columns = (read_under(system, 480, text, 1200) for system in ("tandem-sparse", "tandem-verified"))
+    feed(tandem, text, 1)
+    feed(columns, text, 1)
+    assert chosen_of(tandem.layer(0)) == chosen_of(columns.layer(0))
+    assert tandem.layer(0).knowledge.digest is not None
+    assert columns.layer(0).knowledge.digest is None
 
 
 def test_tandem_verified_keeps_its_promise_and_reads_less_than_all() -> None:
@@ -296,9 +286,7 @@ LEAST = BLOCK_TOKENS + SPEC.near_tokens + MAX_SELECT_QUERIES
         *(
             (lambda name=name: set_mode(name, LEAST - 1), f"budget_tokens must be at least {LEAST}: 16 for the blocks")
             for name in SPARSE
-            if name != "tandem-sparse"
         ),
-        (lambda: set_mode("tandem-sparse", LEAST), "near ones and 16 new ones, and 16 drawn ones; got 71"),
         (lambda: contestants(SPARSE, [95]), "budget_tokens must be at least 96: 16 for the blocks of the first 4"),
     ],
 )
@@ -307,7 +295,7 @@ def test_refusals(make: Callable[[], object], told: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("system", sorted(set(SPARSE) - {"tandem-sparse"}))
+@pytest.mark.parametrize("system", SPARSE)
 def test_the_smallest_budget_is_enough(system: str) -> None:
     text = Text()
     cache = read_under(system, LEAST, text)
@@ -400,7 +388,8 @@ def test_contestants_of_every_system() -> None:
     found = contestants(list(SYSTEMS), [512, 1024])
     expected = [Contestant("dense"), *(Contestant(name, b) for name in SYSTEMS if name != "dense" for b in (512, 1024))]
     assert found == expected
-    assert {each.system for each in found if each.observer is not None} == set(OBSERVING)
+    readers = {*OBSERVING, "retroinfer", "tandem-sparse"}
+    assert {each.system for each in found if each.reader is not None} == readers
     assert [each.sparse for each in found] == [sparse_mode(each.system, each.budget_tokens) for each in found]
 
 

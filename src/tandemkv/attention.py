@@ -16,6 +16,7 @@ from tandemkv.lanes import LANES, PendingPartial
 from tandemkv.select import MAX_SELECT_QUERIES
 from tandemkv.selection import estimates, learn, observe_chunk, observer_of, taking_part, what_is_left
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
+from tandemkv.verification import Step
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -47,14 +48,20 @@ def decode_step(
         mass = None if observer_of(layer) is None else block_mass(q, *runs)
         if estimates(layer):
             layer.write(k, v)
-            exact = attend(q, *runs, rule=rule, causal=True, mass=mass, pool=pool)
-            part = merge([exact, *what_is_left(q, layer, runs, exact, rule, pool)], pool, sink_logit=sink_logit)
-            out = part.out.transpose(1, 2).to(q.dtype).contiguous()
+            out = _attend_and_estimate(Step(q, rule, pool, sink_logit), layer, runs, mass)
         else:
             out = append_and_attend(q, k, v, *runs, rule=rule, sink_logit=sink_logit, pool=pool, mass=mass)
         if mass is not None:
             learn(layer, mass, runs, is_decoded=True)
         return out
+
+
+def _attend_and_estimate(step: Step, layer: LayerKV, runs: tuple[PagedKV, ...], mass: Tensor | None) -> Tensor:
+    """Attention over these runs, and an estimate of what they leave out; as `decode_step` returns it."""
+    exact = attend(step.q, *runs, rule=step.rule, causal=True, mass=mass, pool=step.pool)
+    parts = [exact, *what_is_left(step, layer, runs, exact)]
+    whole = merge(parts, step.pool, sink_logit=step.sink_logit)
+    return whole.out.transpose(1, 2).to(step.q.dtype).contiguous()
 
 
 def prefill_chunk(q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule) -> Partial:

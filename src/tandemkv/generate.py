@@ -36,7 +36,7 @@ from tandemkv.integrations.transformers.folders import (
     special_tokens,
     tokenize,
 )
-from tandemkv.select import Tally
+from tandemkv.select import MAX_SELECT_QUERIES, Tally
 from tandemkv.selection import sparse_mode
 from tandemkv.types import format_bytes, parse_bytes
 
@@ -303,11 +303,15 @@ def _prefill(model: PreTrainedModel, cache: tandem.TieredCache, ids: Tensor, con
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("prefill", total=num_tokens, rate="")
         begin = time.perf_counter()
-        for done in range(0, num_tokens, chunk_tokens):
-            chunk = ids[:, done : done + chunk_tokens]
+        done = 0
+        while done < num_tokens:
+            # A rest that one selection could serve goes along: a prompt attends to everything.
+            is_rest = num_tokens - done - chunk_tokens <= MAX_SELECT_QUERIES
+            chunk = ids[:, done:] if is_rest else ids[:, done : done + chunk_tokens]
             model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
             rate = (done + chunk.shape[1]) / (time.perf_counter() - begin)
             progress.update(task, advance=chunk.shape[1], rate=_rate(rate))
+            done += chunk.shape[1]
 
 
 def _rate(tokens_per_s: float | None) -> str:

@@ -12,7 +12,7 @@ from tandemkv.kernels.blocks import ChosenBlocks, choose_blocks
 from tandemkv.select import Observer, Seen, Sparse, Tally, Verified
 from tandemkv.systems import SYSTEMS
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
-from tandemkv.verification import Rest, attend_rest, sample_rest
+from tandemkv.verification import Rest, Step, attend_rest
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -34,9 +34,7 @@ def sparse_mode(system: str, budget_tokens: int | None) -> Sparse | None:
         return None
     if budget_tokens is None:
         raise InputError(f"system {system!r} needs a budget, in tokens per KV head: give budget_tokens")
-    num_sampled = int(SYSTEMS[system].sampled_share * budget_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
-    verified = None if promise is None else Verified(*promise)
-    return Sparse(selector, budget_tokens, verified=verified, sampled_tokens=num_sampled)
+    return Sparse(selector, budget_tokens, verified=None if promise is None else Verified(*promise))
 
 
 def taking_part(q: Tensor, layer: LayerKV, held: Held, pool: "WorkerPool") -> tuple[PagedKV, ...]:
@@ -44,7 +42,7 @@ def taking_part(q: Tensor, layer: LayerKV, held: Held, pool: "WorkerPool") -> tu
     sparse = layer.sparse
     if sparse is None or not held.far or looks_at_all(layer, q.shape[2]):
         return held.far
-    num_wanted = (sparse.budget_tokens - sparse.sampled_tokens - layer.num_near_tokens) // BLOCK_TOKENS
+    num_wanted = (sparse.budget_tokens - layer.num_near_tokens) // BLOCK_TOKENS
     if num_wanted >= layer.num_far_blocks and not _forgets(layer):
         return held.far
     return (_choose(q, layer, num_wanted, sparse, pool).run,)
@@ -81,7 +79,8 @@ def learn(layer: LayerKV, mass: Tensor, runs: tuple[PagedKV, ...], *, is_decoded
         listed = known.far.gather(2, chosen.blocks.long())
     else:
         mass, listed, chosen = mass[..., num_listed:], known.far[..., :0], None
-    seen = Seen(mass, layer.seq_len, known.num_queries, known.num_decoded)
+    num_tokens = layer.num_near_tokens + sum(int(run.kv_len.max()) for run in runs[:-1])
+    seen = Seen(mass, num_tokens, known.num_queries, known.num_decoded)
     numbers = observer.observe(torch.cat([listed, known.near], 2), seen)
     of_far, near = numbers.split([listed.shape[2], known.near.shape[2]], 2)
     if chosen is not None:
@@ -122,29 +121,24 @@ def estimates(layer: LayerKV) -> bool:
     return sparse is not None and sparse.estimates
 
 
-def what_is_left(
-    q: Tensor, layer: LayerKV, runs: tuple[PagedKV, ...], exact: Partial, rule: ScoreRule, pool: "WorkerPool"
-) -> list[Partial]:
+def what_is_left(step: Step, layer: LayerKV, runs: tuple[PagedKV, ...], exact: Partial) -> list[Partial]:
     """What the far tokens that these runs leave out would add, estimated; nothing where none is left out.
 
-    exact: the attention of q over these runs.
+    exact: the attention of the step's queries over these runs, without a sink's logit.
     """
     chosen, sparse = _chosen_in(layer, runs), layer.sparse
     assert sparse is not None
     if sparse.verified is not None:
-        rest = None if chosen is None else attend_rest(q, layer, chosen, exact, rule, pool)
+        rest = None if chosen is None else attend_rest(step, layer, chosen, exact)
         layer.knowledge = layer.knowledge._replace(tally=_tally(layer, rest))
         return [] if rest is None else rest.parts
     if chosen is None:
         return []
-    if sparse.sampled_tokens:
-        num_sampled = sparse.sampled_tokens // BLOCK_TOKENS
-        return [sample_rest(q, layer, chosen, rule, pool, num_sampled)]
     estimator, summaries = sparse.estimator, layer.summaries()
     assert estimator is not None
-    shape = (q.shape[0], summaries.num_kv_heads, summaries.num_blocks)
+    shape = (step.q.shape[0], summaries.num_kv_heads, summaries.num_blocks)
     is_chosen = chosen.mark(torch.zeros(shape, dtype=torch.float32, device="cpu"), 1.0) > 0
-    return [estimator.estimate(q, ~(is_chosen | summaries.is_padding), summaries, rule)]
+    return [estimator.estimate(step.q, ~(is_chosen | summaries.is_padding), summaries, step.rule)]
 
 
 def _tally(layer: LayerKV, rest: Rest | None) -> Tally:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 class System:
     """selector: of `tandemkv.select`, or None where every token is attended.
 
-    sampled_share: of the budget, drawn at random from what is left out, to stand for it. verified: epsilon and delta,
-    where what is left out is estimated with a promise. where_it_differs: from what the
+    verified: epsilon and delta, where what is left out is estimated with a promise. where_it_differs: from what the
     paper has, said beside its results.
     """
 
     about: str
     selector: str | None = None
-    sampled_share: float = 0.0
     verified: tuple[float, float] | None = None
     where_it_differs: str = ""
 
@@ -68,13 +66,12 @@ SYSTEMS: dict[str, System] = {
         where_it_differs="blocks of 16 tokens, and a budget that cuts the set of a head",
     ),
     "tandem-sparse": System(
-        "the blocks whose best key is best along the directions in which a head's keys differ most, and for a third of "
-        "the budget blocks drawn at random, which stand for the others",
-        selector="columns",
-        sampled_share=1 / 3,
+        "the blocks whose best key is best along the directions in which a head's keys differ most; of the others the "
+        "means of clusters with their counts",
+        selector="tandem",
     ),
     "tandem-verified": System(
-        "the blocks of tandem-sparse, and of the others a sample so large that the error of a layer's attention is "
+        "the same blocks, and of the others a sample so large that the error of a layer's attention is "
         "above 5 % with a probability of at most 5 %",
         selector="columns",
         verified=(0.05, 0.05),

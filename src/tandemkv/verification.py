@@ -58,13 +58,22 @@ class Rest(NamedTuple):
     is_exact: Tensor
 
 
+class Step(NamedTuple):
+    """What one step asks with. q: `[num_seqs, num_q_heads, q_len, head_dim]`; sink_logit as in `merge`."""
+
+    q: Tensor
+    rule: ScoreRule
+    pool: "WorkerPool"
+    sink_logit: Tensor | None = None
+
+
 class Tail:
     """The far blocks that one step leaves out, and the draws from them."""
 
-    def __init__(self, q: Tensor, layer: LayerKV, chosen: ChosenBlocks, rule: ScoreRule, pool: "WorkerPool") -> None:
+    def __init__(self, step: Step, layer: LayerKV, chosen: ChosenBlocks) -> None:
         """`chosen` is attended exactly already; it has the block in which padding ends."""
-        self._q, self._far, self._rule, self._pool = q, layer.far, rule, pool
-        shape = (q.shape[0], self._far.arena.num_kv_heads, self._far.num_blocks)
+        self._step, self._far = step, layer.far
+        shape = (step.q.shape[0], self._far.arena.num_kv_heads, self._far.num_blocks)
         num_real = self._far.num_blocks - self._far.kv_start // BLOCK_TOKENS
         self.num_real = num_real[:, None].expand(shape[:2])
         self.num_left = self.num_real - chosen.counts
@@ -86,8 +95,8 @@ class Tail:
 
     def draw(self, num_wanted: Tensor) -> ChosenBlocks:
         """So many blocks of each head, `[num_seqs, num_kv_heads]`, which cannot be drawn again."""
-        drawn = ChosenBlocks.allocate(self._far.arena, self._q.shape[0], max(1, int(num_wanted.max())))
-        choose_blocks(self._lot, num_wanted, FarPages(*self._far), 0, drawn, self._pool)
+        drawn = ChosenBlocks.allocate(self._far.arena, self._step.q.shape[0], max(1, int(num_wanted.max())))
+        choose_blocks(self._lot, num_wanted, FarPages(*self._far), 0, drawn, self._step.pool)
         self._lot = drawn.mark(self._lot, -torch.inf)
         return drawn
 
@@ -102,38 +111,26 @@ class Tail:
         sizes = (counts[:, None] - group + num_groups - 1).div(num_groups, rounding_mode="floor").clamp_(min=0)
         kv_len = (sizes * BLOCK_TOKENS).flatten(0, 1).contiguous()
         run = PagedKV(self._far.arena, table, torch.zeros_like(kv_len), kv_len, of_blocks=True)
-        q = self._q[:, None].expand(-1, num_groups, *self._q.shape[1:]).flatten(0, 1)
-        part = attend(q, run, rule=self._rule, pool=self._pool)
+        q = self._step.q[:, None].expand(-1, num_groups, *self._step.q.shape[1:]).flatten(0, 1)
+        part = attend(q, run, rule=self._step.rule, pool=self._step.pool)
         return Partial(*(x.unflatten(0, (-1, num_groups)) for x in part))
 
 
-def attend_rest(
-    q: Tensor, layer: LayerKV, chosen: ChosenBlocks, exact: Partial, rule: ScoreRule, pool: "WorkerPool"
-) -> Rest:
+def attend_rest(step: Step, layer: LayerKV, chosen: ChosenBlocks, exact: Partial) -> Rest:
     """The far blocks that were not chosen, so that the error of the whole keeps the layer's promise.
 
-    exact: attention over the chosen and the near tokens. Shapes as in `decode_step`.
+    exact: attention over the chosen and the near tokens.
     """
     assert layer.sparse is not None and layer.sparse.verified is not None
-    promise, tail = layer.sparse.verified, Tail(q, layer, chosen, rule, pool)
+    promise, tail = layer.sparse.verified, Tail(step, layer, chosen)
     tail.shuffle(promise.seed, layer)
     pilot = tail.draw(tail.num_left.clamp(max=PILOT_BLOCKS))
     each = tail.attend_groups(pilot, max(1, pilot.blocks.shape[2]))
-    exact = merge([exact, collapse(each)], pool)
+    exact = merge([exact, collapse(each)], step.pool, sink_logit=step.sink_logit)  # of whose whole errors are shares
     num_left, num_known = tail.num_left - pilot.counts, chosen.counts + pilot.counts
     wanted = sample_size(exact, each, pilot.counts, num_left, promise)
     rest = estimate_rest(tail, exact, num_left, wanted, promise)
     return rest._replace(parts=[collapse(each), *rest.parts], num_read=num_known + rest.num_read)
-
-
-def sample_rest(
-    q: Tensor, layer: LayerKV, chosen: ChosenBlocks, rule: ScoreRule, pool: "WorkerPool", num_blocks: int
-) -> Partial:
-    """The far blocks that were not chosen, as `num_blocks` of them drawn at random say: no bias, no promise."""
-    tail = Tail(q, layer, chosen, rule, pool)
-    tail.shuffle(0, layer)
-    drawn = tail.draw(tail.num_left.clamp(max=num_blocks))
-    return scaled(collapse(tail.attend_groups(drawn, 1)), tail.num_left, drawn.counts)
 
 
 def estimate_rest(tail: Tail, exact: Partial, num_left: Tensor, wanted: Tensor, promise: Verified) -> Rest:

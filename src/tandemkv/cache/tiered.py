@@ -135,7 +135,7 @@ class KVCache:
             why = "estimates what is left out" if sparse.estimates else "lives from what near tokens are attended with"
             raise UnsupportedError(
                 f"{sparse.selector!r} {why}, which works with a CPU as the near device, got {device}: use bounds, "
-                "columns or window, without verified and sampled_tokens"
+                "columns or window, without verified"
             )
 
     # -- before work starts --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 import tandemkv.integrations.transformers as tandem
 from tandemkv.evaluate.prompts import Asked
-from tandemkv.select import MAX_SELECT_QUERIES, Observer, Sparse
+from tandemkv.select import MAX_SELECT_QUERIES, Selector, Sparse
 
 Questions = Sequence[Sequence[Asked]]
 Answers = list[list[list[int]]]
@@ -32,9 +32,10 @@ class SharedContexts:
         model: PreTrainedModel,
         contexts: Sequence[tuple[int, ...]],
         num_new_tokens: int,
-        observer: Observer | None = None,
+        reader: Selector | None = None,
     ) -> None:
-        """num_new_tokens: the most that a fork will add, all its sequences together. observer: who watches."""
+        """num_new_tokens: the most that a fork will add, all its sequences together. reader: a selector that learns
+        something of the contexts while, or when, they are read: it then need not in every fork."""
         self._model = model
         config = model.config.get_text_config(decoder=True)
         self._cache = tandem.TieredCache(config, NEAR_TOKENS, 0, page_size=PAGE_SIZE)
@@ -43,10 +44,14 @@ class SharedContexts:
         pages += spec.num_full_layers * (num_new_tokens // PAGE_SIZE + 1)
         self._cache = tandem.TieredCache(config, NEAR_TOKENS, pages * spec.far_page_bytes, page_size=PAGE_SIZE)
         ids = torch.tensor(contexts)
-        if observer is not None:  # with room for everything: budgets come with the forks
-            self._cache.kv.sparse = Sparse(observer, 2 * ids.shape[1] + NEAR_TOKENS)
+        if reader is not None:  # with room for everything: budgets come with the forks
+            self._cache.kv.sparse = Sparse(reader, 2 * ids.shape[1] + NEAR_TOKENS)
         _forward(model, self._cache, ids[:, :-PAGE_SIZE])
         _forward(model, self._cache, ids[:, -PAGE_SIZE:])  # demotes what a chunk left near: once, not in every fork
+        layers = [self._cache.kv.layer(i) for i in range(spec.num_layers)] if reader is not None else []
+        for layer in layers:
+            if layer.num_far_pages:
+                layer.summaries()
 
     def close(self) -> None:
         """Give every byte back."""

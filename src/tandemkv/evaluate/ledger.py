@@ -7,7 +7,7 @@ from typing import Any
 
 from tandemkv.errors import InputError
 from tandemkv.evaluate.answers import NEAR_TOKENS
-from tandemkv.select import Observer, Sparse
+from tandemkv.select import Selector, Sparse
 from tandemkv.selection import sparse_mode
 from tandemkv.systems import SYSTEMS
 
@@ -25,9 +25,10 @@ class Contestant:
         return sparse_mode(self.system, self.budget_tokens)
 
     @property
-    def observer(self) -> Observer | None:
-        """Who must watch while a context is read."""
-        return None if self.sparse is None else self.sparse.observer
+    def reader(self) -> Selector | None:
+        """The selector, where it learns something of a context while it is read."""
+        sparse = self.sparse
+        return None if sparse is None else sparse.observer or sparse.digester
 
 
 def contestants(systems: list[str], budgets: list[int]) -> list[Contestant]:

@@ -35,7 +35,7 @@ from tandemkv.evaluate.tasks import (
 )
 from tandemkv.evaluate.vocabulary import Vocabulary
 from tandemkv.integrations.transformers.folders import refuse_foreign_tokens
-from tandemkv.select import Observer, Sparse
+from tandemkv.select import Selector, Sparse
 
 Form = Literal["requests", "turns"]
 """Questions about a shared context, each alone behind it, or one after another in one conversation."""
@@ -188,14 +188,14 @@ def _fill(
     ledger: Ledger, model: PreTrainedModel, batch: _Batch, settings: Settings, advance: Callable[[], None]
 ) -> None:
     """What the ledger lacks of a batch; the contexts are prefilled only where something is."""
-    missing: dict[Observer | None, list[tuple[str, Contestant]]] = {}
+    missing: dict[Selector | None, list[tuple[str, Contestant]]] = {}
     for form, who in batch.asks(settings):
         if any((batch.task, form, i, who.system, who.budget_tokens) not in ledger.found for i in batch.places):
-            missing.setdefault(who.observer, []).append((form, who))
+            missing.setdefault(who.reader, []).append((form, who))
         else:
             advance()
-    for observer, asked in missing.items():
-        shared = SharedContexts(model, batch.ids, batch.num_new_tokens, observer)
+    for reader, asked in missing.items():
+        shared = SharedContexts(model, batch.ids, batch.num_new_tokens, reader)
         for form, who in asked:
             found = batch.scores(shared, form, who.sparse)
             for place, scores in zip(batch.places, found, strict=True):

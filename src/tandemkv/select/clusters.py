@@ -115,8 +115,8 @@ class Clusters:
 
     Segments of far blocks, up to `segment_blocks` of them, are clustered once by spherical k-means of their mean keys,
     less the segment's mean; a cluster has `cluster_blocks` blocks on average. The newest far blocks, too few for a
-    segment, are clusters of one. What is left out of a cluster counts as so many tokens, all with the cluster's mean key and
-    mean value.
+    segment, are clusters of one. What is left out of a cluster counts as so many tokens, all with the cluster's mean
+    key and mean value.
 
     Not as in the paper: the unit is a block of 16 tokens, not a token; there is no cache of clusters on a GPU; the
     budget is in tokens, and a cluster that it cuts is attended in part, its earliest blocks, and estimated in part.

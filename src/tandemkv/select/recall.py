@@ -16,8 +16,8 @@ class Recall:
     """Kept is what any of the last `num_queries` queries gave more than its even share, the latest recalled first.
 
     The number of a block is how many queries are left until it is forgotten: `num_queries` when a query gives it more
-    than 1/t of its attention per token, t tokens being seen, and one less with each that does not. The paper has no
-    budget and counts tokens; here the budget still holds, and the share is that of a block of 16.
+    than 1/t of its attention per token, t tokens being attended to, and one less with each that does not. The paper has
+    no budget and counts tokens; here the budget still holds, and the share is that of a block of 16.
     """
 
     num_queries: int = 256
@@ -31,7 +31,7 @@ class Recall:
     def observe(self, known: Tensor, seen: Seen) -> Tensor:
         """See `Observer`."""
         num = seen.mass.shape[2]
-        is_recalled = seen.mass > BLOCK_TOKENS / seen.seq_len
+        is_recalled = seen.mass > BLOCK_TOKENS / seen.num_tokens
         left = self.num_queries - torch.arange(num - 1, -1, -1, dtype=torch.float32, device="cpu")
         latest = (is_recalled * left[:, None]).amax(2)
         return torch.where(known == -torch.inf, known, torch.maximum(latest, (known - num).clamp(min=0)))

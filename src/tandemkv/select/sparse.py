@@ -18,7 +18,6 @@ class Sparse:
     selector: a name of `SELECTORS`, or one's own (`examples/custom_selector.py`).
     budget_tokens: what each KV head attends to at most, near, first and new tokens included.
     num_sink_tokens: first tokens that are always kept (StreamingLLM, 2309.17453); their blocks of 16 are kept whole.
-    sampled_tokens: of the budget, so many are drawn at random from what the selector leaves out, and stand for it.
     verified: the rest is sampled until the error is as small as this says; what is read for that is not of the budget.
     """
 
@@ -26,7 +25,6 @@ class Sparse:
     budget_tokens: int
     num_sink_tokens: int = 4
     verified: Verified | None = None
-    sampled_tokens: int = 0
 
     def __post_init__(self) -> None:
         known = ", ".join(sorted(SELECTORS))
@@ -35,10 +33,16 @@ class Sparse:
                 raise InputError(f"selector must be one of {known}, got {self.selector!r}")
         elif isinstance(self.selector, type) or not isinstance(self.selector, Selector):
             raise InputError(f"selector must be one of {known}, or an object with `score`, got {self.selector!r}")
-        for name, least in (("budget_tokens", 1), ("num_sink_tokens", 0), ("sampled_tokens", 0)):
+        for name, least in (("budget_tokens", 1), ("num_sink_tokens", 0)):
             value = getattr(self, name)
             if not is_whole(value) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        try:
+            hash(self.policy)
+        except TypeError:
+            raise InputError(
+                f"a selector must be hashable, such as a frozen dataclass, got {self.selector!r}"
+            ) from None
         if self.verified is not None and not isinstance(self.verified, Verified):
             raise InputError(f"verified must be a Verified(epsilon, delta) or None, got {self.verified!r}")
 
@@ -75,17 +79,16 @@ class Sparse:
     @property
     def estimates(self) -> bool:
         """Whether what is left out is not dropped."""
-        return self.verified is not None or self.sampled_tokens > 0 or self.estimator is not None
+        return self.verified is not None or self.estimator is not None
 
     def check(self, near_tokens: int) -> None:
         """InputError unless first and recent tokens fit into the budget."""
         sinks = -(-self.num_sink_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
-        least = sinks + near_tokens + MAX_SELECT_QUERIES + self.sampled_tokens
-        drawn = f", and {self.sampled_tokens} drawn ones" if self.sampled_tokens else ""
+        least = sinks + near_tokens + MAX_SELECT_QUERIES
         if self.budget_tokens < least:
             raise InputError(
                 f"budget_tokens must be at least {least}: {sinks} for the blocks of the first {self.num_sink_tokens} "
-                f"tokens, {near_tokens} near ones and {MAX_SELECT_QUERIES} new ones{drawn}; got {self.budget_tokens}"
+                f"tokens, {near_tokens} near ones and {MAX_SELECT_QUERIES} new ones; got {self.budget_tokens}"
             )
 
 

@@ -9,6 +9,7 @@ from tandemkv.select.keyformer import Keyformer
 from tandemkv.select.lookahead import Lookahead
 from tandemkv.select.recall import Recall
 from tandemkv.select.salience import Salience
+from tandemkv.select.tandem import Tandem
 from tandemkv.select.window import Window
 
 SELECTORS: dict[str, Selector] = {
@@ -21,4 +22,5 @@ SELECTORS: dict[str, Selector] = {
     "recall": Recall(),
     "clusters": Clusters(),
     "lookahead": Lookahead(),
+    "tandem": Tandem(),
 }
