@@ -359,7 +359,6 @@ def test_the_block_where_padding_ends_is_chosen_and_not_drawn(num_sink_tokens: i
         assert min(blocks) > start // BLOCK_TOKENS
 
 
-@pytest.mark.xfail(reason="a budget without room for one far block leaves the block where padding ends to the draws")
 def test_padding_is_not_attended_with_the_least_budget() -> None:
     """No first tokens are asked for, and the budget is the least that a cache takes. Padding is large: it would be seen
     in a draw."""
@@ -662,7 +661,6 @@ def test_tallies_of_a_cache() -> None:
     assert fork.cache.tallies == []
 
 
-@pytest.mark.xfail(reason="a tally outlives its promise: LayerKV.sparse forgets only where the selector changes")
 def test_another_promise_starts_another_tally() -> None:
     case = setting(Sparse("window", budget(6), verified=Verified(0.2, 0.05)), 200)
     case.step()

@@ -222,28 +222,30 @@ void wild_entry_in_use() {
   }
 }
 
-// Codes of a pool, exactly as much memory as there must be, and what they are of slots [num_seqs][num_pages].
+// Codes of a pool, exactly as much memory as there must be, and queries to slots [num_seqs][num_pages]. Queries are
+// whole numbers up to 127, so that rounding to 8 bits changes nothing.
 struct CodeProblem {
-  int64_t page_blocks, num_lines, rows;
+  Codes kind;
+  int64_t page_blocks, num_lines, rows, dim;
   static constexpr int64_t kSeqs = 2, kHeads = 3, kPages = 70, kSlots = 80;  // more pages than one item scores
   std::vector<uint8_t> codes;
-  std::vector<float> steps, scales;
-  std::vector<int8_t> weights;
-  std::vector<int32_t> offsets, slots;
+  std::vector<float> steps, q, directions;
+  std::vector<int32_t> slots;
 
   CodeProblem(Codes kind, int64_t blocks, int64_t lines, int64_t num_rows)
-      : page_blocks(blocks), num_lines(lines), rows(num_rows) {
+      : kind(kind), page_blocks(blocks), num_lines(lines), rows(num_rows), dim(lines * (is_bounds() ? 8 : 4)) {
     std::mt19937 random(11);
     const BlockCodes shape{kind, nullptr, nullptr, kHeads, kSlots, page_blocks};
     codes.resize(kHeads * kSlots * shape.page_units() * num_lines * kLineBytes);
     for (uint8_t& code : codes) code = static_cast<uint8_t>(random());
-    if (kind == Codes::kBounds) steps.resize(kHeads * kSlots * shape.page_units() * kLaneBlocks);
+    if (is_bounds()) steps.resize(kHeads * kSlots * shape.page_units() * kLaneBlocks);
     for (float& step : steps) step = 0.01f * static_cast<float>(1 + random() % 100);
-    weights.resize(kSeqs * kHeads * rows * num_lines * kLineBytes);
-    for (int8_t& weight : weights) weight = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
-    for (int64_t i = 0; i < kSeqs * kHeads * rows; ++i) {
-      offsets.push_back(static_cast<int32_t>(random() % 100000) - 50000);
-      scales.push_back(0.001f * static_cast<float>(1 + random() % 1000));
+    q.resize(kSeqs * kHeads * rows * dim);
+    for (float& x : q) x = static_cast<float>(static_cast<int>(random() % 255) - 127);
+    for (int64_t row = 0; row < kSeqs * kHeads * rows; ++row) q[row * dim] = row % 2 == 0 ? 127.0f : -127.0f;
+    if (!is_bounds()) directions.resize(kHeads * dim * dim);
+    for (int64_t head = 0; head < kHeads && !is_bounds(); ++head) {  // coordinates are other channels in every head
+      for (int64_t d = 0; d < dim; ++d) directions[(head * dim + d) * dim + (d + head) % dim] = 1.0f;
     }
     slots = shuffled_slots(kSlots, random);
     std::sort(slots.begin() + 10, slots.begin() + 60);  // some follow each other
@@ -251,40 +253,47 @@ struct CodeProblem {
     for (int64_t page = 0; page < kPages; ++page) slots.push_back(slots[kPages - 1 - page]);
   }
 
-  BlockCodes of_slots(Codes kind) const {
+  bool is_bounds() const { return kind == Codes::kBounds; }
+  BlockCodes of_slots() const {
     return {kind, codes.data(), steps.empty() ? nullptr : steps.data(), kHeads, kSlots, page_blocks};
+  }
+  QueryRows queries() const {
+    return {
+        q.data(), directions.empty() ? nullptr : directions.data(), kSeqs, kHeads, rows, dim, is_bounds() ? 0 : dim};
+  }
+
+  // Weight i of a lane: of bounds what meets the minima, then what meets the maxima.
+  int64_t weight(int64_t row, int64_t i) const {
+    const auto at = [&](int64_t d) { return static_cast<int64_t>(q[row * dim + d]); };
+    if (is_bounds()) return i < dim ? std::min<int64_t>(at(i), 0) : std::max<int64_t>(at(i - dim), 0);
+    return at((i - row / rows % kHeads + dim) % dim);
   }
 
   // [lane] of a unit in a row.
   int64_t dot(const uint8_t* unit, int64_t row, int64_t num_lanes, int64_t lane) const {
+    const int64_t line_words = kLineBytes / 4 / num_lanes;
     int64_t sum = 0;
-    for (int64_t line = 0; line < num_lines; ++line) {
-      for (int64_t word = lane; word < kLineBytes / 4; word += num_lanes) {
-        for (int64_t i = 0; i < 4; ++i) {
-          const int64_t at = line * kLineBytes + word * 4 + i;
-          sum += int64_t{unit[at]} * weights[row * num_lines * kLineBytes + at];
-        }
-      }
+    for (int64_t i = 0; i < (is_bounds() ? 2 * dim : dim); ++i) {
+      const int64_t word = i / 4, in_line = (word % line_words * num_lanes + lane) * 4 + i % 4;
+      sum += (int64_t{unit[word / line_words * kLineBytes + in_line]} - 128) * weight(row, i);
     }
-    return sum - offsets[row];
+    return sum;
   }
 
-  float expected(Codes kind, int64_t seq, int64_t head, int64_t block) const {
-    const bool is_bounds = kind == Codes::kBounds;
-    const int64_t units = of_slots(kind).page_units();
-    const int64_t page = head * kSlots + slots[seq * kPages + block / page_blocks], in_page = block % page_blocks;
-    const int64_t unit = page * units + (is_bounds ? in_page / kLaneBlocks : in_page);
+  float expected(int64_t seq, int64_t head, int64_t block) const {
+    const int64_t units = of_slots().page_units(), in_page = block % page_blocks;
+    const int64_t page = head * kSlots + slots[seq * kPages + block / page_blocks];
+    const int64_t unit = page * units + (is_bounds() ? in_page / kLaneBlocks : in_page);
     const uint8_t* const of_unit = &codes[unit * num_lines * kLineBytes];
-    float best = -INFINITY;
+    int64_t most = INT64_MIN;
     for (int64_t row = (seq * kHeads + head) * rows; row < (seq * kHeads + head + 1) * rows; ++row) {
-      int64_t most = INT64_MIN;
-      for (int64_t lane = is_bounds ? in_page % kLaneBlocks : 0; lane < (is_bounds ? in_page % kLaneBlocks + 1 : 16);
-           ++lane) {
-        most = std::max(most, dot(of_unit, row, is_bounds ? kLaneBlocks : 16, lane));
+      const int64_t lanes = is_bounds() ? kLaneBlocks : kBlockTokens, first = is_bounds() ? in_page % kLaneBlocks : 0;
+      for (int64_t lane = first; lane < (is_bounds() ? first + 1 : lanes); ++lane) {
+        most = std::max(most, dot(of_unit, row, lanes, lane));
       }
-      best = std::max(best, static_cast<float>(most) * scales[row]);
     }
-    return is_bounds ? best * steps[page * units * kLaneBlocks + in_page] : best;
+    const float best = static_cast<float>(most);
+    return is_bounds() ? best * steps[page * units * kLaneBlocks + in_page] : best;
   }
 };
 
@@ -297,16 +306,15 @@ void scores_from_codes() {
         const CodeProblem p(kind, page_blocks, 1 + rows % 3, rows);
         const int64_t num_blocks = kPages * page_blocks;
         for (const KernelTable* kernels : available_kernels()) {
-          current_case() = std::string(kernels->name) + (kind == Codes::kBounds ? " bounds" : " columns") +
-                           " page_blocks " + std::to_string(page_blocks) + " rows " + std::to_string(rows);
+          current_case() = std::string(kernels->name) + (p.is_bounds() ? " bounds" : " columns") + " page_blocks " +
+                           std::to_string(page_blocks) + " rows " + std::to_string(rows);
           std::vector<float> scores(kSeqs * kHeads * num_blocks, kNan);
-          const CodeQueries q{p.weights.data(), p.offsets.data(), p.scales.data(), rows, p.num_lines};
           const PageTable slots{p.slots.data(), kPages, 0};
-          const Status status = score_blocks(pool, *kernels, p.of_slots(kind), q, slots, kSeqs, kPages, scores.data());
+          const Status status = score_blocks(pool, *kernels, p.of_slots(), p.queries(), slots, kPages, scores.data());
           CHECK(status == Status::kOk, static_cast<int>(status));
           for (int64_t i = 0; i < kSeqs * kHeads * num_blocks; ++i) {
             const int64_t row = i / num_blocks;
-            const float want = p.expected(kind, row / kHeads, row % kHeads, i % num_blocks);
+            const float want = p.expected(row / kHeads, row % kHeads, i % num_blocks);
             CHECK(scores[i] == want, i, scores[i], want);
           }
         }
@@ -319,16 +327,57 @@ void wild_slot_of_codes() {
   WorkerPool pool(1);
   CodeProblem p(Codes::kColumns, 4, 1, 1);
   std::vector<float> scores(CodeProblem::kSeqs * CodeProblem::kHeads * CodeProblem::kPages * 4);
-  const CodeQueries q{p.weights.data(), p.offsets.data(), p.scales.data(), 1, 1};
   const std::vector<int32_t> good = p.slots;
   for (const int32_t wild : {kWildSlots[0], kWildSlots[1], kWildSlots[2], static_cast<int32_t>(CodeProblem::kSlots)}) {
     for (const size_t at : {size_t{0}, good.size() - 1}) {
       p.slots = good;
       p.slots[at] = wild;
       const PageTable slots{p.slots.data(), CodeProblem::kPages, 0};
-      const Status status = score_blocks(pool, *available_kernels()[0], p.of_slots(Codes::kColumns), q, slots,
-                                         CodeProblem::kSeqs, CodeProblem::kPages, scores.data());
+      const Status status = score_blocks(pool, *available_kernels()[0], p.of_slots(), p.queries(), slots,
+                                         CodeProblem::kPages, scores.data());
       CHECK(status == Status::kSlotOutOfRange, wild, static_cast<int>(status));
+    }
+  }
+}
+
+// Bounds of pages hold every key, and touch no other slot.
+void bounds_of_pages() {
+  WorkerPool pool(2);
+  std::mt19937 random(3);
+  std::normal_distribution<float> normal;
+  for (const KernelTable* kernels : available_kernels()) {
+    for (const DType dtype : kDTypes) {
+      for (const int64_t dim : {3, 64, 80, 256}) {
+        const int64_t num_heads = 2, num_slots = 4, page_blocks = 3;
+        OwnedArena pages({nullptr, nullptr, dtype, Packing::kPanels, num_slots, num_heads, 16 * page_blocks, dim, dim});
+        current_case() = shape_name(*kernels, pages.arena);
+        const int64_t words = 2 * ((dim + 3) / 4), num_lines = (words + 3) / 4, unit_bytes = num_lines * kLineBytes;
+        std::vector<uint8_t> codes(num_heads * num_slots * unit_bytes, 7);
+        std::vector<float> steps(num_heads * num_slots * kLaneBlocks, kNan), keys(num_heads * 16 * page_blocks * dim);
+        const int32_t slot = 2;
+        for (int64_t i = 0; i < static_cast<int64_t>(keys.size()); ++i) {
+          const int64_t d = i % dim, token = i / dim % (16 * page_blocks), head = i / dim / (16 * page_blocks);
+          keys[i] = rounded(dtype, normal(random));
+          store_element(pages.arena.slice(slot, head).k + k_offset(pages.arena, token, d), dtype, keys[i]);
+        }
+        const Status status = make_bounds(pool, *kernels, pages.arena, {slot}, num_lines, codes.data(), steps.data());
+        CHECK(status == Status::kOk, static_cast<int>(status));
+        for (int64_t i = 0; i < static_cast<int64_t>(keys.size()); ++i) {
+          const int64_t d = i % dim, token = i / dim % (16 * page_blocks), head = i / dim / (16 * page_blocks);
+          const int64_t unit = head * num_slots + slot, lane = token / 16, high = words / 2 + d / 4;
+          const auto code = [&](int64_t word) {
+            return static_cast<int>(
+                       codes[unit * unit_bytes + word / 4 * kLineBytes + (word % 4 * 4 + lane) * 4 + d % 4]) -
+                   128;
+          };
+          const float step = steps[unit * kLaneBlocks + lane];
+          CHECK(static_cast<float>(code(d / 4)) * step <= keys[i], i, keys[i]);
+          CHECK(static_cast<float>(code(high)) * step >= keys[i], i, keys[i]);
+        }
+        for (int64_t i = 0; i < num_heads * num_slots; ++i) {
+          if (i % num_slots != slot) CHECK(codes[i * unit_bytes] == 7 && std::isnan(steps[i * kLaneBlocks]), i);
+        }
+      }
     }
   }
 }
@@ -411,6 +460,7 @@ int main(int argc, char** argv) {
                     {"a wild entry in use", wild_entry_in_use},
                     {"scores from codes", scores_from_codes},
                     {"a wild slot of codes", wild_slot_of_codes},
+                    {"bounds of pages", bounds_of_pages},
                     {"choices", choices}},
                    argc, argv);
 }

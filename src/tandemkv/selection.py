@@ -171,9 +171,7 @@ def _choose(q: Tensor, layer: LayerKV, num_wanted: int, sparse: Sparse, pool: "W
     scores = policy.score(q.cpu(), layer.summaries()).to(torch.float32)  # far blocks are known on the host
     shape = (q.shape[0], far.arena.num_kv_heads)
     wanted = torch.full(shape, max(0, num_wanted), dtype=torch.int64, device="cpu")
-    # A sample stands for whole blocks: the one in which padding ends must not be in it.
-    num_sinks = max(1, sparse.num_sink_tokens) if estimates(layer) else sparse.num_sink_tokens
-    choose_blocks(scores, wanted, far, num_sinks, chosen, pool)
+    choose_blocks(scores, wanted, far, sparse.num_first_tokens, chosen, pool)
     if _forgets(layer):  # what was not chosen once is gone
         known = layer.known()
         gone = torch.full_like(known.far, -torch.inf)

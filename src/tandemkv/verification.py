@@ -74,7 +74,7 @@ class Tail:
         """`chosen` is attended exactly already; it has the block in which padding ends."""
         self._step, self._far = step, layer.far
         shape = (step.q.shape[0], self._far.arena.num_kv_heads, self._far.num_blocks)
-        num_real = self._far.num_blocks - self._far.kv_start // BLOCK_TOKENS
+        num_real = (self._far.num_blocks - self._far.kv_start // BLOCK_TOKENS).clamp(min=0)
         self.num_real = num_real[:, None].expand(shape[:2])
         self.num_left = self.num_real - chosen.counts
         self._random = torch.Generator()
@@ -130,7 +130,9 @@ def attend_rest(step: Step, layer: LayerKV, chosen: ChosenBlocks, exact: Partial
     num_left, num_known = tail.num_left - pilot.counts, chosen.counts + pilot.counts
     wanted = sample_size(exact, each, pilot.counts, num_left, promise)
     rest = estimate_rest(tail, exact, num_left, wanted, promise)
-    return rest._replace(parts=[collapse(each), *rest.parts], num_read=num_known + rest.num_read)
+    num_read = num_known + rest.num_read
+    is_exact = (num_read == tail.num_real) & (tail.num_left > 0)
+    return Rest([collapse(each), *rest.parts], rest.error, num_read, is_exact)
 
 
 def estimate_rest(tail: Tail, exact: Partial, num_left: Tensor, wanted: Tensor, promise: Verified) -> Rest:
@@ -144,8 +146,7 @@ def estimate_rest(tail: Tail, exact: Partial, num_left: Tensor, wanted: Tensor, 
         groups = collapse(Partial(*(torch.stack(pair, 1) for pair in zip(groups, others, strict=True))))
     drawn = drawn + more
     error = error_of(groups, exact, num_left, drawn, promise)
-    is_exact = (drawn == num_left) & (num_left > 0)
-    return Rest([scaled(collapse(groups), num_left, drawn)], error, drawn, is_exact)
+    return Rest([scaled(collapse(groups), num_left, drawn)], error, drawn, drawn == num_left)
 
 
 def error_of(groups: Partial, exact: Partial, num_left: Tensor, num_wanted: Tensor, promise: Verified) -> Tensor:

@@ -28,7 +28,7 @@ from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, InputError
 from tandemkv.kernels.blocks import ChosenBlocks, FarPages
-from tandemkv.select import Sparse, Summaries
+from tandemkv.select import Sparse, Summaries, Tally
 from tandemkv.types import BLOCK_TOKENS, PagedKV
 
 
@@ -339,6 +339,8 @@ class LayerKV:
         old, self._sparse = self._sparse, sparse
         if sparse is None or old is None or old.policy != sparse.policy:
             self.knowledge = Knowledge.none(self.num_seqs, self._spec.num_kv_heads)
+        elif old.verified != sparse.verified:
+            self.knowledge = self.knowledge._replace(tally=Tally())
         self.chosen = None
         self._summarise(self._map.slots[:, : self.num_far_pages])
 

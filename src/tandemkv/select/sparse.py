@@ -81,13 +81,19 @@ class Sparse:
         """Whether what is left out is not dropped."""
         return self.verified is not None or self.estimator is not None
 
+    @property
+    def num_first_tokens(self) -> int:
+        """First tokens that are always chosen. An estimate stands for whole blocks, so that the one in which padding
+        ends must not be left out."""
+        return max(1, self.num_sink_tokens) if self.estimates else self.num_sink_tokens
+
     def check(self, near_tokens: int) -> None:
         """InputError unless first and recent tokens fit into the budget."""
-        sinks = -(-self.num_sink_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+        sinks = -(-self.num_first_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
         least = sinks + near_tokens + MAX_SELECT_QUERIES
         if self.budget_tokens < least:
             raise InputError(
-                f"budget_tokens must be at least {least}: {sinks} for the blocks of the first {self.num_sink_tokens} "
+                f"budget_tokens must be at least {least}: {sinks} for the blocks of the first {self.num_first_tokens} "
                 f"tokens, {near_tokens} near ones and {MAX_SELECT_QUERIES} new ones; got {self.budget_tokens}"
             )
 
