@@ -103,7 +103,7 @@ class Layer:
     """A cache of one layer that holds a context, and its forks."""
 
     def __init__(self, tokens: Tokens, context: int) -> None:
-        pages = (context + SPARE_TOKENS * 16) // 64
+        pages = 2 * context // 64 + SPARE_TOKENS  # all forks together may grow as much
         spec = CacheSpec(
             num_layers=1,
             num_kv_heads=NUM_KV_HEADS,
@@ -129,7 +129,7 @@ class Layer:
     def step(self, cache: KVCache) -> Tensor:
         """The next token."""
         at, (q, k, v) = cache.seq_len, self.tokens
-        query, new = at % SPARE_TOKENS, slice(at, at + 1)
+        query, new = at % SPARE_TOKENS, slice(at % k.shape[2], at % k.shape[2] + 1)
         cache.begin_step(1, 1)
         out = extend_and_attend(q[:, :, query : query + 1], k[:, :, new], v[:, :, new], cache.layer(0), RULE)
         cache.end_step()
