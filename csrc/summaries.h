@@ -135,8 +135,9 @@ void put_bounds(const float* rows, int64_t dim, int64_t lane, uint8_t* codes, fl
   }
   for (int64_t i = 0; i < kBlockTokens * dim; ++i) sum += rows[i] * 0.0f;  // NaN where a key is no number
   for (int64_t d = 0; d < dim; ++d) most = larger(most, larger(high[d], -low[d]));
-  *step = sum == 0.0f ? most / 126.0f : NAN;  // 126, not 127: a quotient that rounding pushes up still has a code
-  const float size = most > 0.0f && sum == 0.0f ? most / 126.0f : 1.0f, inverse = 1.0f / size;
+  // 126, not 127: a quotient that rounding pushes up still has a code. Not below 2^-126, of which there is no inverse.
+  const float size = most > 0.0f && sum == 0.0f ? larger(most / 126.0f, 1.17549435e-38f) : 1.0f, inverse = 1.0f / size;
+  *step = sum == 0.0f ? (most > 0.0f ? size : 0.0f) : NAN;
   const int64_t words = (dim + 3) / 4;
   for (int64_t d = 0; d < dim; ++d) {
     const float least = sum == 0.0f ? low[d] : 0.0f, top = sum == 0.0f ? high[d] : 0.0f;

@@ -42,6 +42,7 @@ LIGHT = {
     "tandemkv.kernels": ("transformers", "triton", "tandemkv._native", "tandemkv.kernels."),
     "tandemkv.kernels.torch_ops": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.reference": ("transformers", "triton", "tandemkv._native"),
+    "tandemkv.kernels.blocks": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.cpu": ("transformers", "triton"),
 }
 

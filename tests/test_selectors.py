@@ -113,7 +113,7 @@ class Ledger:
     text: Text
     spec: CacheSpec
     sparse: Sparse
-    observe: Callable[[Tensor, Tensor, int], Tensor]
+    observe: Callable[[Tensor, Tensor, Tensor], Tensor]
     is_kept: Callable[[Tensor], Tensor]
     watches_far: bool
     forgets: bool
@@ -197,8 +197,10 @@ class Ledger:
             new = mass.mean(2)
         else:
             new = self.numbers
+            listed = self.seq_len - self.first_near + int(kept[..., : self.first_near].sum(-1).max())
+            attended = (self.seq_len - torch.tensor(self.text.kv_start)).clamp(1, listed)[:, None, None]
             for i in range(num_queries):
-                new = self.observe(new, mass[:, :, i], self.seq_len)
+                new = self.observe(new, mass[:, :, i], attended)
         gone = self.numbers == -math.inf
         self.numbers = torch.where(watched & ~gone, new, self.numbers)
         self.has_seen = True
@@ -221,7 +223,7 @@ def ledger_of(selector: Selector, text: Text, spec: CacheSpec, sparse: Sparse) -
     if isinstance(selector, Salience):
         beta, rate = selector.beta, selector.rate
 
-        def average(x: Tensor, mass: Tensor, seen: int) -> Tensor:
+        def average(x: Tensor, mass: Tensor, seen: Tensor) -> Tensor:
             return x + rate * (mass - x)
 
         return Ledger(text, spec, sparse, average, lambda x: x > beta * x.mean(), False, False, first_mean=True)
@@ -230,7 +232,7 @@ def ledger_of(selector: Selector, text: Text, spec: CacheSpec, sparse: Sparse) -
     assert isinstance(selector, Recall)
     num_queries = selector.num_queries
 
-    def recall(x: Tensor, mass: Tensor, seen: int) -> Tensor:
+    def recall(x: Tensor, mass: Tensor, seen: Tensor) -> Tensor:
         return torch.where(mass > BLOCK_TOKENS / seen, float(num_queries), (x - 1).clamp(min=0))
 
     return Ledger(text, spec, sparse, recall, lambda x: x > 0, True, True)
@@ -366,7 +368,9 @@ def test_keyformer_adds_gumbel_noise_to_logarithms(num_decoded: int) -> None:
     temperature = 1 + min(1.0, num_decoded / 256)
     firsts = torch.zeros(4, dtype=torch.float64)
     for seed in range(num_seeds):
-        got = Keyformer(seed=seed).observe(torch.zeros(1, 1, 4), Seen(mass, 64, 7, num_decoded)).flatten()
+        got = (
+            Keyformer(seed=seed).observe(torch.zeros(1, 1, 4), Seen(mass, torch.tensor([64]), 7, num_decoded)).flatten()
+        )
         assert abs(float(got.sum()) - 1) < 1e-5
         sums += got.log().double()
         firsts[got.argmax()] += 1
@@ -379,30 +383,30 @@ def test_keyformer_adds_gumbel_noise_to_logarithms(num_decoded: int) -> None:
 
 
 def test_keyformer_counts_no_query_of_padding() -> None:
-    nothing = Seen(torch.zeros(1, 1, 3, 4), 64, 0, 0)
+    nothing = Seen(torch.zeros(1, 1, 3, 4), torch.tensor([64]), 0, 0)
     known = torch.tensor([[[1.0, 2, 3, -math.inf]]])
     assert torch.equal(Keyformer().observe(known, nothing), known)
 
 
 def test_recall_is_more_than_an_even_share_of_one_of_the_last_queries() -> None:
     """CORM: 1/t of the attention per token, t tokens being seen."""
-    selector, seq_len = Recall(num_queries=3), 160  # ten blocks: 0.1 is an even share
+    selector, num_tokens = Recall(num_queries=3), torch.tensor([160])  # ten blocks: 0.1 is an even share
     known = torch.zeros(1, 1, 4)
     shares = [[0.5, 0.101, 0.099, 0.0], [0.5, 0.0, 0.2, 0.0], [0.5, 0.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0]]
     numbers = []
     for share in shares:
-        seen = Seen(torch.tensor(share).reshape(1, 1, 1, 4), seq_len, 0, 0)
+        seen = Seen(torch.tensor(share).reshape(1, 1, 1, 4), num_tokens, 0, 0)
         known = selector.observe(known, seen)
         numbers.append(known.flatten().tolist())
     assert numbers == [[3, 3, 0, 0], [3, 2, 3, 0], [3, 1, 2, 0], [3, 0, 1, 0]]
-    at_once = Seen(torch.tensor(shares)[None, None], seq_len, 0, 0)
+    at_once = Seen(torch.tensor(shares)[None, None], num_tokens, 0, 0)
     assert selector.observe(torch.zeros(1, 1, 4), at_once).flatten().tolist() == numbers[-1]
 
 
 def test_recall_does_not_recall_what_is_gone() -> None:
     """A prompt attends to everything; what fell out before stays gone."""
     gone = torch.full((1, 1, 2), -math.inf)
-    got = Recall().observe(gone, Seen(torch.tensor([[[[0.9, 0.0]]]]), 160, 0, 0))
+    got = Recall().observe(gone, Seen(torch.tensor([[[[0.9, 0.0]]]]), torch.tensor([160]), 0, 0))
     assert torch.equal(got, gone)
 
 

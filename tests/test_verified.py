@@ -638,25 +638,27 @@ def test_a_tally_adds_steps_and_layers() -> None:
 
 
 def test_tallies_of_a_cache() -> None:
-    """None without a promise; a fork goes on from its origin's; another mode starts anew."""
+    """None without a promise; a fork has its own, beams go on; another mode and another text start anew."""
     verified = Sparse("window", budget(6), verified=Verified(0.2, 0.05))
     case = setting(verified, 200, num_layers=2)
     assert case.cache.tallies == [Tally(), Tally()]
     case.step()
     assert [tally.num_steps for tally in case.cache.tallies] == [2, 2]
     fork = case._replace(cache=case.cache.fork())
-    assert fork.cache.tallies == case.cache.tallies
+    assert fork.cache.tallies == [Tally(), Tally()]
     fork.cache.crop(fork.cache.seq_len - 1)
     fork.step()
-    assert [tally.num_steps for tally in fork.cache.tallies] == [4, 4]
+    assert [tally.num_steps for tally in fork.cache.tallies] == [2, 2]
     assert [tally.num_steps for tally in case.cache.tallies] == [2, 2]
     fork.cache.select(torch.tensor([0, 0]))
-    assert [tally.num_steps for tally in fork.cache.tallies] == [4, 4]
+    assert [tally.num_steps for tally in fork.cache.tallies] == [2, 2]
     for other in (None, Sparse("window", budget(6))):
         case.cache.sparse = other
         assert case.cache.tallies == []
     case.cache.sparse = replace(verified, selector="bounds")
     assert case.cache.tallies == [Tally(), Tally()]
+    fork.cache.crop(0)
+    assert fork.cache.tallies == [Tally(), Tally()]
     fork.cache.reset()
     assert fork.cache.tallies == []
 

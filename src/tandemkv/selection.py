@@ -79,7 +79,8 @@ def learn(layer: LayerKV, mass: Tensor, runs: tuple[PagedKV, ...], *, is_decoded
         listed = known.far.gather(2, chosen.blocks.long())
     else:
         mass, listed, chosen = mass[..., num_listed:], known.far[..., :0], None
-    num_tokens = layer.num_near_tokens + sum(int(run.kv_len.max()) for run in runs[:-1])
+    listed_tokens = layer.num_near_tokens + sum(int(run.kv_len.max()) for run in runs[:-1])
+    num_tokens = (layer.seq_len - layer.kv_start).clamp(1, listed_tokens)
     seen = Seen(mass, num_tokens, known.num_queries, known.num_decoded)
     numbers = observer.observe(torch.cat([listed, known.near], 2), seen)
     of_far, near = numbers.split([listed.shape[2], known.near.shape[2]], 2)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tandemkv.cache import LayerKV
 from tandemkv.kernels import attend, merge
-from tandemkv.kernels.blocks import ChosenBlocks, FarPages, choose_blocks
+from tandemkv.kernels.blocks import ChosenBlocks, choose_blocks
 from tandemkv.select import Verified
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
 
@@ -96,7 +96,7 @@ class Tail:
     def draw(self, num_wanted: Tensor) -> ChosenBlocks:
         """So many blocks of each head, `[num_seqs, num_kv_heads]`, which cannot be drawn again."""
         drawn = ChosenBlocks.allocate(self._far.arena, self._step.q.shape[0], max(1, int(num_wanted.max())))
-        choose_blocks(self._lot, num_wanted, FarPages(*self._far), 0, drawn, self._step.pool)
+        choose_blocks(self._lot, num_wanted, self._far, 0, drawn, self._step.pool)
         self._lot = drawn.mark(self._lot, -torch.inf)
         return drawn
 

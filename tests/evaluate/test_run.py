@@ -287,7 +287,7 @@ def test_published_rows(tmp_path: Path) -> None:
     [
         (lambda: contestants(["dense", "best"], [512]), "unknown system 'best': the known ones are dense, window"),
         (lambda: contestants(["window"], []), "system 'window' needs a budget, in tokens per KV head: give --budget"),
-        (lambda: contestants(["window"], [95]), "budget_tokens must be at least 96: 16 for the pages of the first 4"),
+        (lambda: contestants(["window"], [95]), "budget_tokens must be at least 96: 16 for the blocks of the first 4"),
         (lambda: read_tasks("needle,haystack", None), "unknown task 'haystack': the known ones are perplexity, needle"),
         (lambda: read_forms("request"), "forms are requests, turns, named with commas, got 'request'"),
         (lambda: settings(Path(), length=100), "--length must be at least 128, got 100"),

@@ -24,14 +24,33 @@ class CodeBook:
         self.summariser, self._far = summariser, far
         self.codes: BlockCodes = summariser.allocate(far.arena)
         self._bases: dict[int, Any] = {}  # of every layer
+        self._coded: set[int] = set()  # slots
 
     def basis(self, layer: int) -> Any:
         """What the codes of a layer were made with."""
         return self._bases[layer]
 
-    def add(self, layer: int, slots: Tensor, pool: "WorkerPool | None") -> None:
-        """Make the codes of a layer's pages, which lie in these far slots, int32 of any shape."""
-        for batch in torch.unique(slots.flatten()).split(_BATCH_PAGES):
-            if layer not in self._bases:
-                self._bases[layer] = self.summariser.begin(self._far.arena, batch, pool)
-            self.summariser.summarise(self._far.arena, batch, self._bases[layer], self.codes, pool)
+    def forget(self, slots: Tensor) -> None:
+        """These slots have other content."""
+        self._coded.difference_update(slots.tolist())
+
+    def forget_basis(self, layer: int) -> None:
+        """The layer has no far pages any more."""
+        self._bases.pop(layer, None)
+
+    def add(self, layer: int, slots: Tensor, is_real: Tensor, pool: "WorkerPool | None") -> None:
+        """Make the codes of a layer's pages, which lie in these far slots, where there are none yet.
+
+        slots: int32 `[num_seqs, num_pages]`; is_real: bool of the same shape, false for pages with padding, from which
+        nothing is to be learnt where there are others.
+        """
+        missing = [slot for slot in torch.unique(slots).tolist() if slot not in self._coded or layer not in self._bases]
+        if not missing:
+            return
+        arena = self._far.arena
+        if layer not in self._bases:
+            telling = slots[is_real] if bool(is_real.any()) else slots.flatten()
+            self._bases[layer] = self.summariser.begin(arena, torch.unique(telling)[:_BATCH_PAGES], pool)
+        for batch in torch.tensor(missing, dtype=torch.int32, device="cpu").split(_BATCH_PAGES):
+            self.summariser.summarise(arena, batch, self._bases[layer], self.codes, pool)
+            self._coded.update(batch.tolist())

@@ -43,7 +43,7 @@ class Knowledge(NamedTuple):
     def cut(self, num_far: int, num_near: int) -> "Knowledge":
         """After a crop: what is gone may come back with other content."""
         if not num_far + num_near:
-            return Knowledge.none(*self.far.shape[:2])._replace(tally=self.tally)
+            return Knowledge.none(*self.far.shape[:2])
         if not self.num_queries and self.digest is None:
             return self
         digest = None if self.digest is None else self.digest.cut(num_far)

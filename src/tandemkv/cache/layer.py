@@ -152,7 +152,7 @@ class LayerKV:
         assert (num_older + num_pages) * self._page_size <= seq_len, "only sealed pages leave"
         if self.window is None:
             far = self._store.demote(leaving)
-            self._summarise(far)
+            self._code_pages(self._sparse, far, num_older)
             slots = torch.cat([slots[:, :num_older], far, slots[:, num_older + num_pages :]], 1)
         self._map = PageMap(slots, num_older + num_pages, seq_len, owns)
         self._store.drop_near(leaving)
@@ -227,6 +227,8 @@ class LayerKV:
         self.knowledge, self.chosen = self.knowledge.cut(self.num_far_blocks, self.num_near_blocks), None
         if self.window is None:
             self._store.far.drop(old.slots[:, num_older : old.num_older])
+            if not num_older:
+                self._store.forget_basis(self.index)
         self._store.drop_near(old.slots[:, kept_near:])
 
     def _reopened(self, page: int, num_tokens: int) -> Tensor:
@@ -249,7 +251,8 @@ class LayerKV:
         self._share(pages)
         self._map = self._map._replace(owns_open_page=False)
         twin._map, twin._kv_start, twin._sparse = pages, kv_start, self._sparse
-        twin.knowledge = self.knowledge if seqs is None else self.knowledge.of(seqs)
+        # A fork is another request, with a report of its own; beams and batches are the same one.
+        twin.knowledge = self.knowledge._replace(tally=Tally()) if seqs is None else self.knowledge.of(seqs)
         return twin
 
     def replace_with(self, other: "LayerKV") -> None:
@@ -335,14 +338,18 @@ class LayerKV:
 
     @sparse.setter
     def sparse(self, sparse: Sparse | None) -> None:
-        """What was learnt for another selector is forgotten; codes of the pages that are far already are made."""
+        """What was learnt for another selector is forgotten; codes of the pages that are far already are made first."""
+        self.make_codes(sparse)
         old, self._sparse = self._sparse, sparse
         if sparse is None or old is None or old.policy != sparse.policy:
             self.knowledge = Knowledge.none(self.num_seqs, self._spec.num_kv_heads)
-        elif old.verified != sparse.verified:
+        elif old != sparse and self.knowledge.tally != Tally():
             self.knowledge = self.knowledge._replace(tally=Tally())
         self.chosen = None
-        self._summarise(self._map.slots[:, : self.num_far_pages])
+
+    def make_codes(self, sparse: Sparse | None) -> None:
+        """Codes of the far pages, where the selector of this mode scores codes."""
+        self._code_pages(sparse, self._map.slots[:, : self.num_far_pages], 0)
 
     @property
     def far(self) -> FarPages:
@@ -383,11 +390,13 @@ class LayerKV:
             told = told._replace(digest=digest)
         return told
 
-    def _summarise(self, slots: Tensor) -> None:
-        """Codes of far pages, where the selector scores codes."""
-        summariser = None if self._sparse is None else self._sparse.summariser
+    def _code_pages(self, sparse: Sparse | None, slots: Tensor, first_page: int) -> None:
+        """The same of far slots `[num_seqs, num_pages]` alone, which hold the pages from `first_page` on."""
+        summariser = None if sparse is None else sparse.summariser
         if slots.numel() and summariser is not None:
-            self._store.codes_of(summariser).add(self.index, slots, self._store.workers)
+            begins = (first_page + torch.arange(slots.shape[1], device="cpu")) * self._page_size
+            is_real = begins >= self._kv_start[:, None]
+            self._store.codes_of(summariser).add(self.index, slots, is_real, self._store.workers)
 
     def _read_blocks(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         k, v = self.read(first * BLOCK_TOKENS, last * BLOCK_TOKENS)

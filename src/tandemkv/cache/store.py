@@ -43,6 +43,16 @@ class PageStore:
             self._books[summariser] = CodeBook(self.far, summariser)
         return self._books[summariser]
 
+    def keep_codes(self, summarisers: set[Summariser | None]) -> None:
+        """Give back the codes that others make."""
+        self._books = {summariser: book for summariser, book in self._books.items() if summariser in summarisers}
+
+    def forget_basis(self, layer: int) -> None:
+        """A layer's next far page begins another text, unless others have pages of it."""
+        if len(self.members) == 1:
+            for book in self._books.values():
+                book.forget_basis(layer)
+
     @property
     def has_lost_members(self) -> bool:
         """One has left or was collected as garbage: its references are still in the books."""
@@ -65,6 +75,8 @@ class PageStore:
         wanted = slots.flatten().tolist()
         fresh = [slot for slot in dict.fromkeys(wanted) if slot not in self._far_copies]
         taken = self.far.take(len(fresh))
+        for book in self._books.values():
+            book.forget(taken)
         kernels.move_pages(self.near.arena, self.far.arena, fresh, taken.tolist(), self.workers)
         if len(fresh) == len(wanted) and max(self.near.counts(slots.flatten()), default=1) == 1:
             return taken.view(slots.shape)  # nobody else has any of them

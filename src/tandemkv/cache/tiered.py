@@ -116,10 +116,16 @@ class KVCache:
                 raise InputError(f"sparse is a Sparse(selector, budget_tokens) or None, got {type(sparse).__name__}")
             sparse.check(self.spec.near_tokens)
             self._refuse_on_device(sparse)
+            self._require_code_memory(sparse)
         self.settle()
+        for layer in self._layers:  # what takes long, and may fail, comes before any layer has the mode
+            layer.make_codes(sparse)
         self._sparse = sparse
         for layer in self._layers:
             layer.sparse = sparse
+        if self._store is not None:
+            modes = [member._sparse for member in self._family()]
+            self._store.keep_codes({mode.summariser for mode in modes if mode is not None})
 
     @property
     def tallies(self) -> list[Tally]:
@@ -148,6 +154,8 @@ class KVCache:
             raise InputError(f"this cache holds {self.spec.content}, got {spec.content}: use a new cache")
         self.reset()
         self.spec = spec
+        if self._sparse is not None:
+            self._refuse_on_device(self._sparse)
 
     def reserve(self, num_seqs: int, num_tokens: int) -> None:
         """Make sure that num_seqs sequences can grow to num_tokens each, before any work starts.
@@ -188,14 +196,24 @@ class KVCache:
         if self._store is not None:
             self._store.require_far(self._num_new_far(num_pages))
 
-    @property
-    def _code_bytes(self) -> int:
+    def _code_bytes(self, sparse: Sparse | None) -> int:
         """What a selector's codes of a far page take."""
-        summariser = None if self._sparse is None else self._sparse.summariser
+        summariser = None if sparse is None else sparse.summariser
         if summariser is None:
             return 0
         one = Arena.allocate(self.spec.far_layout, 1, self.spec.num_kv_heads, self.spec.head_dim)
         return summariser.allocate(one).num_bytes
+
+    def _require_code_memory(self, sparse: Sparse) -> None:
+        """CapacityError where the codes of the pages that are far already would not fit."""
+        num_pages = self.num_seqs * sum(layer.num_far_pages for layer in self._layers)
+        needed, available = num_pages * self._code_bytes(sparse), machine.available_bytes()
+        if needed > available.num_bytes:
+            raise CapacityError(
+                f"{format_bytes(needed)} of host memory needed for codes of {num_pages} far pages, "
+                f"{format_bytes(available.num_bytes)} available ({available.limit}); take a selector without codes, "
+                "such as 'window', or free memory"
+            )
 
     def _require_memory(self, num_seqs: int, far_pages: int) -> None:
         """The host memory that growth to so many far pages will touch for the first time must be there."""
@@ -204,7 +222,7 @@ class KVCache:
             far, near = far_pages, spec.num_near_slots(num_seqs)
         else:  # forks may fill the near pool too
             far, near = store.far.num_untouched(self._num_new_far(far_pages)), store.near.num_untouched()
-        new_bytes = far * (spec.far_page_bytes + self._code_bytes) + (
+        new_bytes = far * (spec.far_page_bytes + self._code_bytes(self._sparse)) + (
             near * spec.near_page_bytes if spec.device.type == "cpu" else 0
         )
         available = machine.available_bytes()

@@ -26,7 +26,7 @@ from tandemkv.types import format_bytes
 
 NEAR_TOKENS = 512
 BUDGET = 1024
-SYSTEMS = {"hgca": "salience (HGCA)", "tandem-verified": "verified", "window": "window"}
+BESIDE = {"hgca": "salience (HGCA)", "tandem-verified": "verified", "window": "window"}
 NEW_TOKENS = 10
 DEPTH = 0.2  # of the text stands before the fact
 
@@ -91,7 +91,7 @@ def ask_far_back(num_tokens: int, console: Console) -> Recall:
             ("transformers (DynamicCache, sdpa)", stock, DynamicCache(config=stock.config)),
             (f"tandemkv, exact, {NEAR_TOKENS} tokens near", ours, _cache(ours, num_tokens)),
         ]
-        for system, label in SYSTEMS.items():
+        for system, label in BESIDE.items():
             cache = _cache(ours, num_tokens)
             cache.kv.sparse = sparse_mode(system, BUDGET)  # before the text is read: one of them watches
             contestants.append((f"tandemkv, {label}, {BUDGET}", ours, cache))

@@ -135,9 +135,16 @@ def score_blocks(
     rows: float32 `[num_seqs, num_kv_heads, rows, head_dim]`, queries. directions: of columns, float32 `[num_kv_heads,
     head_dim, num_columns]`, contiguous: a query's weight of each code. Weights are rounded to 8 bits.
     """
-    assert (codes.kind == "columns") == (directions is not None)
     native, rows = _native(), rows.contiguous()
-    num_seqs, num_kv_heads = rows.shape[:2]
+    num_seqs, num_kv_heads, _, head_dim = rows.shape
+    shape = None if directions is None else (num_kv_heads, head_dim, 4 * codes.codes.shape[3])
+    fits = (codes.kind == "columns") == (directions is not None) and rows.dtype == torch.float32
+    if not fits or (directions is not None and (directions.shape != shape or not directions.is_contiguous())):
+        got = None if directions is None else (list(directions.shape), directions.is_contiguous())
+        raise InputError(
+            f"rows must be float32 and directions contiguous {shape} for codes of columns, None for bounds; got "
+            f"{rows.dtype} and {got} for {codes.kind}"
+        )
     scores = torch.empty((num_seqs, num_kv_heads, far.num_blocks), dtype=torch.float32, device="cpu")
     steps = 0 if codes.steps is None else codes.steps.data_ptr()
     of_slots = native.BlockCodes(

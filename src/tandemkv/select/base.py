@@ -75,12 +75,12 @@ class Seen(NamedTuple):
     """What the attention of a step or of a prompt's end says of some blocks.
 
     mass: float32 `[num_seqs, num_kv_heads, q_len, num_blocks]`, the share of a query's attention that each block has,
-        the largest of the query heads of a group. num_tokens: that were attended to. num_queries: how many were seen
-        before, and num_decoded: of them, outside of prompts.
+        the largest of the query heads of a group. num_tokens: int64 `[num_seqs]`, that were attended to. num_queries:
+        how many were seen before, and num_decoded: of them, outside of prompts.
     """
 
     mass: Tensor
-    num_tokens: int
+    num_tokens: Tensor
     num_queries: int
     num_decoded: int
 
