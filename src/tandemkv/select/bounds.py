@@ -21,7 +21,7 @@ class Bounds:
     """score = sum over channels of max(q min, q max), an upper bound of q.k for every key of the block.
 
     The bounds are int8 with a step for each block, rounded outward: 2 head_dim + 4 bytes for 16 tokens, 3.2 % of K and
-    V in bfloat16 at head_dim 128. The query is rounded to 8 bits too, which moves a score by 0.4 % of the largest.
+    V in bfloat16 at head_dim 128. The query is rounded to 8 bits too: a weight moves by 0.4 % of the largest.
     """
 
     def allocate(self, arena: Arena) -> BlockCodes:

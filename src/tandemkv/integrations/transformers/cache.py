@@ -38,8 +38,9 @@ _UPDATE_KEYWORDS = {"cache_kwargs", "cache_position", "cos", "sin"}
 class TieredCache(Cache):
     """A transformers cache whose recent tokens lie near, on the model's device, and older ones in host memory.
 
-    Exact: every token is attended. Layers with a sliding window stay near; layers without keys and values (linear
-    attention) stay as transformers has them. Serves one batch at a time; `reset` makes it ready for another.
+    Exact unless `kv.sparse` says otherwise: every token is attended. Layers with a sliding window stay near; layers
+    without keys and values (linear attention) stay as transformers has them. Serves one batch at a time; `reset` makes
+    it ready for another.
     `copy.deepcopy` gives a fork: the same tokens on the same pages, until one of the two writes to them.
     """
 
