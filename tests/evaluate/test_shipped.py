@@ -80,6 +80,27 @@ def test_docs_say_what_the_ledger_holds() -> None:
             assert told == pytest.approx(expected, abs=0.05 + 1e-9)
 
 
+def test_docs_say_what_sparse_systems_answered() -> None:
+    root = Path(__file__).parents[2]
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for line in (root / "benchmarks/results/eval-sparse/scores.jsonl").read_text().splitlines()[1:]:
+        row = json.loads(line)
+        found.setdefault((row["system"], row["task"], row["form"]), []).extend(row["scores"])
+    lines = (root / "docs/sparse.md").read_text().splitlines()
+    begin = lines.index("| System | needle | in turns | mqar | in turns | kv | in turns |") + 2
+    table = {cells[0].strip(" `"): cells[1:] for cells in (line.split("|")[1:-1] for line in lines[begin : begin + 8])}
+    columns = [(task, form) for task in ("needle", "mqar", "kv") for form in ("requests", "turns")]
+    assert {"dense", "tandem-sparse", "tandem-verified", "hgca", "quest", "window"} <= set(table)
+    for system, cells in table.items():
+        for (task, form), cell in zip(columns, cells, strict=True):
+            scores = found.get((system, task, form), [])
+            if cell.strip() == "-":
+                assert len(scores) < 200
+            else:
+                assert len(scores) == 200
+                assert float(cell) == pytest.approx(100 * sum(scores) / 200, abs=0.05 + 1e-9)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin"])
 def test_models_are_told_apart_by_every_file_of_weights(tmp_path: Path, name: str) -> None:
     """Else scores of one would be taken for the other's."""
