@@ -74,10 +74,17 @@ struct Run {
   const int64_t* kv_start;      // [num_seqs], of blocks [num_seqs][num_kv_heads]
   const int64_t* kv_len;        // the same
   bool of_blocks = false;
+  // [num_seqs][num_kv_heads][tokens of the table] or nullptr: log of how many tokens each stands for, -inf for none.
+  const float* log_counts = nullptr;
 
   int64_t num_lengths() const { return of_blocks ? num_seqs * arena.num_kv_heads : num_seqs; }
   int64_t start(int64_t seq, int64_t head) const { return kv_start[length_of(seq, head)]; }
   int64_t len(int64_t seq, int64_t head) const { return kv_len[length_of(seq, head)]; }
+
+  const float* log_counts_of(int64_t seq, int64_t head) const {
+    const int64_t row = seq * arena.num_kv_heads + head;
+    return log_counts == nullptr ? nullptr : log_counts + row * num_pages * entry_tokens();
+  }
 
   int64_t num_blocks() const { return num_pages * entry_tokens() / kBlockTokens; }
   int64_t entry_tokens() const { return of_blocks ? kBlockTokens : arena.page_size; }

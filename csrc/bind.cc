@@ -138,12 +138,13 @@ NB_MODULE(_native, m) {
   nb::class_<Run>(m, "Run").def(
       "__init__",
       [](Run* run, const Arena& arena, Address slots, std::tuple<int64_t, int64_t> strides, int64_t num_seqs,
-         int64_t num_pages, Address kv_start, Address kv_len, bool of_blocks) {
+         int64_t num_pages, Address kv_start, Address kv_len, bool of_blocks, Address log_counts) {
         new (run) Run{arena,     table_of(slots, strides),    num_seqs,
                       num_pages, as<const int64_t>(kv_start), as<const int64_t>(kv_len),
-                      of_blocks};
+                      of_blocks, as<const float>(log_counts)};
       },
-      "arena"_a, "slots"_a, "strides"_a, "num_seqs"_a, "num_pages"_a, "kv_start"_a, "kv_len"_a, "of_blocks"_a);
+      "arena"_a, "slots"_a, "strides"_a, "num_seqs"_a, "num_pages"_a, "kv_start"_a, "kv_len"_a, "of_blocks"_a,
+      "log_counts"_a);
 
   nb::class_<ScoreRule>(m, "ScoreRule")
       .def(

@@ -48,6 +48,7 @@ struct alignas(64) Scratch {
 // Tokens [begin, end) of one head's table, starting at a block; [valid_begin, valid_end) may be read.
 struct Tile {
   int64_t head, begin, end, valid_begin, valid_end;
+  const float* log_counts;  // of its tokens; or nullptr
   HeadSlice blocks[kTileBlocks];
 
   int64_t num_blocks() const { return (end - begin + kBlockTokens - 1) / kBlockTokens; }
@@ -139,6 +140,10 @@ float score_row(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int
   for (int64_t t = 0; t < num_tokens; t += kLanes) {
     Vec x = load(score + t) * rule.scale;
     if constexpr (kHasCap) x = tanh(x / rule.softcap) * rule.softcap;
+    if (tile.log_counts != nullptr) {
+      const Vec count = load(tile.log_counts + t);
+      x = count == splat(-INFINITY) ? count : x + count;  // what stands for nothing may be NaN
+    }
     if (t < begin || t + kLanes > end) x = keep_lanes(x, begin - t, end - t);
     store(score + t, x);
     tile_max = max(x, tile_max);
@@ -227,6 +232,7 @@ bool locate(const AttendArgs& args, const WorkItem& item, int64_t head, int64_t 
   tile.begin = begin;
   tile.end = tile.valid_end = end;
   tile.valid_begin = max64(begin, item.token_begin);
+  tile.log_counts = kv.log_counts == nullptr ? nullptr : kv.log_counts_of(item.seq, head) + begin;
   for (int64_t t = begin, block = 0; t < end; t += kBlockTokens, ++block) {
     const int64_t entry = kv.table.slot(item.seq, head, t / size);
     if (entry < 0 || entry >= kv.num_entries()) return false;

@@ -15,10 +15,17 @@ namespace {
 
 constexpr int64_t kLineWords = kLineBytes / 4;
 
-// sum[row][lane] = codes[line][lane] . weights[row][line][lane], over all lines.
+// How far ahead codes are asked for: from memory, the hardware's own prefetch alone reads them at half the speed.
+constexpr int64_t kCodesAhead = 4096;
+
+// A number for each word of a line.
+struct alignas(kLineBytes) LineSum {
+  int32_t words[kLineWords];
+};
+
+// sum[row].words[lane] = codes[line][lane] . weights[row][line][lane], over all lines.
 template <int kRows>
-inline void dot_lines(const uint8_t* codes, int64_t num_lines, const int8_t* weights, int64_t row_bytes,
-                      int32_t (*sum)[kLineWords]) {
+inline void dot_lines(const uint8_t* codes, int64_t num_lines, const int8_t* weights, int64_t row_bytes, LineSum* sum) {
 #if defined(__AVX2__)
   // Even and odd codes as 16-bit numbers, of which an instruction adds neighbouring products.
   constexpr int kHalves = kLineBytes / 32;
@@ -28,6 +35,7 @@ inline void dot_lines(const uint8_t* codes, int64_t num_lines, const int8_t* wei
     for (int half = 0; half < kHalves; ++half) acc[r][half] = _mm256_setzero_si256();
   }
   for (int64_t line = 0; line < num_lines; ++line) {
+    __builtin_prefetch(codes + line * kLineBytes + kCodesAhead);
     for (int half = 0; half < kHalves; ++half) {
       const int64_t at = line * kLineBytes + half * 32;
       const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + at));
@@ -40,20 +48,20 @@ inline void dot_lines(const uint8_t* codes, int64_t num_lines, const int8_t* wei
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) std::memcpy(sum[r], acc[r], sizeof acc[r]);
+  for (int r = 0; r < kRows; ++r) std::memcpy(sum + r, acc[r], sizeof acc[r]);
 #else
   for (int r = 0; r < kRows; ++r) {
-    int32_t acc[kLineWords] = {};
+    LineSum acc{};
     for (int64_t line = 0; line < num_lines; ++line) {
       const uint8_t* const x = codes + line * kLineBytes;
       const int8_t* const w = weights + r * row_bytes + line * kLineBytes;
       for (int64_t lane = 0; lane < kLineWords; ++lane) {
         int32_t word = 0;
         for (int64_t i = 0; i < 4; ++i) word += static_cast<int32_t>(x[lane * 4 + i]) * w[lane * 4 + i];
-        acc[lane] += word;
+        acc.words[lane] += word;
       }
     }
-    std::memcpy(sum[r], acc, sizeof acc);
+    sum[r] = acc;
   }
 #endif
 }
@@ -63,20 +71,21 @@ inline void dot_lines(const uint8_t* codes, int64_t num_lines, const int8_t* wei
 template <int kRows>
 __attribute__((target("avx512vnni"))) inline void dot_lines_vnni(const uint8_t* codes, int64_t num_lines,
                                                                  const int8_t* weights, int64_t row_bytes,
-                                                                 int32_t (*sum)[kLineWords]) {
+                                                                 LineSum* sum) {
   __m512i acc[kRows];
   for (int r = 0; r < kRows; ++r) acc[r] = _mm512_setzero_si512();
   for (int64_t line = 0; line < num_lines; ++line) {
+    __builtin_prefetch(codes + line * kLineBytes + kCodesAhead);
     const __m512i x = _mm512_loadu_si512(codes + line * kLineBytes);
     for (int r = 0; r < kRows; ++r) {
       acc[r] = _mm512_dpbusd_epi32(acc[r], x, _mm512_loadu_si512(weights + r * row_bytes + line * kLineBytes));
     }
   }
-  for (int r = 0; r < kRows; ++r) _mm512_storeu_si512(sum[r], acc[r]);
+  for (int r = 0; r < kRows; ++r) _mm512_store_si512(sum + r, acc[r]);
 }
 #endif
 
-using DotLines = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t (*)[kLineWords]);
+using DotLines = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, LineSum*);
 
 // For 1, 2, 3 and 4 rows.
 inline const DotLines* dots() {
@@ -92,7 +101,7 @@ inline const DotLines* dots() {
 template <class Visit>
 inline void for_each_row(const DotLines* dot, const uint8_t* codes, const CodeQueries& q, int64_t first_row,
                          const Visit& visit) {
-  int32_t sum[4][kLineWords];
+  LineSum sum[4];
   const int64_t num_lines = q.num_lines, row_bytes = num_lines * kLineBytes;
   for (int64_t row = first_row; row < first_row + q.rows_per_head; row += 4) {
     const int64_t num = min64(4, first_row + q.rows_per_head - row);
@@ -162,19 +171,24 @@ void make_bounds(const Arena& arena, const char* panel, int64_t lane, uint8_t* c
   put_bounds(rows, arena.head_dim, lane, codes, step);
 }
 
+typedef float Blocks __attribute__((vector_size(kLaneBlocks * 4)));
+typedef int32_t IBlocks __attribute__((vector_size(kLaneBlocks * 4)));
+
 void score_bounds(const CodeQueries& q, const uint8_t* codes, const float* steps, int64_t first_row, int64_t num_blocks,
                   float* scores) {
   const DotLines* const dot = dots();
-  for (int64_t block = 0; block < num_blocks; block += kLaneBlocks) {
-    float best[kLaneBlocks] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-    for_each_row(dot, codes, q, first_row, [&](int64_t row, const int32_t* sum) {
-      for (int64_t i = 0; i < kLaneBlocks; ++i) {
-        const int32_t dot = sum[i] + sum[4 + i] + sum[8 + i] + sum[12 + i] - q.offsets[row];
-        best[i] = larger(best[i], static_cast<float>(dot) * q.scales[row]);
-      }
+  for (int64_t block = 0; block < num_blocks; block += kLaneBlocks, codes += q.num_lines * kLineBytes) {
+    Blocks best = Blocks{} - INFINITY, step;
+    for_each_row(dot, codes, q, first_row, [&](int64_t row, const LineSum& sum) {
+      IBlocks words[kLineWords / kLaneBlocks];  // of all four blocks
+      std::memcpy(words, &sum, sizeof words);
+      const IBlocks product = words[0] + words[1] + words[2] + words[3] - q.offsets[row];
+      const Blocks x = __builtin_convertvector(product, Blocks) * q.scales[row];
+      best = x > best ? x : best;
     });
-    for (int64_t i = 0; i < min64(kLaneBlocks, num_blocks - block); ++i) scores[block + i] = best[i] * steps[block + i];
-    codes += q.num_lines * kLineBytes;
+    std::memcpy(&step, steps + block, sizeof step);  // whole units have one
+    best *= step;
+    std::memcpy(scores + block, &best, min64(kLaneBlocks, num_blocks - block) * sizeof(float));
   }
 }
 
@@ -182,12 +196,15 @@ void score_columns(const CodeQueries& q, const uint8_t* codes, const float*, int
                    float* scores) {
   const DotLines* const dot = dots();
   for (int64_t block = 0; block < num_blocks; ++block, codes += q.num_lines * kLineBytes) {
-    scores[block] = -INFINITY;
-    for_each_row(dot, codes, q, first_row, [&](int64_t row, const int32_t* sum) {
-      int32_t most = sum[0];
-      for (int64_t lane = 1; lane < kLineWords; ++lane) most = sum[lane] > most ? sum[lane] : most;
-      scores[block] = larger(scores[block], static_cast<float>(most - q.offsets[row]) * q.scales[row]);
+    Vec best = splat(-INFINITY);
+    for_each_row(dot, codes, q, first_row, [&](int64_t row, const LineSum& sum) {
+      for (int64_t token = 0; token < kBlockTokens; token += kLanes) {
+        IVec product;
+        std::memcpy(&product, sum.words + token, sizeof product);
+        best = max(__builtin_convertvector(product - q.offsets[row], Vec) * q.scales[row], best);
+      }
     });
+    scores[block] = reduce_max(best);
   }
 }
 

@@ -1,7 +1,7 @@
 """Clusters of far blocks: what is known of them, how they score, and what is estimated of those left out."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -13,7 +13,8 @@ from torch import Tensor
 from tandemkv.attention import extend_and_attend, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, LayerKV
 from tandemkv.errors import InputError
-from tandemkv.kernels.blocks import FarPages
+from tandemkv.kernels import attend
+from tandemkv.kernels.blocks import ChosenBlocks, FarPages
 from tandemkv.select import SELECTORS, Digester, Estimator, Sparse, Summaries
 from tandemkv.select.clusters import MIN_SEGMENT_BLOCKS, Clustered, Clusters, _k_means
 from tandemkv.types import BLOCK_TOKENS, Arena, PageLayout, Partial, ScoreRule
@@ -89,6 +90,21 @@ def left_out(text: Text, num_blocks: int, share: float, seed: int = 5) -> Tensor
     return (drawn < share) & text.is_real(num_blocks).any(-1)[:, None]
 
 
+def estimated(
+    policy: Clusters, q: Tensor, is_left: Tensor, summaries: Summaries, rule: ScoreRule | None = None
+) -> Partial:
+    """Attention over what stands for these blocks: all others are chosen."""
+    chosen = ChosenBlocks.allocate(ARENA, q.shape[0], max(1, is_left.shape[2]))
+    for seq, head in product(range(q.shape[0]), range(NUM_KV_HEADS)):
+        blocks = (~is_left[seq, head]).nonzero()[:, 0]
+        chosen.blocks[seq, head, : len(blocks)] = blocks
+        chosen.run.kv_len[seq, head] = BLOCK_TOKENS * len(blocks)
+    if not is_left.shape[2]:  # no selector is asked where nothing is far
+        return Partial(torch.zeros(q.shape), torch.full(q.shape[:3], -math.inf))
+    run = policy.estimate(chosen, summaries)
+    return attend(q, run, rule=ScoreRule(SCALE) if rule is None else rule, pool=worker_pool())
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, rule: ScoreRule) -> Partial:
     """One KV head in float64; visible: `[num_seqs, num_tokens]`."""
     scores = rule.scale * (q.double() @ k.double().mT)
@@ -139,7 +155,7 @@ def test_what_is_alike_is_estimated_exactly(
     text, rule = Text(*repeated_kv(num_blocks, kv_start, run=8), kv_start), ScoreRule(SCALE, softcap)
     policy, q = Clusters(cluster_blocks=4, segment_blocks=128), queries(len(kv_start), q_len)
     known, is_left = text.digest(policy, num_blocks), left_out(text, num_blocks, share)
-    found = policy.estimate(q, is_left, text.summaries(known), rule)
+    found = estimated(policy, q, is_left, text.summaries(known), rule)
     visible = (is_left[..., None] & text.is_real(num_blocks)[:, None]).flatten(2)
     k, v = text.k.nan_to_num(), text.v.nan_to_num()
     for head in range(NUM_KV_HEADS):
@@ -159,7 +175,7 @@ def test_without_a_question_every_token_left_out_counts_as_one(kv_start: list[in
     is_real = text.is_real(num_blocks)
     for share in (0.3, 1.0):
         is_left = left_out(text, num_blocks, share)
-        found = SMALL.estimate(q, is_left, text.summaries(known), ScoreRule(SCALE))
+        found = estimated(SMALL, q, is_left, text.summaries(known))
         num_tokens = (is_left * is_real.sum(-1)[:, None]).sum(-1).repeat_interleave(GROUP_SIZE, 1)
         torch.testing.assert_close(found.lse, num_tokens.log()[..., None].expand(-1, -1, 2), rtol=1e-6, atol=0)
     values = text.v.nan_to_num().double().sum(2) / is_real.sum((1, 2))[:, None, None]
@@ -174,7 +190,7 @@ def test_a_block_that_is_alone_counts_with_its_own_means() -> None:
     assert known.num_alone == 4
     is_left = torch.zeros(1, NUM_KV_HEADS, num_blocks, dtype=torch.bool)
     is_left[:, :, 97] = True
-    found = SMALL.estimate(q, is_left, text.summaries(known), ScoreRule(SCALE))
+    found = estimated(SMALL, q, is_left, text.summaries(known))
     k, v = (x.mean(2, keepdim=True).repeat_interleave(GROUP_SIZE, 1) for x in text.read(97, 98))
     torch.testing.assert_close(found.out, v)
     torch.testing.assert_close(found.lse, SCALE * (q * k).sum(-1) + math.log(BLOCK_TOKENS))
@@ -265,7 +281,8 @@ def test_nothing_new_costs_nothing_and_the_same_again_is_the_same() -> None:
     text = random_text(200, [0, 37])
     known = text.digest(SMALL, 200)
     assert text.digest(SMALL, 200, known) is known
-    assert all(torch.equal(x, y) for x, y in zip(known[:4], text.digest(SMALL, 200)[:4], strict=True))
+    again = text.digest(SMALL, 200)
+    assert all(torch.equal(getattr(known, x), getattr(again, x)) for x in ("labels", "keys", "values", "kv_start"))
 
 
 def test_other_padding_is_another_text() -> None:
@@ -284,7 +301,7 @@ def test_a_bad_key_is_seen_and_spoils_its_cluster_alone(bad: float) -> None:
     assert not scores[0, 0, is_spoilt].isfinite().any()
     assert scores[0, 0, ~is_spoilt].isfinite().all()
     assert scores[0, 1].isfinite().all()
-    found = SMALL.estimate(q, ~is_spoilt.expand(1, NUM_KV_HEADS, -1), text.summaries(known), ScoreRule(SCALE))
+    found = estimated(SMALL, q, ~is_spoilt.expand(1, NUM_KV_HEADS, -1), text.summaries(known))
     assert found.out.isfinite().all()
 
 

@@ -50,6 +50,7 @@ class Run:
         kv_start: int,
         kv_len: int,
         of_blocks: bool,
+        log_counts: int,
     ) -> None: ...
 
 class ScoreRule:

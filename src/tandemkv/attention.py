@@ -14,7 +14,7 @@ from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, gather, merge
 from tandemkv.lanes import LANES, PendingPartial
 from tandemkv.select import MAX_SELECT_QUERIES
-from tandemkv.selection import estimates, learn, observe_chunk, observer_of, taking_part, what_is_left
+from tandemkv.selection import is_verified, learn, observe_chunk, observer_of, taking_part, verified_rest
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
 from tandemkv.verification import Step
 
@@ -46,9 +46,9 @@ def decode_step(
     with layer.extended(q.shape[2]) as held:  # one processor reaches near and far: one call
         runs = (*taking_part(q, layer, held, pool), held.near)
         mass = None if observer_of(layer) is None else block_mass(q, *runs)
-        if estimates(layer):
+        if is_verified(layer):
             layer.write(k, v)
-            out = _attend_and_estimate(Step(q, rule, pool, sink_logit), layer, runs, mass)
+            out = _attend_and_verify(Step(q, rule, pool, sink_logit), layer, runs, mass)
         else:
             out = append_and_attend(q, k, v, *runs, rule=rule, sink_logit=sink_logit, pool=pool, mass=mass)
         if mass is not None:
@@ -56,10 +56,10 @@ def decode_step(
         return out
 
 
-def _attend_and_estimate(step: Step, layer: LayerKV, runs: tuple[PagedKV, ...], mass: Tensor | None) -> Tensor:
-    """Attention over these runs, and an estimate of what they leave out; as `decode_step` returns it."""
+def _attend_and_verify(step: Step, layer: LayerKV, runs: tuple[PagedKV, ...], mass: Tensor | None) -> Tensor:
+    """Attention over these runs, and over a sample of what they leave out; as `decode_step` returns it."""
     exact = attend(step.q, *runs, rule=step.rule, causal=True, mass=mass, pool=step.pool)
-    parts = [exact, *what_is_left(step, layer, runs, exact)]
+    parts = [exact, *verified_rest(step, layer, runs, exact)]
     whole = merge(parts, step.pool, sink_logit=step.sink_logit)
     return whole.out.transpose(1, 2).to(step.q.dtype).contiguous()
 

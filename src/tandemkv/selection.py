@@ -45,7 +45,10 @@ def taking_part(q: Tensor, layer: LayerKV, held: Held, pool: "WorkerPool") -> tu
     num_wanted = (sparse.budget_tokens - layer.num_near_tokens) // BLOCK_TOKENS
     if num_wanted >= layer.num_far_blocks and not _forgets(layer):
         return held.far
-    return (_choose(q, layer, num_wanted, sparse, pool).run,)
+    chosen = _choose(q, layer, num_wanted, sparse, pool)
+    if sparse.estimator is None or sparse.verified is not None:
+        return (chosen.run,)
+    return chosen.run, sparse.estimator.estimate(chosen, layer.summaries())
 
 
 def observer_of(layer: LayerKV) -> Observer | None:
@@ -70,6 +73,9 @@ def learn(layer: LayerKV, mass: Tensor, runs: tuple[PagedKV, ...], *, is_decoded
     """
     observer, known = observer_of(layer), layer.known()
     assert observer is not None
+    columns = mass.split([run.num_blocks for run in runs], -1)
+    mass = torch.cat([x for x, run in zip(columns, runs, strict=True) if not run.stands_in], -1)
+    runs = tuple(run for run in runs if not run.stands_in)
     q_len, num_listed = mass.shape[2], sum(run.num_blocks for run in runs[:-1])
     mass = mass.unflatten(1, (known.far.shape[1], -1)).amax(2)[..., : num_listed + known.near.shape[2]]
     chosen = _chosen_in(layer, runs)
@@ -116,30 +122,20 @@ def observe_chunk(q: Tensor, layer: LayerKV, rule: ScoreRule, pool: "WorkerPool"
         learn(layer, mass, runs, is_decoded=False)
 
 
-def estimates(layer: LayerKV) -> bool:
-    """Whether what is left out is not dropped."""
-    sparse = layer.sparse
-    return sparse is not None and sparse.estimates
+def is_verified(layer: LayerKV) -> bool:
+    """Whether what is left out is sampled, with a promise."""
+    return layer.sparse is not None and layer.sparse.verified is not None
 
 
-def what_is_left(step: Step, layer: LayerKV, runs: tuple[PagedKV, ...], exact: Partial) -> list[Partial]:
-    """What the far tokens that these runs leave out would add, estimated; nothing where none is left out.
+def verified_rest(step: Step, layer: LayerKV, runs: tuple[PagedKV, ...], exact: Partial) -> list[Partial]:
+    """What the far tokens that these runs leave out would add, sampled; nothing where none is left out.
 
     exact: the attention of the step's queries over these runs, without a sink's logit.
     """
-    chosen, sparse = _chosen_in(layer, runs), layer.sparse
-    assert sparse is not None
-    if sparse.verified is not None:
-        rest = None if chosen is None else attend_rest(step, layer, chosen, exact)
-        layer.knowledge = layer.knowledge._replace(tally=_tally(layer, rest))
-        return [] if rest is None else rest.parts
-    if chosen is None:
-        return []
-    estimator, summaries = sparse.estimator, layer.summaries()
-    assert estimator is not None
-    shape = (step.q.shape[0], summaries.num_kv_heads, summaries.num_blocks)
-    is_chosen = chosen.mark(torch.zeros(shape, dtype=torch.float32, device="cpu"), 1.0) > 0
-    return [estimator.estimate(step.q, ~(is_chosen | summaries.is_padding), summaries, step.rule)]
+    chosen = _chosen_in(layer, runs)
+    rest = None if chosen is None else attend_rest(step, layer, chosen, exact)
+    layer.knowledge = layer.knowledge._replace(tally=_tally(layer, rest))
+    return [] if rest is None else rest.parts
 
 
 def _tally(layer: LayerKV, rest: Rest | None) -> Tally:

@@ -183,6 +183,8 @@ class PagedKV:
     kv_start, kv_len: int64 `[num_seqs]` on the CPU: the tokens of the run that exist (padding before, nothing behind).
     of_blocks: entries are not pages but blocks of 16 tokens, `slot * num_kv_heads * blocks of a page + block in the
         page`, and every head has a run of its own: kv_start and kv_len are `[num_seqs, num_kv_heads]`.
+    log_counts: float32 `[num_seqs, num_kv_heads, tokens of the table]` on the CPU, contiguous: each token stands for
+        several, which are so many; -inf for none, then the token may be NaN in K. It is added to the token's score.
     """
 
     arena: Arena
@@ -190,6 +192,7 @@ class PagedKV:
     kv_start: Tensor
     kv_len: Tensor
     of_blocks: bool = False
+    log_counts: Tensor | None = None
 
     def __post_init__(self) -> None:
         tensors = self.page_table, self.kv_start, self.kv_len
@@ -206,6 +209,11 @@ class PagedKV:
     def num_blocks(self) -> int:
         """Blocks that the table has room for."""
         return self.page_table.shape[2] * self.entry_tokens // BLOCK_TOKENS
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether its tokens stand for others."""
+        return self.log_counts is not None
 
 
 def _is_number(value: object) -> bool:

@@ -269,7 +269,9 @@ def _run_layout(kv: PagedKV) -> tuple[object, ...]:
     arena, table, kv_start, kv_len = kv.arena, kv.page_table, kv.kv_start, kv.kv_len
     addresses = arena.k.data_ptr(), arena.v.data_ptr(), table.data_ptr(), kv_start.data_ptr(), kv_len.data_ptr()
     sizes = arena.k.shape, arena.head_dim, arena.v_head_dim, table.shape, kv_start.shape, kv_len.shape
-    return addresses, sizes, table.stride(), arena.layout, table.dtype, kv_start.dtype, kv_len.dtype, kv.of_blocks
+    dtypes = arena.layout, table.dtype, kv_start.dtype, kv_len.dtype
+    counts = None if kv.log_counts is None else (kv.log_counts.data_ptr(), kv.log_counts.shape)
+    return addresses, sizes, table.stride(), dtypes, kv.of_blocks, counts
 
 
 def _native_run(kv: PagedKV) -> _native.Run:
@@ -287,9 +289,23 @@ def _native_run(kv: PagedKV) -> _native.Run:
             got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             raise InputError(f"{name} must be contiguous int64 {list(shape)} on the CPU, got {got}")
     strides, at = (table.stride(0), table.stride(1)), (kv.kv_start.data_ptr(), kv.kv_len.data_ptr())
-    run = _native.Run(native_arena(arena), table.data_ptr(), strides, num_seqs, table.shape[2], *at, kv.of_blocks)
+    table_of = table.data_ptr(), strides, num_seqs, table.shape[2]
+    run = _native.Run(native_arena(arena), *table_of, *at, kv.of_blocks, _log_counts(kv))
     _runs[kv] = layout, run
     return run
+
+
+def _log_counts(kv: PagedKV) -> int:
+    """Address, or 0 for none."""
+    counts, table = kv.log_counts, kv.page_table
+    if counts is None:
+        return 0
+    expected = (*table.shape[:2], table.shape[2] * kv.entry_tokens)
+    good = isinstance(counts, Tensor) and counts.dtype == torch.float32 and counts.shape == expected
+    if not good or not counts.is_contiguous() or counts.device.type != "cpu":
+        got = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else _types_of(counts)
+        raise InputError(f"log_counts must be contiguous float32 {list(expected)} on the CPU, got {got}")
+    return counts.data_ptr()
 
 
 def _native_rule(rule: ScoreRule, causal: bool, num_runs: int) -> _native.ScoreRule:
@@ -324,8 +340,9 @@ def _check_query(q: Tensor, runs: Sequence[PagedKV], causal: bool) -> None:
         raise InputError(f"q_len must be at least 1, got {list(q.shape)}")
     if arena.num_kv_heads < 1 or q.shape[1] < 1 or q.shape[1] % arena.num_kv_heads:
         raise InputError(f"query heads must be a multiple of the {arena.num_kv_heads} KV heads, got {q.shape[1]}")
-    if causal and runs[-1].of_blocks:
-        raise InputError("causal queries are the last tokens of the last run: expected pages there, got blocks")
+    if causal and (runs[-1].of_blocks or runs[-1].stands_in):
+        kind = "blocks" if runs[-1].of_blocks else "tokens that stand for others"
+        raise InputError(f"causal queries are the last tokens of the last run: expected pages there, got {kind}")
     for kv in runs:
         if kv.page_table.shape[:1] != q.shape[:1]:
             got = list(kv.page_table.shape)

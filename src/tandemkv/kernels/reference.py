@@ -31,6 +31,8 @@ def attend(q: Tensor, kv: PagedKV, *, rule: ScoreRule, causal: bool) -> Partial:
                 scores = rule.scale * (k[seen].double() @ q[seq, head, i].double())
                 if rule.softcap is not None:
                     scores = rule.softcap * torch.tanh(scores / rule.softcap)
+                if kv.log_counts is not None:
+                    scores = scores + kv.log_counts[seq, head // group_size, first:last].double()
                 lse[seq, head, i] = torch.logsumexp(scores, 0)
                 out[seq, head, i] = torch.softmax(scores, 0) @ v[seen].double()
     return Partial(out, lse)

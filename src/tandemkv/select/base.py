@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tandemkv.kernels.blocks import BlockCodes, FarPages, score_blocks
-from tandemkv.types import BLOCK_TOKENS, Arena, Partial, ScoreRule
+from tandemkv.kernels.blocks import BlockCodes, ChosenBlocks, FarPages, score_blocks
+from tandemkv.types import BLOCK_TOKENS, Arena, PagedKV
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -139,8 +139,11 @@ class Digester(Selector, Protocol):
 class Estimator(Selector, Protocol):
     """Says what the blocks that were left out would have added."""
 
-    def estimate(self, q: Tensor, is_left_out: Tensor, summaries: Summaries, rule: ScoreRule) -> Partial:
-        """Attention of q over the blocks of which bool `[num_seqs, num_kv_heads, num_blocks]` is true, estimated."""
+    def estimate(self, chosen: ChosenBlocks, summaries: Summaries) -> PagedKV:
+        """Tokens that stand for all blocks but these: a run with `log_counts`, attended beside them in one call.
+
+        The run may be the last call's, written anew.
+        """
 
 
 def group_rows(x: Tensor, num_kv_heads: int) -> Tensor:

@@ -1,22 +1,27 @@
 """Groups of far blocks with keys alike (RetroInfer, 2505.02922): the best are attended, the others are estimated."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError
-from tandemkv.kernels.blocks import FarPages
+from tandemkv.kernels import append
+from tandemkv.kernels.blocks import ChosenBlocks, FarPages
 from tandemkv.select.base import Summaries, group_rows
-from tandemkv.types import BLOCK_TOKENS, Partial, ScoreRule
+from tandemkv.types import BLOCK_TOKENS, Arena, PagedKV, PageLayout
 
 # Fewer blocks than this are not worth a segment.
 MIN_SEGMENT_BLOCKS = 64
 
 # The mean cosine to the own centre, with random keys and with clustered ones, is 0.3385 and 0.7787 after 4 as after 20.
 _ROUNDS = 4
+
+# Groups of a page of those that stand for tokens: as many as a tile of the kernel.
+_PAGE_GROUPS = 64
 
 
 class Segment(NamedTuple):
@@ -26,7 +31,16 @@ class Segment(NamedTuple):
     num_clusters: int
 
 
-class Clustered(NamedTuple):
+class StandIns(NamedTuple):
+    """A token for every group, its means. run: the tokens, whose `log_counts` every step writes; num_tokens: float32
+    `[num_seqs, num_kv_heads, tokens of the run]`, those that each stands for where nothing is chosen."""
+
+    run: PagedKV
+    num_tokens: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Clustered:
     """What is known of blocks `[0, num_blocks)`: the group of each. A `Digest`.
 
     The map of a head's blocks, and of its groups:
@@ -37,13 +51,14 @@ class Clustered(NamedTuple):
 
     labels: int64 `[num_seqs, num_kv_heads, num_blocks]`, a block's group. keys, values: float32
     `[num_seqs, num_kv_heads, num_groups, head_dim and v_head_dim]`, the means of a group's tokens without padding, 0
-    where it has none. kv_start: int64 `[num_seqs]`, what counted as padding. segments: in order.
+    where it has none. kv_start: int64 `[num_seqs]`, what counted as padding. dtype: of the model. segments: in order.
     """
 
     labels: Tensor
     keys: Tensor
     values: Tensor
     kv_start: Tensor
+    dtype: torch.dtype
     segments: tuple[Segment, ...] = ()
 
     @staticmethod
@@ -51,7 +66,8 @@ class Clustered(NamedTuple):
         """Of no blocks."""
         shape = far.slots.shape[0], far.arena.num_kv_heads, 0
         keys, values = (torch.zeros((*shape, dim), device="cpu") for dim in (far.arena.head_dim, far.arena.v_head_dim))
-        return Clustered(torch.zeros(shape, dtype=torch.int64, device="cpu"), keys, values, far.kv_start)
+        labels = torch.zeros(shape, dtype=torch.int64, device="cpu")
+        return Clustered(labels, keys, values, far.kv_start, far.arena.layout.dtype)
 
     @property
     def num_blocks(self) -> int:
@@ -70,7 +86,8 @@ class Clustered(NamedTuple):
 
     def of(self, seqs: Tensor) -> "Clustered":
         """See `Digest`."""
-        return Clustered(self.labels[seqs], self.keys[seqs], self.values[seqs], self.kv_start[seqs], self.segments)
+        labels, keys, values = (x[seqs] for x in (self.labels, self.keys, self.values))
+        return replace(self, labels=labels, keys=keys, values=values, kv_start=self.kv_start[seqs])
 
     def cut(self, num_blocks: int) -> "Clustered":
         """See `Digest`: a segment that reaches beyond is gone, and what comes behind it."""
@@ -78,16 +95,15 @@ class Clustered(NamedTuple):
         last = kept[-1] if kept else Segment(0, 0)
         end = min(num_blocks, self.num_blocks) if last == self.in_segments else last.num_blocks
         groups = slice(last.num_clusters + end - last.num_blocks)
-        return Clustered(
-            self.labels[..., :end], self.keys[:, :, groups], self.values[:, :, groups], self.kv_start, kept
-        )
+        keys, values = self.keys[:, :, groups], self.values[:, :, groups]
+        return replace(self, labels=self.labels[..., :end], keys=keys, values=values, segments=kept)
 
     def followed_by(self, keys: Tensor, values: Tensor) -> "Clustered":
         """With more blocks, each alone, of these means."""
         new = torch.arange(keys.shape[2], device="cpu") + self.keys.shape[2]
         labels = torch.cat([self.labels, new.expand(*keys.shape[:2], -1)], 2)
         keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        return self._replace(labels=labels, keys=keys, values=values)
+        return replace(self, labels=labels, keys=keys, values=values)
 
     def with_segment(self, num_blocks: int, num_clusters: int) -> "Clustered":
         """The first so many blocks that are alone become a segment."""
@@ -100,13 +116,41 @@ class Clustered(NamedTuple):
         )
         end = Segment(first + num_blocks, old + num_clusters)
         alone = self.labels[..., end.num_blocks :] + (num_clusters - num_blocks)
-        return Clustered(
-            torch.cat([self.labels[..., :first], labels + old, alone], 2),
-            torch.cat([self.keys[:, :, :old], keys, self.keys[:, :, blocks.stop :]], 2),
-            torch.cat([self.values[:, :, :old], values, self.values[:, :, blocks.stop :]], 2),
-            self.kv_start,
-            (*self.segments, end),
+        return replace(
+            self,
+            labels=torch.cat([self.labels[..., :first], labels + old, alone], 2),
+            keys=torch.cat([self.keys[:, :, :old], keys, self.keys[:, :, blocks.stop :]], 2),
+            values=torch.cat([self.values[:, :, :old], values, self.values[:, :, blocks.stop :]], 2),
+            segments=(*self.segments, end),
         )
+
+    @cached_property
+    def block_tokens(self) -> Tensor:
+        """float32 `[num_seqs, num_blocks]`: tokens of each block that are no padding."""
+        return _real_tokens(self.kv_start, 0, self.num_blocks)
+
+    @cached_property
+    def stand_ins(self) -> StandIns:
+        """A token for every group, in pages that the kernel attends to. NaN and infinities stay what they are."""
+        num_seqs, num_kv_heads, num_groups, head_dim = self.keys.shape
+        num_pages, spare = -(-num_groups // _PAGE_GROUPS), -num_groups % _PAGE_GROUPS
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, spare)).to(self.dtype) for x in (self.keys, self.values))
+        layout = PageLayout(self.dtype, _PAGE_GROUPS, "panels")
+        counts = torch.zeros(k.shape[:3], device="cpu")
+        counts.scatter_add_(2, self.labels, self.block_tokens[:, None].expand(self.labels.shape))
+        with torch.inference_mode(False):  # written again, maybe outside of it
+            arena = Arena.allocate(layout, num_seqs * num_pages, num_kv_heads, head_dim, v_head_dim=v.shape[3])
+            table = torch.arange(num_seqs * num_pages, dtype=torch.int32, device="cpu").view(num_seqs, 1, num_pages)
+            kv_start = torch.zeros(num_seqs, dtype=torch.int64, device="cpu")
+            run = PagedKV(
+                arena,
+                table.expand(-1, num_kv_heads, -1),
+                kv_start,
+                torch.full_like(kv_start, num_groups + spare),
+                log_counts=torch.empty(k.shape[:3], device="cpu"),
+            )
+        append(arena, run.page_table, 0, k, v)
+        return StandIns(run, counts)
 
 
 @dataclass(frozen=True)
@@ -135,7 +179,8 @@ class Clusters:
         self, old: Clustered | None, far: FarPages, read: Callable[[int, int], tuple[Tensor, Tensor]]
     ) -> Clustered:
         """See `Digester`. Other padding than before is another text: everything is read again."""
-        known = old if old is not None and torch.equal(old.kv_start, far.kv_start) else Clustered.none(far)
+        is_same = old is not None and (old.kv_start is far.kv_start or torch.equal(old.kv_start, far.kv_start))
+        known = old if old is not None and is_same else Clustered.none(far)
         for first in range(known.num_blocks, far.num_blocks, self.segment_blocks):
             last = min(first + self.segment_blocks, far.num_blocks)
             num_tokens = _real_tokens(far.kv_start, first, last)
@@ -151,21 +196,15 @@ class Clusters:
         rows = group_rows(q.float(), summaries.num_kv_heads)
         return (rows @ known.keys.mT).amax(2).gather(2, known.labels)
 
-    def estimate(self, q: Tensor, is_left_out: Tensor, summaries: Summaries, rule: ScoreRule) -> Partial:
+    def estimate(self, chosen: ChosenBlocks, summaries: Summaries) -> PagedKV:
         """See `Estimator`. A block that is in no segment counts with its own means."""
         known: Clustered = summaries.digest
-        num_left = is_left_out * _real_tokens(known.kv_start, 0, known.num_blocks)[:, None]
-        counts = torch.zeros(known.keys.shape[:3], device="cpu").scatter_add_(2, known.labels, num_left)
-        scores = rule.scale * (group_rows(q.float(), summaries.num_kv_heads) @ known.keys.mT)
-        if rule.softcap is not None:
-            scores = rule.softcap * torch.tanh(scores / rule.softcap)
-        # What counts for nothing may hold NaN, of which zero times is not zero.
-        is_empty = counts == 0
-        scores = (scores + counts.log()[:, :, None]).masked_fill(is_empty[:, :, None], -torch.inf)
-        lse = torch.logsumexp(scores, -1)
-        weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-        out = weights @ known.values.masked_fill(is_empty[..., None], 0.0)
-        return Partial(out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3]))
+        blocks, stand_ins = chosen.blocks.long(), known.stand_ins
+        taken = known.block_tokens[:, None].expand(-1, blocks.shape[1], -1).gather(2, blocks) * chosen.is_chosen
+        left = stand_ins.num_tokens.scatter_add(2, known.labels.gather(2, blocks), -taken)
+        assert stand_ins.run.log_counts is not None
+        torch.log(left, out=stand_ins.run.log_counts)
+        return stand_ins.run
 
 
 def _real_tokens(kv_start: Tensor, first: int, last: int) -> Tensor:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tandemkv.kernels.blocks import FarPages
+from tandemkv.kernels.blocks import ChosenBlocks, FarPages
 from tandemkv.select.base import Summaries
 from tandemkv.select.clusters import Clustered, Clusters
 from tandemkv.select.columns import Columns
-from tandemkv.types import Partial, ScoreRule
+from tandemkv.types import PagedKV
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,6 @@ class Tandem(Columns):
         """See `Digester`."""
         return self._clusters.digest(old, far, read)
 
-    def estimate(self, q: Tensor, is_left_out: Tensor, summaries: Summaries, rule: ScoreRule) -> Partial:
+    def estimate(self, chosen: ChosenBlocks, summaries: Summaries) -> PagedKV:
         """See `Estimator`."""
-        return self._clusters.estimate(q, is_left_out, summaries, rule)
+        return self._clusters.estimate(chosen, summaries)
