@@ -183,6 +183,12 @@ struct CodeQueries {
   int64_t rows_per_head, num_lines;
 };
 
+// The highest of some ranks: those above `rank`, and the first `num_equal` of those that equal it.
+struct Cut {
+  int32_t rank;
+  int64_t num_equal;
+};
+
 // What one instruction set provides; see kernel.cc, which is compiled once for each.
 struct KernelTable {
   const char* name;
@@ -199,6 +205,9 @@ struct KernelTable {
                        int64_t num_blocks, float* scores);
   void (*score_columns)(const CodeQueries& q, const uint8_t* codes, const float* steps, int64_t first_row,
                         int64_t num_blocks, float* scores);
+  // What scores are as numbers that sort alike, -inf as INT32_MIN and NaN as INT32_MAX, and the cut above which the
+  // `num_wanted` highest lie; no INT32_MIN is among them. ranks: room for num and 15 more.
+  Cut (*cut)(const float* scores, int64_t num, int64_t num_wanted, int32_t* ranks);
   // Reads every byte with plain loads, asking for lines `prefetch_bytes` ahead where that is not 0.
   uint64_t (*read)(const char* data, int64_t num_bytes, int64_t prefetch_bytes);
   // What bf16 products are made of, from registers alone; how many multiply-adds those were.

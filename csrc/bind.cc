@@ -248,30 +248,26 @@ NB_MODULE(_native, m) {
   // slots: [num_seqs][num_pages], the same for all heads.
   m.def(
       "score_blocks",
-      [](WorkerPool& pool, const std::string& isa, const BlockCodes& codes, Address rows, const Four& shape,
-         Address directions, int64_t num_columns, Address slots, int64_t slot_stride, int64_t num_pages,
-         Address scores) {
+      [](WorkerPool& pool, const std::string& isa, const BlockCodes& codes, Address rows, DType dtype,
+         const Four& shape, Address directions, int64_t num_columns, Address slots, int64_t slot_stride,
+         int64_t num_pages, Address scores) {
         const KernelTable& kernels = kernels_named(isa);
         const auto [num_seqs, num_kv_heads, rows_per_head, dim] = shape;
-        const QueryRows q{as<const float>(rows),
-                          as<const float>(directions),
-                          num_seqs,
-                          num_kv_heads,
-                          rows_per_head,
-                          dim,
-                          num_columns};
+        const QueryRows q{
+            as<const void>(rows), dtype, as<const float>(directions), num_seqs, num_kv_heads, rows_per_head, dim,
+            num_columns};
         nb::gil_scoped_release release;
         return score_blocks(pool, kernels, codes, q, table_of(slots, {slot_stride, 0}), num_pages, as<float>(scores));
       },
-      "pool"_a, "isa"_a, "codes"_a, "rows"_a, "shape"_a, "directions"_a, "num_columns"_a, "slots"_a, "slot_stride"_a,
-      "num_pages"_a, "scores"_a);
+      "pool"_a, "isa"_a, "codes"_a, "rows"_a, "dtype"_a, "shape"_a, "directions"_a, "num_columns"_a, "slots"_a,
+      "slot_stride"_a, "num_pages"_a, "scores"_a);
 
   m.def(
       "choose_blocks",
-      [](WorkerPool& pool, Address scores, std::tuple<int64_t, int64_t> strides,
-         std::tuple<int64_t, int64_t, int64_t> shape, Address padding, Address num_wanted, int64_t num_sink_tokens,
-         Address slots, int64_t slot_stride, int64_t page_blocks, Address blocks, Address entries, int64_t capacity,
-         Address kv_start, Address kv_len) {
+      [](WorkerPool& pool, const std::string& isa, Address scores, std::tuple<int64_t, int64_t> strides,
+         std::tuple<int64_t, int64_t, int64_t> shape, Address padding, Address num_wanted, int64_t all_wanted,
+         int64_t num_sink_tokens, Address slots, int64_t slot_stride, int64_t page_blocks, Address blocks,
+         Address entries, int64_t capacity, Address kv_start, Address kv_len) {
         const auto [num_seqs, num_kv_heads, num_blocks] = shape;
         const Choice choice{as<const float>(scores),
                             std::get<0>(strides),
@@ -281,14 +277,17 @@ NB_MODULE(_native, m) {
                             num_blocks,
                             as<const int64_t>(padding),
                             as<const int64_t>(num_wanted),
-                            num_sink_tokens};
+                            num_sink_tokens,
+                            all_wanted};
         const Chosen chosen{as<int32_t>(blocks), as<int32_t>(entries), capacity, as<int64_t>(kv_start),
                             as<int64_t>(kv_len)};
+        const KernelTable& kernels = kernels_named(isa);
         nb::gil_scoped_release release;
-        choose_blocks(pool, choice, table_of(slots, {slot_stride, 0}), page_blocks, chosen);
+        choose_blocks(pool, kernels, choice, table_of(slots, {slot_stride, 0}), page_blocks, chosen);
       },
-      "pool"_a, "scores"_a, "strides"_a, "shape"_a, "padding"_a, "num_wanted"_a, "num_sink_tokens"_a, "slots"_a,
-      "slot_stride"_a, "page_blocks"_a, "blocks"_a, "entries"_a, "capacity"_a, "kv_start"_a, "kv_len"_a);
+      "pool"_a, "isa"_a, "scores"_a, "strides"_a, "shape"_a, "padding"_a, "num_wanted"_a, "all_wanted"_a,
+      "num_sink_tokens"_a, "slots"_a, "slot_stride"_a, "page_blocks"_a, "blocks"_a, "entries"_a, "capacity"_a,
+      "kv_start"_a, "kv_len"_a);
 
   m.def(
       "read_gbps",

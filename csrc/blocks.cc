@@ -9,58 +9,6 @@
 namespace tandem {
 namespace {
 
-// A key for every score, in the same order: -inf is 0, and a NaN above all, so that it is seen and not skipped.
-uint32_t rank_of(float score) {
-  const float positive_zero = score + 0.0f;  // zeros of either sign are equal
-  uint32_t bits;
-  std::memcpy(&bits, &positive_zero, sizeof bits);
-  const uint32_t flipped = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
-  return score != score ? UINT32_MAX : score == -INFINITY ? 0 : flipped;
-}
-
-// The `num_wanted` largest of the ranks are those above `rank`, and the first `num_equal` of those that equal it.
-struct Cut {
-  uint32_t rank;
-  int64_t num_equal;
-};
-
-// Moves what `keep` says to the front, in order, and forgets the rest. No branch: half of them would be mispredicted.
-template <class Keep>
-void keep_if(const Keep& keep, std::vector<uint32_t>& ranks) {
-  size_t num = 0;
-  for (const uint32_t rank : ranks) {
-    ranks[num] = rank;
-    num += keep(rank);
-  }
-  ranks.resize(num);
-}
-
-// Ranks are counted in bins, and those of the cut's bin again, until a bin is one rank. Bins follow the range at hand,
-// because scores of one head often share their first 11 bits. A rank of 0 is not taken. `rest` is used up.
-Cut cut_at(int64_t num_wanted, std::vector<uint32_t>& rest) {
-  constexpr int kBinBits = 11;
-  keep_if([](uint32_t rank) { return rank != 0; }, rest);
-  if (rest.empty()) return {UINT32_MAX, 0};
-  uint32_t low = UINT32_MAX, high = 0;
-  for (const uint32_t rank : rest) {
-    low = std::min(low, rank);
-    high = std::max(high, rank);
-  }
-  for (int64_t left = num_wanted;;) {
-    const int num_bits = 32 - __builtin_clz((high - low) | 1), shift = std::max(0, num_bits - kBinBits);
-    uint32_t counts[2][1 << kBinBits] = {};  // two tables: an addition waits for the last one to its place
-    for (size_t i = 0; i < rest.size(); ++i) ++counts[i % 2][(rest[i] - low) >> shift];
-    uint32_t bin = (high - low) >> shift;
-    const auto count = [&] { return int64_t{counts[0][bin]} + counts[1][bin]; };
-    for (; bin > 0 && count() < left; --bin) left -= count();
-    low += bin << shift;
-    if (shift == 0) return {low, left};
-    high = low + ((1u << shift) - 1);
-    keep_if([&](uint32_t rank) { return rank - low <= high - low; }, rest);
-    if (rest.empty()) return {low, left};
-  }
-}
-
 // Blocks behind the padding, and how many of them the first tokens fill.
 struct Bounds {
   int64_t first, num_sinks;
@@ -72,30 +20,31 @@ Bounds bounds_of(const Choice& choice, int64_t seq) {
   return {first, choice.num_sink_tokens == 0 ? 0 : std::min(sinks_end, choice.num_blocks) - first};
 }
 
-void choose_of_head(const Choice& choice, const PageTable& slots, int64_t page_blocks, int64_t seq, int64_t head,
-                    const Chosen& chosen) {
-  thread_local std::vector<uint32_t> ranks, rest;
+void choose_of_head(const KernelTable& kernels, const Choice& choice, const PageTable& slots, int64_t page_blocks,
+                    int64_t seq, int64_t head, const Chosen& chosen) {
+  thread_local std::vector<int32_t> ranks;
   const Bounds bounds = bounds_of(choice, seq);
   const float* const scores = choice.scores + seq * choice.stride_seq + head * choice.stride_head;
   const int64_t num = std::max<int64_t>(0, choice.num_blocks - bounds.first);
-  ranks.resize(num);
-  for (int64_t i = 0; i < num; ++i) ranks[i] = rank_of(scores[bounds.first + i]);
-  const int64_t num_sinks = std::min(num, bounds.num_sinks);
-  std::fill_n(ranks.begin(), num_sinks, 0);
+  const int64_t num_sinks = std::clamp<int64_t>(bounds.num_sinks, 0, num);
   const int64_t at = seq * choice.num_kv_heads + head;
-  const int64_t wanted = std::min({choice.num_wanted[at], num, chosen.capacity});
+  const int64_t asked = choice.num_wanted == nullptr ? choice.all_wanted : choice.num_wanted[at];
+  const int64_t wanted = std::min({asked, num, chosen.capacity});
   int32_t *const blocks = chosen.blocks + at * chosen.capacity, *const entries = chosen.entries + at * chosen.capacity;
   const int64_t slot_blocks = choice.num_kv_heads * page_blocks;
   int64_t count = 0;
-  if (wanted > 0) {
-    rest = ranks;
-    Cut cut = cut_at(wanted - num_sinks, rest);
-    for (int64_t i = 0; i < num && count < wanted; ++i) {
-      const bool is_equal = ranks[i] == cut.rank;
-      if (i >= num_sinks && (ranks[i] == 0 || ranks[i] < cut.rank || (is_equal && cut.num_equal-- <= 0))) continue;
-      const int64_t block = bounds.first + i, slot = slots.slot(seq, head, block / page_blocks);
-      blocks[count] = static_cast<int32_t>(block);
-      entries[count++] = static_cast<int32_t>(slot * slot_blocks + block % page_blocks);
+  const auto take = [&](int64_t i) {
+    const int64_t block = bounds.first + i, slot = slots.slot(seq, head, block / page_blocks);
+    blocks[count] = static_cast<int32_t>(block);
+    entries[count++] = static_cast<int32_t>(slot * slot_blocks + block % page_blocks);
+  };
+  for (int64_t i = 0; i < std::min(num_sinks, wanted); ++i) take(i);
+  if (count < wanted) {
+    const int64_t num_ranked = num - num_sinks;
+    ranks.resize(num_ranked + kBlockTokens);
+    Cut cut = kernels.cut(scores + bounds.first + num_sinks, num_ranked, wanted - count, ranks.data());
+    for (int64_t i = 0; i < num_ranked && count < wanted; ++i) {
+      if (ranks[i] > cut.rank || (ranks[i] == cut.rank && cut.num_equal-- > 0)) take(num_sinks + i);
     }
   }
   std::fill(blocks + count, blocks + chosen.capacity, 0);  // positions that may be looked up
@@ -120,15 +69,15 @@ struct OwnedQueries {
     offsets.resize(num_rows);
     scales.resize(num_rows);
     weights.assign(num_rows * num_lines * kLineBytes, 0);
-    std::vector<float> row(num_words * 4);
+    std::vector<float> query(q.dim), row(num_words * 4);
     for (int64_t r = 0; r < num_rows; ++r) {
-      const float* const from = q.data + r * q.dim;
+      load_row(q, r, query);
       if (columns) {
-        coordinates(q, from, r / q.rows_per_head % q.num_kv_heads, row);
+        coordinates(q, query.data(), r / q.rows_per_head % q.num_kv_heads, row);
       } else {
         for (int64_t d = 0; d < q.dim; ++d) {  // a negative number meets the lower bound, a positive one the upper
-          row[d] = std::min(from[d], 0.0f);
-          row[words * 4 + d] = std::max(from[d], 0.0f);
+          row[d] = std::min(query[d], 0.0f);
+          row[words * 4 + d] = std::max(query[d], 0.0f);
         }
       }
       put_row(r, row, lanes, line_words);
@@ -136,27 +85,43 @@ struct OwnedQueries {
   }
 
  private:
-  static void coordinates(const QueryRows& q, const float* from, int64_t head, std::vector<float>& row) {
-    std::fill(row.begin(), row.end(), 0.0f);
-    const float* along = q.directions + head * q.dim * q.num_columns;
-    for (int64_t d = 0; d < q.dim; ++d, along += q.num_columns) {
-      for (int64_t c = 0; c < q.num_columns; ++c) row[c] += from[d] * along[c];
+  static void load_row(const QueryRows& q, int64_t r, std::vector<float>& to) {
+    if (q.dtype == DType::kFloat32) {
+      std::memcpy(to.data(), static_cast<const float*>(q.data) + r * q.dim, q.dim * sizeof(float));
+      return;
+    }
+    const uint16_t* const from = static_cast<const uint16_t*>(q.data) + r * q.dim;
+    for (int64_t d = 0; d < q.dim; ++d) {
+      const uint32_t bits = static_cast<uint32_t>(from[d]) << 16;
+      std::memcpy(&to[d], &bits, sizeof bits);
     }
   }
 
-  void put_row(int64_t r, const std::vector<float>& row, int64_t lanes, int64_t line_words) {
+  static void coordinates(const QueryRows& q, const float* from, int64_t head, std::vector<float>& row) {
+    float* __restrict const to = row.data();
+    std::fill(row.begin(), row.end(), 0.0f);
+    const float* along = q.directions + head * q.dim * q.num_columns;
+    for (int64_t d = 0; d < q.dim; ++d, along += q.num_columns) {
+      for (int64_t c = 0; c < q.num_columns; ++c) to[c] += from[d] * along[c];
+    }
+  }
+
+  void put_row(int64_t r, std::vector<float>& row, int64_t lanes, int64_t line_words) {
     float most = 0.0f;
     for (const float x : row) most = std::max(most, std::abs(x));
-    const float step = std::max(most, 1.17549435e-38f) / 127.0f;
+    const float step = std::max(most, 1.17549435e-38f) / 127.0f, magic = 12582912.0f;  // 1.5 * 2^23 rounds to integers
+    for (float& x : row) x = x / step + magic - magic;  // a loop of its own: 8 times as fast as one with what follows
     int8_t* const to = weights.data() + r * num_lines * kLineBytes;
     int32_t sum = 0;
-    for (size_t i = 0; i < row.size(); ++i) {
-      const float rounded = std::nearbyint(row[i] / step);
-      const int8_t weight = rounded == rounded ? static_cast<int8_t>(rounded) : 0;
-      const int64_t word = static_cast<int64_t>(i) / 4;
-      int8_t* const at = to + word / line_words * kLineBytes + word % line_words * lanes * 4 + i % 4;
-      for (int64_t lane = 0; lane < lanes; ++lane) at[lane * 4] = weight;
-      sum += weight;
+    for (size_t word = 0; word < row.size() / 4; ++word) {
+      int8_t of_word[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        const float rounded = row[word * 4 + i];
+        of_word[i] = rounded == rounded ? static_cast<int8_t>(rounded) : 0;
+        sum += of_word[i];
+      }
+      int8_t* const at = to + word / line_words * kLineBytes + word % line_words * lanes * 4;
+      for (int64_t lane = 0; lane < lanes; ++lane) std::memcpy(at + lane * 4, of_word, 4);
     }
     offsets[r] = sum * 128;
     scales[r] = step;
@@ -226,10 +191,10 @@ Status score_blocks(WorkerPool& pool, const KernelTable& kernels, const BlockCod
   return Status::kOk;
 }
 
-void choose_blocks(WorkerPool& pool, const Choice& choice, const PageTable& slots, int64_t page_blocks,
-                   const Chosen& chosen) {
+void choose_blocks(WorkerPool& pool, const KernelTable& kernels, const Choice& choice, const PageTable& slots,
+                   int64_t page_blocks, const Chosen& chosen) {
   pool.run(choice.num_seqs * choice.num_kv_heads, [&](int64_t i) {
-    choose_of_head(choice, slots, page_blocks, i / choice.num_kv_heads, i % choice.num_kv_heads, chosen);
+    choose_of_head(kernels, choice, slots, page_blocks, i / choice.num_kv_heads, i % choice.num_kv_heads, chosen);
   });
 }
 

@@ -26,9 +26,11 @@ Status make_bounds(WorkerPool& pool, const KernelTable& kernels, const Arena& ar
                    int64_t num_lines, uint8_t* codes, float* steps);
 
 // Queries [num_seqs][num_kv_heads][rows_per_head][dim], contiguous, and for columns what their coordinates follow by,
-// [num_kv_heads][dim][num_columns]; else nullptr.
+// [num_kv_heads][dim][num_columns]; else nullptr. dtype: float32 or bf16.
 struct QueryRows {
-  const float *data, *directions;
+  const void* data;
+  DType dtype;
+  const float* directions;
   int64_t num_seqs, num_kv_heads, rows_per_head, dim, num_columns;
 };
 
@@ -43,8 +45,9 @@ struct Choice {
   int64_t stride_seq, stride_head;
   int64_t num_seqs, num_kv_heads, num_blocks;
   const int64_t* kv_start;    // [num_seqs], tokens of padding: blocks of nothing else are never chosen
-  const int64_t* num_wanted;  // [num_seqs][num_kv_heads]
+  const int64_t* num_wanted;  // [num_seqs][num_kv_heads]; or nullptr: of every head `all_wanted`
   int64_t num_sink_tokens;    // behind the padding: their blocks come first of all
+  int64_t all_wanted = 0;
 };
 
 // What was chosen, in the order of positions: [num_seqs][num_kv_heads][capacity].
@@ -57,7 +60,7 @@ struct Chosen {
 };
 
 // The num_wanted highest scores of each head; of equal ones the earliest. slots as in score_blocks.
-void choose_blocks(WorkerPool& pool, const Choice& choice, const PageTable& slots, int64_t page_blocks,
-                   const Chosen& chosen);
+void choose_blocks(WorkerPool& pool, const KernelTable& kernels, const Choice& choice, const PageTable& slots,
+                   int64_t page_blocks, const Chosen& chosen);
 
 }  // namespace tandem

@@ -335,6 +335,7 @@ const KernelTable kTable{TANDEM_STRING(TANDEM_ISA),
                          make_bounds,
                          score_bounds,
                          score_columns,
+                         cut,
                          read,
                          dot,
                          multiply_adds};

@@ -208,5 +208,54 @@ void score_columns(const CodeQueries& q, const uint8_t* codes, const float*, int
   }
 }
 
+// ---- The highest ----
+
+inline IVec rank_of(Vec score) {
+  const IVec bits = (IVec)(score + 0.0f);  // zeros of either sign are equal
+  const IVec rank = bits ^ ((bits >> 31) & INT32_MAX);
+  return score != score ? IVec{} + INT32_MAX : score == splat(-INFINITY) ? IVec{} + INT32_MIN : rank;
+}
+
+// How many of `num` ranks, a multiple of kLanes, are at least so high.
+inline int64_t num_at_least(const int32_t* ranks, int64_t num, int32_t least) {
+  IVec count{};
+  for (int64_t i = 0; i < num; i += kLanes) {
+    IVec rank;
+    std::memcpy(&rank, ranks + i, sizeof rank);
+    count -= rank >= least;
+  }
+  int64_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += count[lane];
+  return total;
+}
+
+// By halving the range in which the cut lies: up to 32 passes of compares, a tenth of the time of counting in bins.
+Cut cut(const float* scores, int64_t num, int64_t num_wanted, int32_t* ranks) {
+  const auto put = [&](int64_t i, Vec score) {
+    const IVec rank = rank_of(score);
+    std::memcpy(ranks + i, &rank, sizeof rank);
+  };
+  int64_t num_ranks = 0;
+  for (; num_ranks + kLanes <= num; num_ranks += kLanes) put(num_ranks, load(scores + num_ranks));
+  if (num_ranks < num) {
+    Vec rest = splat(-INFINITY);
+    std::memcpy(&rest, scores + num_ranks, (num - num_ranks) * sizeof(float));
+    put(num_ranks, rest);
+    num_ranks += kLanes;
+  }
+  int64_t low = INT32_MIN, high = INT32_MAX;  // the cut is in between
+  while (low < high) {
+    const int64_t middle = (low + high + 1) >> 1;
+    if (num_at_least(ranks, num_ranks, static_cast<int32_t>(middle)) >= num_wanted) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  if (low == INT32_MIN) return {INT32_MIN, 0};  // all that may be taken are
+  if (low == INT32_MAX) return {INT32_MAX, num_wanted};
+  return {static_cast<int32_t>(low), num_wanted - num_at_least(ranks, num_ranks, static_cast<int32_t>(low) + 1)};
+}
+
 }  // namespace
 }  // namespace tandem::TANDEM_ISA

@@ -258,8 +258,8 @@ struct CodeProblem {
     return {kind, codes.data(), steps.empty() ? nullptr : steps.data(), kHeads, kSlots, page_blocks};
   }
   QueryRows queries() const {
-    return {
-        q.data(), directions.empty() ? nullptr : directions.data(), kSeqs, kHeads, rows, dim, is_bounds() ? 0 : dim};
+    return {q.data(), DType::kFloat32,      directions.empty() ? nullptr : directions.data(), kSeqs, kHeads, rows,
+            dim,      is_bounds() ? 0 : dim};
   }
 
   // Weight i of a lane: of bounds what meets the minima, then what meets the maxima.
@@ -431,11 +431,12 @@ void choices() {
                         static_cast<int64_t>(random() % 40 * (random() % 2))};
     std::vector<int32_t> blocks(kSeqs * kHeads * capacity, -7), entries(kSeqs * kHeads * capacity, -7);
     std::vector<int64_t> kv_start(kSeqs * kHeads, -7), kv_len(kSeqs * kHeads, -7);
-    choose_blocks(pool, choice, {slots.data(), num_pages, 0}, page_blocks,
+    const KernelTable& kernels = *available_kernels()[round / 2 % available_kernels().size()];
+    choose_blocks(pool, kernels, choice, {slots.data(), num_pages, 0}, page_blocks,
                   {blocks.data(), entries.data(), capacity, kv_start.data(), kv_len.data()});
     for (int64_t at = 0; at < kSeqs * kHeads; ++at) {
       const int64_t seq = at / kHeads, first = starts[seq] / kBlockTokens;
-      current_case() = "round " + std::to_string(round) + " row " + std::to_string(at);
+      current_case() = std::string(kernels.name) + " round " + std::to_string(round) + " row " + std::to_string(at);
       const std::vector<int64_t> want = sorted_choice(choice, seq, at % kHeads, capacity);
       CHECK(kv_len[at] == static_cast<int64_t>(want.size()) * kBlockTokens, kv_len[at], want.size());
       const bool is_padded = !want.empty() && want[0] == first;

@@ -118,6 +118,7 @@ def score_blocks(
     isa: str,
     codes: BlockCodes,
     rows: int,
+    dtype: DType,
     shape: tuple[int, ...],
     directions: int,
     num_columns: int,
@@ -128,11 +129,13 @@ def score_blocks(
 ) -> Status: ...
 def choose_blocks(
     pool: WorkerPool,
+    isa: str,
     scores: int,
     strides: tuple[int, int],
     shape: tuple[int, int, int],
     padding: int,
     num_wanted: int,
+    all_wanted: int,
     num_sink_tokens: int,
     slots: int,
     slot_stride: int,

@@ -165,10 +165,9 @@ def _choose(q: Tensor, layer: LayerKV, num_wanted: int, sparse: Sparse, pool: "W
     if sparse.stands and now.is_like(last):
         return chosen
     layer.chosen = None, chosen  # until the new one is there
-    scores = policy.score(q.cpu(), layer.summaries()).to(torch.float32)  # far blocks are known on the host
-    shape = (q.shape[0], far.arena.num_kv_heads)
-    wanted = torch.full(shape, max(0, num_wanted), dtype=torch.int64, device="cpu")
-    choose_blocks(scores, wanted, far, sparse.num_first_tokens, chosen, pool)
+    scores = policy.score(q.cpu(), layer.summaries())  # far blocks are known on the host
+    scores = scores if scores.dtype == torch.float32 else scores.float()
+    choose_blocks(scores, num_wanted, far, sparse.num_first_tokens, chosen, pool)
     if _forgets(layer):  # what was not chosen once is gone
         known = layer.known()
         gone = torch.full_like(known.far, -torch.inf)

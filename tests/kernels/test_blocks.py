@@ -405,7 +405,8 @@ def test_a_choice_equals_a_plain_sort(data: st.DataObject) -> None:
     wanted = wanted.reshape(num_seqs, num_heads)
     sinks, capacity = data.draw(st.sampled_from((0, 1, 4, 16, 17, 300))), data.draw(st.integers(1, 30))
     into = ChosenBlocks.allocate(far.arena, num_seqs, capacity)
-    choose_blocks(scores, wanted, far, sinks, into, cpu.WorkerPool(data.draw(st.sampled_from((1, 2)))))
+    isa = data.draw(st.sampled_from([name for name, missing in cpu.available_isas().items() if not missing]))
+    choose_blocks(scores, wanted, far, sinks, into, cpu.WorkerPool(data.draw(st.sampled_from((1, 2)))), isa)
     for seq in range(num_seqs):
         for head in range(num_heads):
             chosen = plain_choice(scores[seq, head].tolist(), int(wanted[seq, head]), capacity, kv_start[seq], sinks)

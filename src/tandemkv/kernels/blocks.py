@@ -132,17 +132,17 @@ def score_blocks(
 ) -> Tensor:
     """float32 `[num_seqs, num_kv_heads, num_blocks]`: of the best row; by bounds an upper one of q.k, else q.k.
 
-    rows: float32 `[num_seqs, num_kv_heads, rows, head_dim]`, queries. directions: of columns, float32 `[num_kv_heads,
+    rows: float32 or bfloat16 `[num_seqs, num_kv_heads, rows, head_dim]`, queries. directions: of columns, float32 `[num_kv_heads,
     head_dim, num_columns]`, contiguous: a query's weight of each code. Weights are rounded to 8 bits.
     """
     native, rows = _native(), rows.contiguous()
     num_seqs, num_kv_heads, _, head_dim = rows.shape
     shape = None if directions is None else (num_kv_heads, head_dim, 4 * codes.codes.shape[3])
-    fits = (codes.kind == "columns") == (directions is not None) and rows.dtype == torch.float32
+    fits = (codes.kind == "columns") == (directions is not None) and rows.dtype in (torch.float32, torch.bfloat16)
     if not fits or (directions is not None and (directions.shape != shape or not directions.is_contiguous())):
         got = None if directions is None else (list(directions.shape), directions.is_contiguous())
         raise InputError(
-            f"rows must be float32 and directions contiguous {shape} for codes of columns, None for bounds; got "
+            f"rows must be float32 or bfloat16 and directions contiguous {shape} for codes of columns, None for bounds; got "
             f"{rows.dtype} and {got} for {codes.kind}"
         )
     scores = torch.empty((num_seqs, num_kv_heads, far.num_blocks), dtype=torch.float32, device="cpu")
@@ -152,23 +152,25 @@ def score_blocks(
     )
     along = (0, 0) if directions is None else (directions.data_ptr(), directions.shape[2])
     where = far.slots.data_ptr(), far.slots.stride(0), far.slots.shape[1], scores.data_ptr()
-    status = native.score_blocks(_pool(pool), _isa(isa), of_slots, rows.data_ptr(), rows.shape, *along, *where)
+    dtype = native.DType.bfloat16 if rows.dtype == torch.bfloat16 else native.DType.float32
+    status = native.score_blocks(_pool(pool), _isa(isa), of_slots, rows.data_ptr(), dtype, rows.shape, *along, *where)
     assert status == native.Status.ok, "a far slot lies outside its pool"
     return scores
 
 
 def choose_blocks(
     scores: Tensor,
-    num_wanted: Tensor,
+    num_wanted: Tensor | int,
     far: FarPages,
     num_sink_tokens: int,
     into: ChosenBlocks,
     pool: "WorkerPool | None" = None,
+    isa: str | None = None,
 ) -> None:
     """The blocks of the highest scores of each head, of equal ones the earliest, in the order of their positions.
 
     scores: float32 `[num_seqs, num_kv_heads, num_blocks]`; -inf is never chosen, NaN before all, so that it is seen.
-    num_wanted: int64 `[num_seqs, num_kv_heads]`, cut at the room there is. Blocks of the first num_sink_tokens tokens
+    num_wanted: of every head, or int64 `[num_seqs, num_kv_heads]`; cut at the room there is. Blocks of the first num_sink_tokens tokens
     behind the padding come first of all, blocks of padding alone never.
     """
     shape = (far.slots.shape[0], far.arena.num_kv_heads, far.num_blocks)
@@ -177,19 +179,24 @@ def choose_blocks(
             f"scores must be float32 {list(shape)} (num_seqs, num_kv_heads, num_blocks), contiguous along blocks, got "
             f"{scores.dtype} {list(scores.shape)} with strides {scores.stride()}"
         )
-    if num_wanted.dtype != torch.int64 or num_wanted.shape != shape[:2] or into.blocks.shape[:2] != shape[:2]:
+    each = None if isinstance(num_wanted, int) else num_wanted.contiguous()
+    fits = each is None or (each.dtype == torch.int64 and each.shape == shape[:2])
+    if not fits or into.blocks.shape[:2] != shape[:2]:
+        got = num_wanted if each is None else f"{each.dtype} {list(each.shape)}"
         raise InputError(
-            f"num_wanted must be int64 {list(shape[:2])} and room as much, got {num_wanted.dtype} "
-            f"{list(num_wanted.shape)} and room {list(into.blocks.shape)}"
+            f"num_wanted must be int64 {list(shape[:2])} or a whole number and room as much, got {got} and room "
+            f"{list(into.blocks.shape)}"
         )
-    num_wanted, run = num_wanted.contiguous(), into.run
+    run = into.run
     _native().choose_blocks(
         _pool(pool),
+        _isa(isa),
         scores.data_ptr(),
         scores.stride()[:2],
         shape,
         far.kv_start.data_ptr(),
-        num_wanted.data_ptr(),
+        0 if each is None else each.data_ptr(),
+        num_wanted if isinstance(num_wanted, int) else 0,
         num_sink_tokens,
         far.slots.data_ptr(),
         far.slots.stride(0),

@@ -56,7 +56,8 @@ class Summaries(NamedTuple):
     def score_codes(self, q: Tensor, directions: Tensor | None = None) -> Tensor:
         """Scores of all blocks by their codes, float32 `[num_seqs, num_kv_heads, num_blocks]`; see `score_blocks`."""
         assert self.codes is not None
-        return score_blocks(self.codes, group_rows(q.float(), self.num_kv_heads), self.far, directions, self.pool)
+        rows = group_rows(q.float() if q.dtype == torch.float16 else q, self.num_kv_heads)
+        return score_blocks(self.codes, rows, self.far, directions, self.pool)
 
 
 @runtime_checkable
