@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import Run
 from benchmarks.contest import Row
@@ -79,6 +79,38 @@ def draw_over_context(
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{title}\n{run.machine}; {run.commit}", fontsize=10)
+    return _save(figure, path)
+
+
+def draw_tradeoff(rows: Sequence[Mapping[str, Any]], run: Run, path: Path) -> str:
+    """Save accuracy over time, left of a token of the shipped model, right of a layer; a line for each system."""
+    if find_spec("matplotlib") is None:
+        return MISSING
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    dense = next(row for row in rows if row["budget_tokens"] is None)
+    panels = {
+        "model_ms": f"ms for a token of the shipped model, {dense['context']:,} tokens",
+        "layer_ms": f"ms for one layer 32:8 x 128, {dense['layer_context'] // 1024}K tokens, same share",
+    }
+    for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        axes.axvline(dense[name], color="0.6", linestyle="--")
+        axes.plot(dense[name], 100 * dense["accuracy"], "*", color="black", markersize=14, label="dense")
+        systems = dict.fromkeys(row["system"] for row in rows if row is not dense)
+        for i, system in enumerate(systems):
+            points = sorted((row for row in rows if row["system"] == system), key=lambda row: int(row["budget_tokens"]))
+            times, found = [row[name] for row in points], [100 * row["accuracy"] for row in points]
+            axes.plot(times, found, "-", marker="osD^vPX<>h"[i % 10], color=f"C{i % 10}", markersize=5, label=system)
+        axes.set(xlabel=label, xscale="log")
+        axes.grid(alpha=0.25, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set(ylabel="values found, %", ylim=(-3, 103))
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=6, frameon=False)
+    figure.suptitle(
+        f"Accuracy against time per token; budgets rise along a line\n{run.machine}; {run.commit}", fontsize=10
+    )
     return _save(figure, path)
 
 

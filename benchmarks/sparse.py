@@ -129,14 +129,26 @@ class Layer:
         fork.sparse = sparse
         return fork
 
-    def step(self, cache: KVCache) -> Tensor:
-        """The next token."""
+    def timed_step(self, cache: KVCache, *, is_cold: bool) -> tuple[Tensor, float]:
+        """The next token's attention, and its milliseconds.
+
+        is_cold: blocks lie in memory, not in the processor's cache, because a model has other layers.
+        """
         at, (q, k, v) = cache.seq_len, self.tokens
         query, new = at % SPARE_TOKENS, slice(at % k.shape[2], at % k.shape[2] + 1)
-        cache.begin_step(1, 1)
-        out = extend_and_attend(q[:, :, query : query + 1], k[:, :, new], v[:, :, new], cache.layer(0), RULE)
+        q, k, v = q[:, :, query : query + 1], k[:, :, new], v[:, :, new]
+        cache.begin_step(1, 1)  # of all layers
+        if is_cold:
+            FLUSHED.sum()
+        start = time.perf_counter()
+        out = extend_and_attend(q, k, v, cache.layer(0), RULE)
+        ms = (time.perf_counter() - start) * 1e3
         cache.end_step()
-        return out
+        return out, ms
+
+    def step(self, cache: KVCache) -> Tensor:
+        """The next token."""
+        return self.timed_step(cache, is_cold=False)[0]
 
 
 def limit_of(selector: str, budget_tokens: int, context: int) -> float:
@@ -171,12 +183,6 @@ def check(layer: Layer, selector: str, context: int) -> None:
         raise common.WrongResultError(f"{selector}: {error:.3g} from float64, expected at most {MAX_ERROR}")
 
 
-def cold_ms(layer: Layer, cache: KVCache) -> float:
-    """Milliseconds of a step whose blocks lie in memory, not in the processor's cache: a model has other layers."""
-    FLUSHED.sum()
-    return common.in_ms(partial(layer.step, cache))()
-
-
 def measure(layer: Layer, context: int, selectors: list[str], budget_s: float) -> list[Row]:
     """Every selector and share in turn, the exact step among them."""
     for selector in selectors:
@@ -187,7 +193,11 @@ def measure(layer: Layer, context: int, selectors: list[str], budget_s: float) -
     for cache in caches.values():
         for _ in range(3):
             layer.step(cache)
-    ms = common.medians_in_turn({name: partial(cold_ms, layer, cache) for name, cache in caches.items()}, budget_s)
+
+    def cold_ms(cache: KVCache) -> float:
+        return layer.timed_step(cache, is_cold=True)[1]
+
+    ms = common.medians_in_turn({name: partial(cold_ms, cache) for name, cache in caches.items()}, budget_s)
     return [
         Row(
             context,
@@ -212,18 +222,27 @@ def measure_verified(context: int, keys: str, selector: str, num_steps: int) -> 
     for _ in range(num_steps):
         out = {}
         for name, cache in caches.items():
-            start = time.perf_counter()
-            out[name] = layer.step(cache).float()
-            times[name].append((time.perf_counter() - start) * 1e3)
-        errors.append((out["verified"] - out["exact"]).norm(dim=-1) / out["exact"].norm(dim=-1))
+            out[name], ms = layer.timed_step(cache, is_cold=True)
+            times[name].append(ms)
+        exact = out["exact"].float()
+        errors.append((out["verified"] - exact).norm(dim=-1) / exact.norm(dim=-1))
     error = torch.cat(errors).flatten()
     tally = caches["verified"].tallies[0].to_dict()
     codes = 1 / limit_of(selector, 0, context)
-    ms = {name: sorted(taken)[len(taken) // 2] for name, taken in times.items()}
+    median = {name: sorted(taken)[len(taken) // 2] for name, taken in times.items()}
     wrong = float((error > PROMISE.epsilon).float().mean())
     read, fallbacks = tally["share_read"] + codes, tally["share_fallbacks"]
     return VerifiedRow(
-        context, keys, selector, budget_tokens, ms["verified"], ms["exact"], read, fallbacks, wrong, float(error.max())
+        context,
+        keys,
+        selector,
+        budget_tokens,
+        median["verified"],
+        median["exact"],
+        read,
+        fallbacks,
+        wrong,
+        float(error.max()),
     )
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attend, common, contest, coverage, decode, plot, prefill
+from benchmarks import attend, common, contest, coverage, decode, plot, prefill, tradeoff
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
 from tandemkv import kernels
 from tandemkv.demo import speed as demo
+from tandemkv.evaluate.tasks import COUNTED
 from tandemkv.kernels import cpu
 from tandemkv.types import Partial, ScoreRule
 
@@ -283,6 +285,58 @@ def test_the_last_line_of_a_short_run(module: str, context: int, number: str) ->
     assert found["context"] == context
     assert found["rows"][-1][number] == found[number] > 0
     assert {"machine", "commit", "command"} <= found.keys()
+
+
+Found = dict[tuple[str, int | None], dict[str, list[float]]]
+
+
+def write_scores(path: Path, found: Found) -> Path:
+    """Scores of two contexts each, as `tandemkv eval` keeps them behind 1024 tokens."""
+    rows = [
+        {"task": task, "form": form, "context": context, "system": system, "budget_tokens": budget, "scores": [score]}
+        for (system, budget), tasks in found.items()
+        for task, scores in tasks.items()
+        for context, score in enumerate(scores)
+        for form in ("requests", "turns")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"length": 1024, "num_contexts": 2}, *rows)))
+    return path
+
+
+def test_accuracy_is_of_those_who_were_asked_everything(tmp_path: Path) -> None:
+    every = {task: [1.0, 0.0] for task in COUNTED}
+    found: Found = {("window", 256): {**every, "lines": [0.0, 0.0]}, ("dense", None): {**every, COUNTED[0]: [1.0, 1.0]}}
+    some: Found = {
+        ("quest", 256): {task: [1.0, 1.0] for task in COUNTED[1:]},
+        ("h2o", 256): {**every, COUNTED[0]: [1.0]},
+    }
+    length, judged = tradeoff.read_accuracy(write_scores(tmp_path / "scores.jsonl", {**found, **some}))
+    assert length == 1024
+    dense = 0.5 + 0.5 / len(COUNTED)
+    assert [(one.who.system, one.accuracy, one.num_answers) for one in judged] == [
+        ("dense", pytest.approx(dense), 2 * len(COUNTED)),
+        ("window", 0.5, 2 * len(COUNTED)),
+    ]
+    for path in (write_scores(tmp_path / "some.jsonl", some), tmp_path / "none.jsonl"):
+        with pytest.raises(SystemExit, match=r"^error: .* (does not hold every counted task of dense|is not there)"):
+            tradeoff.read_accuracy(path)
+
+
+def test_a_short_tradeoff(tmp_path: Path) -> None:
+    every = {task: [1.0, 0.5] for task in COUNTED}
+    contestants: list[tuple[str, int | None]] = [("dense", None), ("tandem-verified", 160), ("window", 160)]
+    scores = write_scores(tmp_path / "scores.jsonl", dict.fromkeys(contestants, every))
+    command = [sys.executable, "-m", "benchmarks.tradeoff", "--quick", "--json", "--scores", str(scores)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [(row["system"], row["accuracy"], row["context"]) for row in found["rows"]] == [
+        (system, 0.75, 1024) for system, _ in contestants
+    ]
+    assert all(row["model_ms"] > 0 and row["layer_ms"] > 0 for row in found["rows"])
+    assert found["rows"][2]["layer_budget"] == 160 * 16
+    if find_spec("matplotlib") is not None:
+        assert "picture" in plot.draw_tradeoff(found["rows"], common.this_run("x", []), tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("error", [1e-3, math.nan])

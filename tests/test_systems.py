@@ -23,7 +23,7 @@ from tandemkv.evaluate.answers import NEAR_TOKENS, PAGE_SIZE
 from tandemkv.evaluate.ledger import Contestant, contestants
 from tandemkv.evaluate.prompts import Context
 from tandemkv.evaluate.run import Settings, evaluate, write_prompts
-from tandemkv.select import MAX_SELECT_QUERIES, Sparse, Verified
+from tandemkv.select import MAX_SELECT_QUERIES, Sparse, Tally, Verified
 from tandemkv.selection import sparse_mode
 from tandemkv.systems import SYSTEMS
 from tandemkv.types import BLOCK_TOKENS
@@ -345,8 +345,10 @@ def test_generate_runs_every_system(command: Any) -> None:
         verified = report["verified"]
         assert (verified is not None) == ("estimated error" in err) == (system == "tandem-verified")
         if verified is not None:
-            assert set(verified) == {"estimated_error_mean", "estimated_error_max", "share_read", "share_fallbacks"}
-            assert all(0 <= share <= 1 for share in verified.values())
+            layers = verified.pop("layers")
+            assert set(verified) == set(Tally().to_dict()) and len(layers) > 1
+            assert all(0 <= share <= 1 for each in (verified, *layers) for share in each.values())
+            assert verified["share_read_max"] == max(layer["share_read_max"] for layer in layers)
         said[system] = report["new_ids"]
     assert said["window"] == said["streaming_llm"] != said["dense"]
 
@@ -415,6 +417,10 @@ def test_a_short_evaluation_of_every_system(tmp_path: Path) -> None:
     others = {tuple(each) for name, each in losses.items() if name not in {"hgca", "window"}}
     assert len(others) == len(NAMES) - 2
     assert losses["window"] == losses["streaming_llm"]
+    for scores in found.values():  # what a promise cost is kept beside the scores
+        shares = [share for share in (scores.share_read, scores.share_fallbacks) if share is not None]
+        assert len(shares) == (2 if scores.system == "tandem-verified" else 0)
+        assert all(0 <= share <= 1 for share in shares) and (not shares or shares[0] > 0.2)
     contexts = prompts.contexts["perplexity"]
     for name in OBSERVING:
         assert losses[name] == pytest.approx(surprise(model, contexts, name), abs=1e-3), name

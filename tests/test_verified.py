@@ -330,7 +330,9 @@ def test_where_everything_is_read_the_step_is_exact_and_counts_as_fallback(name:
         "estimated_error_mean": 0.0,
         "estimated_error_max": 0.0,
         "share_read": 1.0,
+        "share_read_max": 1.0,
         "share_fallbacks": 1.0,
+        "share_fallbacks_max": 1.0,
     }
 
 
@@ -344,7 +346,9 @@ def test_where_the_budget_covers_everything_nothing_is_estimated(
     everything = torch.ones(2, 2, case.k.shape[2], dtype=torch.bool)
     assert_attends_to(everything, out, case.q, case.k, case.v, torch.tensor(case.kv_start), SCALE)
     tally = case.cache.tallies[0]
-    assert tally == Tally(num_read=tally.num_tokens, num_tokens=2 * (2 * case.layer.seq_len - 37), num_steps=4)
+    assert tally == Tally(
+        num_read=tally.num_tokens, num_tokens=2 * (2 * case.layer.seq_len - 37), num_steps=4, max_share_read=1.0
+    )
 
 
 @pytest.mark.parametrize("num_sink_tokens", [1, 4, 16, 40])
@@ -604,12 +608,15 @@ def test_what_is_told_of_a_step_is_what_it_was(monkeypatch: pytest.MonkeyPatch) 
         assert tally.num_rows == 2 * 4 * 2
         assert tally.max_error == float(rest.error.max())
         num_read = int(rest.num_read.sum()) * BLOCK_TOKENS + 4 * case.layer.num_near_tokens
-        assert tally[3:] == (num_read, num_tokens, 4, int(rest.is_exact.sum()))
+        shares = num_read / num_tokens, int(rest.is_exact.sum()) / 4
+        assert tally[3:] == (num_read, num_tokens, 4, int(rest.is_exact.sum()), *shares)
         assert tally.to_dict() == {
             "estimated_error_mean": pytest.approx(float(rest.error.mean())),
             "estimated_error_max": tally.max_error,
             "share_read": num_read / num_tokens,
+            "share_read_max": num_read / num_tokens,
             "share_fallbacks": int(rest.is_exact.sum()) / 4,
+            "share_fallbacks_max": int(rest.is_exact.sum()) / 4,
         }
     assert rests[0].num_read.tolist() != rests[1].num_read.tolist() or tallies[0].max_error != tallies[1].max_error
     both = Tally.of(tallies)
@@ -621,18 +628,18 @@ def test_what_is_told_of_a_step_is_what_it_was(monkeypatch: pytest.MonkeyPatch) 
 def test_a_tally_adds_steps_and_layers() -> None:
     one = Tally().plus(torch.tensor([[0.1, 0.3]]), 30, 100, 2, 1)
     two = one.plus(torch.tensor([0.2, 0.2]), 70, 100, 2, 0)
-    assert one.to_dict() == pytest.approx(
-        {"estimated_error_mean": 0.2, "estimated_error_max": 0.3, "share_read": 0.3, "share_fallbacks": 0.5}
-    )
+    errors = {"estimated_error_mean": 0.2, "estimated_error_max": 0.3}
+    maxima = {"share_read_max": 0.3, "share_fallbacks_max": 0.5}
+    assert one.to_dict() == pytest.approx({**errors, "share_read": 0.3, "share_fallbacks": 0.5, **maxima})
     assert two.num_rows == 4
-    assert two.to_dict() == pytest.approx(
-        {"estimated_error_mean": 0.2, "estimated_error_max": 0.3, "share_read": 0.5, "share_fallbacks": 0.25}
-    )
+    maxima = {"share_read_max": 0.7, "share_fallbacks_max": 0.5}
+    assert two.to_dict() == pytest.approx({**errors, "share_read": 0.5, "share_fallbacks": 0.25, **maxima})
     whole = Tally.of([one, two, Tally()])
-    assert whole.to_dict() == pytest.approx(
-        {"estimated_error_mean": 0.2, "estimated_error_max": 0.3, "share_read": 130 / 300, "share_fallbacks": 2 / 6}
+    assert whole.to_dict() == pytest.approx({**errors, "share_read": 130 / 300, "share_fallbacks": 2 / 6, **maxima})
+    assert two.summary == (
+        "20.0% on average, 30.0% at most; 50.0% of far and near tokens read (in a step at most 70.0%), "
+        "25.0% of heads exactly (50.0%)"
     )
-    assert two.summary == "20.0% on average, 30.0% at most; 50.0% of far and near tokens read, 25.0% of heads exactly"
     assert set(Tally().to_dict().values()) == {0.0}
     assert Tally.of([]) == Tally()
 

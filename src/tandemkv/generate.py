@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ class Generation:
     """What came out and what it took. `finish`: at the end of text, at max_new_tokens, or by Ctrl-C.
 
     Seconds count from the start of prefill, when the model is loaded. Rates are None where nothing was timed. verified:
-    what came of a promise about the error, all layers together.
+    what came of a promise about the error in each layer; none where nothing was promised.
     """
 
     text: str
@@ -99,7 +99,7 @@ class Generation:
     num_prompt_tokens: int
     token_seconds: list[float]
     tiers: list[TierUse]
-    verified: Tally | None = None
+    verified: list[Tally] = field(default_factory=list)
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -130,8 +130,13 @@ class Generation:
             "decode_tokens_per_s": self.decode_tokens_per_s,
             "first_token_seconds": self.first_token_seconds,
             "tiers": [asdict(tier) for tier in self.tiers],
-            "verified": None if self.verified is None else self.verified.to_dict(),
+            "verified": _verified(self.verified) if self.verified else None,
         }
+
+
+def _verified(tallies: list[Tally]) -> dict[str, Any]:
+    """All layers together, then each."""
+    return {**Tally.of(tallies).to_dict(), "layers": [tally.to_dict() for tally in tallies]}
 
 
 def generate(
@@ -251,8 +256,12 @@ def print_generation(generation: Generation, console: Console) -> None:
         moved = f", {format_bytes(tier.moved_bytes)} moved there" if tier.name != "near" else ""
         size = f"{format_bytes(tier.used_bytes)} of {format_bytes(tier.capacity_bytes)} used{moved}"
         rows.append((f"{tier.name} ({tier.device})", size))
-    if generation.verified is not None:
-        rows.append(("estimated error", generation.verified.summary))
+    if generation.verified:
+        worst = max(
+            range(len(generation.verified)), key=lambda layer: generation.verified[layer].to_dict()["share_read"]
+        )
+        rows.append(("estimated error", Tally.of(generation.verified).summary))
+        rows.append((f"of them layer {worst}", f"{generation.verified[worst].summary}: --json has every layer"))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in rows:
         table.add_row(escape(name), escape(text))
@@ -286,7 +295,7 @@ def _run(
         num_prompt_tokens=ids.shape[1],
         token_seconds=[seconds - begin for seconds in stream.times],
         tiers=cache.use(),
-        verified=Tally.of(cache.kv.tallies) if cache.kv.tallies else None,
+        verified=cache.kv.tallies,
     )
 
 

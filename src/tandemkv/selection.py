@@ -73,9 +73,10 @@ def learn(layer: LayerKV, mass: Tensor, runs: tuple[PagedKV, ...], *, is_decoded
     """
     observer, known = observer_of(layer), layer.known()
     assert observer is not None
-    columns = mass.split([run.num_blocks for run in runs], -1)
-    mass = torch.cat([x for x, run in zip(columns, runs, strict=True) if not run.stands_in], -1)
-    runs = tuple(run for run in runs if not run.stands_in)
+    if any(run.stands_in for run in runs):
+        columns = mass.split([run.num_blocks for run in runs], -1)
+        mass = torch.cat([x for x, run in zip(columns, runs, strict=True) if not run.stands_in], -1)
+        runs = tuple(run for run in runs if not run.stands_in)
     q_len, num_listed = mass.shape[2], sum(run.num_blocks for run in runs[:-1])
     mass = mass.unflatten(1, (known.far.shape[1], -1)).amax(2)[..., : num_listed + known.near.shape[2]]
     chosen = _chosen_in(layer, runs)

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,24 @@ def test_only_tasks_that_dense_masters_count(tmp_path: Path) -> None:
     draw(report, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     print_report(report, CONSOLE)
+
+
+def test_what_a_promise_cost_stands_in_the_report(tmp_path: Path) -> None:
+    """The mean over contexts of the tasks that count; not where some scores were found before it was kept."""
+    good, verified, other = [[1.0]] * 4, Contestant("tandem-verified", 410), Contestant("tandem-verified", 256)
+    table = {(task, "requests"): {DENSE: good, verified: good, other: good} for task in ("needle", "kv")}
+    ledger = ledger_of(tmp_path, table)
+    shares = {"needle": (0.2, 0.4, 0.2, 0.4), "kv": (0.6, 0.8, 0.6, 0.8)}
+    for task, context in product(shares, range(4)):
+        key, share = (task, "requests", context, verified.system, 410), shares[task][context]
+        ledger.found[key] = replace(ledger.found[key], share_read=share, share_fallbacks=share / 10)
+    report = make_report(ledger, [DENSE, verified, other], ("needle", "kv"), ("requests",))
+    assert report.shares == {verified: pytest.approx((0.5, 0.05))}
+    told = [each["shares_read_and_exact"] for each in report.to_dict()["averages"]]
+    assert told == [None, report.shares[verified], None]
+    console = Console(record=True, width=200)
+    print_report(report, console)
+    assert "tandem-verified 410: 50.0% of tokens read, 5.0% of heads attended exactly." in console.export_text()
 
 
 def test_a_report_is_about_this_run(tmp_path: Path) -> None:

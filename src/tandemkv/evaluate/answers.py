@@ -10,7 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 import tandemkv.integrations.transformers as tandem
 from tandemkv.evaluate.prompts import Asked
-from tandemkv.select import MAX_SELECT_QUERIES, Selector, Sparse
+from tandemkv.select import MAX_SELECT_QUERIES, Selector, Sparse, Tally
 
 Questions = Sequence[Sequence[Asked]]
 Answers = list[list[list[int]]]
@@ -37,6 +37,7 @@ class SharedContexts:
         """num_new_tokens: the most that a fork will add, all its sequences together. reader: a selector that learns
         something of the contexts while, or when, they are read: it then need not in every fork."""
         self._model = model
+        self.tally = Tally()  # of forks that were verified
         config = model.config.get_text_config(decoder=True)
         self._cache = tandem.TieredCache(config, NEAR_TOKENS, 0, page_size=PAGE_SIZE)
         spec = self._cache.kv.spec
@@ -75,9 +76,9 @@ class SharedContexts:
             logits = _feed(self._model, fork, _stack([question.prompt for question in asked]))
             turn = copy.deepcopy(fork)
             turns.append(_continue(self._model, turn, logits, len(asked[0].answer) + SPARE_TOKENS))
-            turn.close()
+            self._close(turn)
             _feed(self._model, fork, _stack([question.answer for question in asked]))
-        fork.close()
+        self._close(fork)
         return [list(answers) for answers in zip(*turns, strict=True)]
 
     def surprise(self, continuations: Sequence[tuple[int, ...]], sparse: Sparse | None) -> list[float]:
@@ -85,7 +86,7 @@ class SharedContexts:
         fork = self._fork(sparse, 1)
         ids = torch.tensor(continuations)
         logits = torch.cat(list(_feed_all(self._model, fork, ids[:, :-1])), 1).float()
-        fork.close()
+        self._close(fork)
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         return losses.mean(1).tolist()
 
@@ -95,7 +96,7 @@ class SharedContexts:
         fork = self._fork(sparse, each)
         prompts = _stack([question.prompt for question in flat])
         found = answer_greedily(self._model, fork, prompts, len(flat[0].answer) + SPARE_TOKENS)
-        fork.close()
+        self._close(fork)
         return [found[i : i + each] for i in range(0, len(found), each)]
 
     def _fork(self, sparse: Sparse | None, copies: int) -> tandem.TieredCache:
@@ -104,6 +105,10 @@ class SharedContexts:
             fork.batch_repeat_interleave(copies)
         fork.kv.sparse = sparse
         return fork
+
+    def _close(self, fork: tandem.TieredCache) -> None:
+        self.tally = Tally.of([self.tally, *fork.kv.tallies])
+        fork.close()
 
 
 def bytes_of_context(model: PreTrainedModel, num_tokens: int) -> int:

@@ -51,7 +51,11 @@ def contestants(systems: list[str], budgets: list[int]) -> list[Contestant]:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one context: a score for each question, 0 to 1, or the mean surprise of the text behind it in nats."""
+    """Of one context: a score for each question, 0 to 1, or the mean surprise of the text behind it in nats.
+
+    share_read, share_fallbacks: of a verified system, tokens read and heads attended exactly, as `Tally` has them, of
+    all contexts together that shared a cache.
+    """
 
     task: str
     form: str
@@ -60,6 +64,8 @@ class Scores:
     budget_tokens: int | None
     scores: tuple[float, ...]
     digest: str  # of the context and its questions
+    share_read: float | None = None
+    share_fallbacks: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -46,12 +46,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of all tasks, and for each contestant the mean over the tasks that count."""
+    """Rows of all tasks, and for each contestant the mean over the tasks that count. shares: of verified ones, tokens
+    read and heads attended exactly, over the same tasks."""
 
     settings: dict[str, Any]
     rows: list[Row]
     counted: list[tuple[str, str]]
     averages: dict[Contestant, tuple[float, Interval | None]]
+    shares: dict[Contestant, tuple[float, float]]
 
     @property
     def num_counted_tasks(self) -> int:
@@ -82,7 +84,12 @@ class Report:
             "counted": [f"{task}/{form}" for task, form in self.counted],
             "is_a_judge": self.is_a_judge,
             "averages": [
-                {**_name(who), "score": mean, "loss": None if loss is None else [loss.mean, loss.low, loss.high]}
+                {
+                    **_name(who),
+                    "score": mean,
+                    "loss": None if loss is None else [loss.mean, loss.low, loss.high],
+                    "shares_read_and_exact": self.shares.get(who),
+                }
                 for who, (mean, loss) in self.averages.items()
             ],
         }
@@ -102,7 +109,8 @@ def make_report(
             counted.append((task, form))
         rows += [_row((task, form), who, scores, dense, counts) for who, scores in by_contestant.items()]
     averages = {who: _average({key: tables[key] for key in counted}, who) for who in contestants if counted}
-    return Report(ledger.settings, rows, counted, averages)
+    shares = {who: found for who in contestants if (found := _shares(ledger, counted, who)) is not None}
+    return Report(ledger.settings, rows, counted, averages, shares)
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -129,6 +137,8 @@ def print_report(report: Report, console: Console) -> None:
         f"count: dense is below {COUNTS_FROM:.0%}, or the format was held out of training. Tasks that count: "
         f"{report.num_counted_tasks}."
     )
+    for who, (read, exact) in report.shares.items():
+        console.print(f"{_label(who)}: {read:.1%} of tokens read, {exact:.1%} of heads attended exactly.")
     for system in dict.fromkeys(who.system for who in contestants):
         differs = SYSTEMS[system].where_it_differs
         console.print(f"{system}: {SYSTEMS[system].about}{f'; {differs}' if differs else ''}.")
@@ -223,6 +233,16 @@ def _average(tables: dict[tuple[str, str], _Table], who: Contestant) -> tuple[fl
         means.append(np.mean([table[who].mean() for table in forms]))
         losses.append(np.mean([(table[dense] - table[who]).mean(1) for table in forms], axis=0))
     return float(np.mean(means)), None if who == dense else bootstrap(np.array(losses))
+
+
+def _shares(ledger: Ledger, counted: list[tuple[str, str]], who: Contestant) -> tuple[float, float] | None:
+    """Mean shares of tokens read and of fallbacks; None where some or all were not told."""
+    keys = [(*key, index, who.system, who.budget_tokens) for key in counted for index in range(ledger.num_contexts)]
+    found = [(ledger.found[key].share_read, ledger.found[key].share_fallbacks) for key in keys]
+    if not found or any(read is None for read, _ in found):
+        return None
+    read, exact = np.mean(np.array(found, dtype=float), axis=0)
+    return float(read), float(exact)
 
 
 def _name(who: Contestant) -> dict[str, object]:

@@ -35,7 +35,7 @@ from tandemkv.evaluate.tasks import (
 )
 from tandemkv.evaluate.vocabulary import Vocabulary
 from tandemkv.integrations.transformers.folders import refuse_foreign_tokens
-from tandemkv.select import Selector, Sparse
+from tandemkv.select import Selector, Sparse, Tally
 
 Form = Literal["requests", "turns"]
 """Questions about a shared context, each alone behind it, or one after another in one conversation."""
@@ -197,10 +197,13 @@ def _fill(
     for reader, asked in missing.items():
         shared = SharedContexts(model, batch.ids, batch.num_new_tokens, reader)
         for form, who in asked:
+            shared.tally = Tally()
             found = batch.scores(shared, form, who.sparse)
+            told = shared.tally.to_dict()
+            shares = (told["share_read"], told["share_fallbacks"]) if shared.tally.num_steps else (None, None)
             for place, scores in zip(batch.places, found, strict=True):
                 digest = batch.contexts[place].digest
-                ledger.add(Scores(batch.task, form, place, who.system, who.budget_tokens, scores, digest))
+                ledger.add(Scores(batch.task, form, place, who.system, who.budget_tokens, scores, digest, *shares))
             advance()
         shared.close()
 

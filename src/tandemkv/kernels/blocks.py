@@ -132,8 +132,8 @@ def score_blocks(
 ) -> Tensor:
     """float32 `[num_seqs, num_kv_heads, num_blocks]`: of the best row; by bounds an upper one of q.k, else q.k.
 
-    rows: float32 or bfloat16 `[num_seqs, num_kv_heads, rows, head_dim]`, queries. directions: of columns, float32 `[num_kv_heads,
-    head_dim, num_columns]`, contiguous: a query's weight of each code. Weights are rounded to 8 bits.
+    rows: float32 or bfloat16 `[num_seqs, num_kv_heads, rows, head_dim]`, queries. directions: of columns, float32
+    `[num_kv_heads, head_dim, num_columns]`, contiguous: a query's weight of each code. Weights are rounded to 8 bits.
     """
     native, rows = _native(), rows.contiguous()
     num_seqs, num_kv_heads, _, head_dim = rows.shape
@@ -142,8 +142,8 @@ def score_blocks(
     if not fits or (directions is not None and (directions.shape != shape or not directions.is_contiguous())):
         got = None if directions is None else (list(directions.shape), directions.is_contiguous())
         raise InputError(
-            f"rows must be float32 or bfloat16 and directions contiguous {shape} for codes of columns, None for bounds; got "
-            f"{rows.dtype} and {got} for {codes.kind}"
+            f"rows must be float32 or bfloat16 and directions contiguous {shape} for codes of columns, None for "
+            f"bounds; got {rows.dtype} and {got} for {codes.kind}"
         )
     scores = torch.empty((num_seqs, num_kv_heads, far.num_blocks), dtype=torch.float32, device="cpu")
     steps = 0 if codes.steps is None else codes.steps.data_ptr()
@@ -170,8 +170,8 @@ def choose_blocks(
     """The blocks of the highest scores of each head, of equal ones the earliest, in the order of their positions.
 
     scores: float32 `[num_seqs, num_kv_heads, num_blocks]`; -inf is never chosen, NaN before all, so that it is seen.
-    num_wanted: of every head, or int64 `[num_seqs, num_kv_heads]`; cut at the room there is. Blocks of the first num_sink_tokens tokens
-    behind the padding come first of all, blocks of padding alone never.
+    num_wanted: of every head, or int64 `[num_seqs, num_kv_heads]`; cut at the room there is. Blocks of the first
+    num_sink_tokens tokens behind the padding come first of all, blocks of padding alone never.
     """
     shape = (far.slots.shape[0], far.arena.num_kv_heads, far.num_blocks)
     if scores.dtype != torch.float32 or scores.shape != shape or (shape[2] > 1 and scores.stride(2) != 1):

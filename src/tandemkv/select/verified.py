@@ -29,7 +29,7 @@ class Verified:
 class Tally(NamedTuple):
     """What came of the promise, over steps, sequences and heads. num_rows: of query heads and queries whose error was
     estimated. Tokens are counted for every KV head; num_steps counts those too, and num_fallbacks those that were read
-    whole because a sample would not have been enough."""
+    whole because a sample would not have been enough. max_share_read and max_share_fallbacks: of one step's."""
 
     num_rows: int = 0
     error_sum: float = 0.0
@@ -38,6 +38,8 @@ class Tally(NamedTuple):
     num_tokens: int = 0
     num_steps: int = 0
     num_fallbacks: int = 0
+    max_share_read: float = 0.0
+    max_share_fallbacks: float = 0.0
 
     def plus(self, error: Tensor, num_read: int, num_tokens: int, num_steps: int, num_fallbacks: int) -> "Tally":
         """One more step. error: float32 of any shape, the estimate of each row."""
@@ -49,6 +51,8 @@ class Tally(NamedTuple):
             self.num_tokens + num_tokens,
             self.num_steps + num_steps,
             self.num_fallbacks + num_fallbacks,
+            max(self.max_share_read, num_read / max(1, num_tokens)),
+            max(self.max_share_fallbacks, num_fallbacks / max(1, num_steps)),
         )
 
     @staticmethod
@@ -64,6 +68,8 @@ class Tally(NamedTuple):
                 whole.num_tokens + one.num_tokens,
                 whole.num_steps + one.num_steps,
                 whole.num_fallbacks + one.num_fallbacks,
+                max(whole.max_share_read, one.max_share_read),
+                max(whole.max_share_fallbacks, one.max_share_fallbacks),
             )
         return whole
 
@@ -73,14 +79,18 @@ class Tally(NamedTuple):
         found = self.to_dict()
         return (
             f"{found['estimated_error_mean']:.1%} on average, {found['estimated_error_max']:.1%} at most; "
-            f"{found['share_read']:.1%} of far and near tokens read, {found['share_fallbacks']:.1%} of heads exactly"
+            f"{found['share_read']:.1%} of far and near tokens read (in a step at most {found['share_read_max']:.1%}), "
+            f"{found['share_fallbacks']:.1%} of heads exactly ({found['share_fallbacks_max']:.1%})"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For people and programs: estimated errors, and shares of tokens read and of fallbacks."""
+        """For people and programs: estimated errors, and shares of tokens read and of fallbacks, of all steps together
+        and of the one with most."""
         return {
             "estimated_error_mean": self.error_sum / max(1, self.num_rows),
             "estimated_error_max": self.max_error,
             "share_read": self.num_read / max(1, self.num_tokens),
+            "share_read_max": self.max_share_read,
             "share_fallbacks": self.num_fallbacks / max(1, self.num_steps),
+            "share_fallbacks_max": self.max_share_fallbacks,
         }
