@@ -271,6 +271,17 @@ void merge(WorkerPool& pool, const Partials& parts, const float* sink_logit, flo
   });
 }
 
+void collapse(WorkerPool& pool, const Groups& groups, float* out, float* lse) {
+  pool.run(groups.num_seqs * groups.num_rows, [&](int64_t row) {
+    const int64_t first = row / groups.num_rows * groups.num_groups, in_seq = row % groups.num_rows;
+    const auto part = [&](int64_t i) {
+      const int64_t at = (first + i) * groups.num_rows + in_seq;
+      return PartOfRow{groups.out + at * groups.dim, groups.lse[at]};
+    };
+    merge_row(part, groups.num_groups, groups.dim, -INFINITY, out + row * groups.dim, lse + row);
+  });
+}
+
 Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to) {
   for (const AttendArgs& run : runs) {
     if (!inside_table(run.kv)) return Status::kOutsideTable;

@@ -9,6 +9,7 @@
 #include "blocks.h"
 #include "kernels.h"
 #include "pages.h"
+#include "sample.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -288,6 +289,49 @@ NB_MODULE(_native, m) {
       "pool"_a, "isa"_a, "scores"_a, "strides"_a, "shape"_a, "padding"_a, "num_wanted"_a, "all_wanted"_a,
       "num_sink_tokens"_a, "slots"_a, "slot_stride"_a, "page_blocks"_a, "blocks"_a, "entries"_a, "capacity"_a,
       "kv_start"_a, "kv_len"_a);
+
+  m.def(
+      "shuffle_left",
+      [](WorkerPool& pool, std::tuple<int64_t, int64_t, int64_t> shape, int64_t page_blocks, Address kv_start,
+         Address chosen, int64_t capacity, Address chosen_tokens, Address slots, int64_t slot_stride, uint64_t seed,
+         Address to) {
+        const auto [num_seqs, num_kv_heads, num_blocks] = shape;
+        const Left left{num_seqs,
+                        num_kv_heads,
+                        num_blocks,
+                        page_blocks,
+                        as<const int64_t>(kv_start),
+                        as<const int32_t>(chosen),
+                        capacity,
+                        as<const int64_t>(chosen_tokens)};
+        nb::gil_scoped_release release;
+        shuffle_left(pool, left, table_of(slots, {slot_stride, 0}), seed, as<int32_t>(to));
+      },
+      "pool"_a, "shape"_a, "page_blocks"_a, "kv_start"_a, "chosen"_a, "capacity"_a, "chosen_tokens"_a, "slots"_a,
+      "slot_stride"_a, "seed"_a, "to"_a);
+
+  nb::class_<Groups>(m, "Groups")
+      .def(
+          "__init__",
+          [](Groups* self, Address out, Address lse, const Four& shape) {
+            const auto [num_seqs, num_groups, num_rows, dim] = shape;
+            new (self) Groups{as<const float>(out), as<const float>(lse), num_seqs, num_groups, num_rows, dim};
+          },
+          "out"_a, "lse"_a, "shape"_a);
+  m.def(
+      "collapse",
+      [](WorkerPool& pool, const Groups& groups, Address out, Address lse) {
+        nb::gil_scoped_release release;
+        collapse(pool, groups, as<float>(out), as<float>(lse));
+      },
+      "pool"_a, "groups"_a, "out"_a, "lse"_a);
+  m.def(
+      "scatter",
+      [](WorkerPool& pool, const Groups& groups, Address out, Address lse, Address variance, Address products) {
+        nb::gil_scoped_release release;
+        scatter(pool, groups, as<const float>(out), as<const float>(lse), as<double>(variance), as<double>(products));
+      },
+      "pool"_a, "groups"_a, "out"_a, "lse"_a, "variance"_a, "products"_a);
 
   m.def(
       "read_gbps",

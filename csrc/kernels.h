@@ -18,6 +18,12 @@ struct Partials {
   int64_t num_heads, q_len;
 };
 
+// Attention over groups of tokens that are disjoint: out [num_seqs][num_groups][num_rows][dim], lse without dim.
+struct Groups {
+  const float *out, *lse;
+  int64_t num_seqs, num_groups, num_rows, dim;
+};
+
 // Where attention goes: out [num_seqs][num_heads][q_len][v_head_dim], strides in elements, v_head_dim contiguous,
 // float32 or rounded; lse [num_seqs][num_heads][q_len], contiguous, natural log, or nullptr where nobody asks.
 struct Output {
@@ -42,6 +48,9 @@ Status append_and_attend(WorkerPool& pool, const KernelTable& kernels, const std
 
 // sink_logit: [num_heads] or nullptr: one more logit in the denominator of every row of a head, which has no value.
 void merge(WorkerPool& pool, const Partials& parts, const float* sink_logit, float* out, float* lse);
+
+// Over all groups: out [num_seqs][num_rows][dim], lse [num_seqs][num_rows].
+void collapse(WorkerPool& pool, const Groups& groups, float* out, float* lse);
 
 struct Isa {
   const KernelTable* kernels;

@@ -17,9 +17,10 @@ from tandemkv.cache import CacheSpec, KVCache, LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import attend, merge
 from tandemkv.kernels.blocks import ChosenBlocks
+from tandemkv.kernels.sample import collapse
 from tandemkv.select import SELECTORS, Sparse, Summaries, Tally, Verified
 from tandemkv.types import BLOCK_TOKENS, Partial, ScoreRule
-from tandemkv.verification import NUM_GROUPS, PILOT_BLOCKS, Step, Tail, collapse, sample_size, scaled, scatter_of
+from tandemkv.verification import NUM_GROUPS, PILOT_BLOCKS, Draw, Step, Tail, sample_size, scaled, scatter_of
 from tests.dense import causal_visible, dense_attention, random_kv
 from tests.sparse import assert_attends_to
 from tests.tolerances import TORCH_FLOAT32, assert_within, attend_bound
@@ -187,7 +188,7 @@ def test_the_tail_is_unbiased_with_b_fixed(name: str, selector: Any, num_groups:
 def test_pilot_and_sample_together_are_unbiased(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole step, its sample of a size that was told; the pilot counts for itself."""
     monkeypatch.setattr(verification, "PILOT_BLOCKS", 10)
-    monkeypatch.setattr(verification, "sample_size", lambda exact, parts, drawn, left, promise: left // 6)
+    monkeypatch.setattr(verification, "sample_size", lambda exact, parts, drawn, left, promise, pool: left // 6)
     case = setting(Sparse("window", budget(6), verified=SMALL), **SHAPES[name])
     with attended(case) as (chosen, exact):
         found = []
@@ -198,6 +199,15 @@ def test_pilot_and_sample_together_are_unbiased(name: str, monkeypatch: pytest.M
             assert not rest.is_exact.any()
             found.append(merge([exact, *rest.parts]))
     assert_unbiased(found, case.truth())
+
+
+def positions(tail: Tail, seq: int, head: int) -> list[int]:
+    """Of the shuffled blocks of a head, from their entries, of which each stands for a block of a page."""
+    far = tail._far
+    slots, page_blocks = far.slots[seq].tolist(), far.page_blocks
+    entries = tail._order[seq, head, : int(tail.num_left[seq, head])].tolist()
+    pages = [divmod(entry, far.arena.num_kv_heads * page_blocks) for entry in entries]
+    return [slots.index(slot) * page_blocks + block for slot, block in pages]
 
 
 class Drawn(NamedTuple):
@@ -217,11 +227,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Drawn]:
         make(self, *args)
         found.append(Drawn(self, []))
 
-    def noted_draw(self: Tail, num_wanted: Tensor) -> ChosenBlocks:
+    def noted_draw(self: Tail, num_wanted: Tensor) -> Draw:
         got = draw(self, num_wanted)
         heads = [
-            [got.blocks[seq, head, :count].tolist() for head, count in enumerate(counts)]
-            for seq, counts in enumerate(got.counts.tolist())
+            [
+                positions(self, seq, head)[first : first + count]
+                for head, (first, count) in enumerate(zip(*both, strict=True))
+            ]
+            for seq, both in enumerate(zip(got.first.tolist(), got.counts.tolist(), strict=True))
         ]
         assert got.counts.tolist() == num_wanted.tolist()
         found[-1].draws.append(heads)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from tandemkv.cache import LayerKV
 from tandemkv.kernels import attend, merge
-from tandemkv.kernels.blocks import ChosenBlocks, choose_blocks
+from tandemkv.kernels.blocks import ChosenBlocks
+from tandemkv.kernels.sample import collapse, scatter, shuffle_left
 from tandemkv.select import Verified
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
 
@@ -67,48 +68,48 @@ class Step(NamedTuple):
     sink_logit: Tensor | None = None
 
 
+class Draw(NamedTuple):
+    """Blocks of each head, `[num_seqs, num_kv_heads]`: from place `first` of its shuffled ones on so many, int64."""
+
+    first: Tensor
+    counts: Tensor
+
+
 class Tail:
-    """The far blocks that one step leaves out, and the draws from them."""
+    """The far blocks that one step leaves out, and the draws from them: shuffled once, and taken from the front."""
 
     def __init__(self, step: Step, layer: LayerKV, chosen: ChosenBlocks) -> None:
         """`chosen` is attended exactly already; it has the block in which padding ends."""
-        self._step, self._far = step, layer.far
-        shape = (step.q.shape[0], self._far.arena.num_kv_heads, self._far.num_blocks)
+        self._step, self._far, self._chosen, self.pool = step, layer.far, chosen, step.pool
         num_real = (self._far.num_blocks - self._far.kv_start // BLOCK_TOKENS).clamp(min=0)
-        self.num_real = num_real[:, None].expand(shape[:2])
+        self.num_real = num_real[:, None].expand(chosen.counts.shape)
         self.num_left = self.num_real - chosen.counts
-        self._random = torch.Generator()
-        self._lot = chosen.mark(torch.zeros(shape, dtype=torch.float32, device="cpu"), -torch.inf)
+        self._num_drawn = torch.zeros_like(self.num_left)
 
     def shuffle(self, seed: int, layer: LayerKV) -> None:
-        """Give every block that can be drawn another lot; the highest are drawn. Other ones in every layer and step."""
-        self._random.manual_seed(
-            ((seed * 1_000_003 + layer.index) * 1_000_003 + layer.seq_len) % 2**32
-        )  # takes 32 bits
-        lots = torch.rand(self._lot.shape, generator=self._random, device="cpu")
-        self._lot = torch.where(self._lot == -torch.inf, self._lot, lots)
+        """Bring what may be drawn into a random order: another one in every layer, step, sequence and head."""
+        seed = ((seed * 1_000_003 + layer.index) * 1_000_003 + layer.seq_len) % 2**64
+        self._order = shuffle_left(self._far, self._chosen, seed, self._step.pool)
 
     def affordable(self, wanted: Tensor, num_left: Tensor) -> Tensor:
         """So many blocks of each head, or all that are left where more than half would have to be read."""
         num_read = self.num_real - num_left + wanted
         return torch.where(num_read > self.num_real // 2, num_left, wanted)
 
-    def draw(self, num_wanted: Tensor) -> ChosenBlocks:
+    def draw(self, num_wanted: Tensor) -> Draw:
         """So many blocks of each head, `[num_seqs, num_kv_heads]`, which cannot be drawn again."""
-        drawn = ChosenBlocks.allocate(self._far.arena, self._step.q.shape[0], max(1, int(num_wanted.max())))
-        choose_blocks(self._lot, num_wanted, self._far, 0, drawn, self._step.pool)
-        self._lot = drawn.mark(self._lot, -torch.inf)
+        drawn = Draw(self._num_drawn, num_wanted)
+        self._num_drawn = self._num_drawn + num_wanted
         return drawn
 
-    def attend_groups(self, drawn: ChosenBlocks, num_groups: int) -> Partial:
-        """Attention over groups of the drawn blocks, dealt out at random: out `[num_seqs, num_groups, ...]`."""
-        entries, counts = drawn.run.page_table, drawn.counts
-        lots = torch.rand(entries.shape, generator=self._random, device="cpu")
-        order = lots.masked_fill_(~drawn.is_chosen, 2.0).argsort(-1)
-        dealt = torch.nn.functional.pad(entries.gather(2, order), (0, -entries.shape[2] % num_groups))
-        table = dealt.unflatten(2, (-1, num_groups)).permute(0, 3, 1, 2).flatten(0, 1).contiguous()
+    def attend_groups(self, drawn: Draw, num_groups: int) -> Partial:
+        """Attention over groups of the drawn blocks, dealt out one by one: out `[num_seqs, num_groups, ...]`."""
         group = torch.arange(num_groups, device="cpu")[:, None]
-        sizes = (counts[:, None] - group + num_groups - 1).div(num_groups, rounding_mode="floor").clamp_(min=0)
+        sizes = (drawn.counts[:, None] - group + num_groups - 1).div(num_groups, rounding_mode="floor").clamp_(min=0)
+        most = max(1, int(sizes.max()))
+        places = drawn.first[:, None, :, None] + (group[..., None] + num_groups * torch.arange(most, device="cpu"))
+        order = self._order[:, None].expand(-1, num_groups, -1, -1)
+        table = order.gather(3, places.clamp_(max=order.shape[3] - 1)).flatten(0, 1)
         kv_len = (sizes * BLOCK_TOKENS).flatten(0, 1).contiguous()
         run = PagedKV(self._far.arena, table, torch.zeros_like(kv_len), kv_len, of_blocks=True)
         q = self._step.q[:, None].expand(-1, num_groups, *self._step.q.shape[1:]).flatten(0, 1)
@@ -125,38 +126,47 @@ def attend_rest(step: Step, layer: LayerKV, chosen: ChosenBlocks, exact: Partial
     promise, tail = layer.sparse.verified, Tail(step, layer, chosen)
     tail.shuffle(promise.seed, layer)
     pilot = tail.draw(tail.num_left.clamp(max=PILOT_BLOCKS))
-    each = tail.attend_groups(pilot, max(1, pilot.blocks.shape[2]))
-    exact = merge([exact, collapse(each)], step.pool, sink_logit=step.sink_logit)  # of whose whole errors are shares
+    each = tail.attend_groups(pilot, max(1, int(pilot.counts.max())))
+    together = collapse(each, step.pool)
+    exact = merge([exact, together], step.pool, sink_logit=step.sink_logit)  # of whose whole errors are shares
     num_left, num_known = tail.num_left - pilot.counts, chosen.counts + pilot.counts
-    wanted = sample_size(exact, each, pilot.counts, num_left, promise)
+    wanted = sample_size(exact, each, pilot.counts, num_left, promise, step.pool)
     rest = estimate_rest(tail, exact, num_left, wanted, promise)
     num_read = num_known + rest.num_read
     is_exact = (num_read == tail.num_real) & (tail.num_left > 0)
-    return Rest([collapse(each), *rest.parts], rest.error, num_read, is_exact)
+    return Rest([together, *rest.parts], rest.error, num_read, is_exact)
 
 
 def estimate_rest(tail: Tail, exact: Partial, num_left: Tensor, wanted: Tensor, promise: Verified) -> Rest:
     """Of `num_left` blocks of each head `wanted` are drawn and stand for all; how they scatter may ask for more."""
-    drawn = tail.affordable(wanted, num_left)
+    drawn, pool = tail.affordable(wanted, num_left), tail.pool
     groups = tail.attend_groups(tail.draw(drawn), NUM_GROUPS)
-    wanted = torch.maximum(drawn, sample_size(exact, groups, drawn, num_left, promise))
+    wanted = torch.maximum(drawn, sample_size(exact, groups, drawn, num_left, promise, pool))
     more = tail.affordable(wanted, num_left) - drawn
     if bool(more.any()):
         others = tail.attend_groups(tail.draw(more), NUM_GROUPS)
-        groups = collapse(Partial(*(torch.stack(pair, 1) for pair in zip(groups, others, strict=True))))
+        flat = [Partial(*(x.flatten(0, 1) for x in part)) for part in (groups, others)]
+        groups = Partial(*(x.unflatten(0, (-1, NUM_GROUPS)) for x in merge(flat, pool)))
     drawn = drawn + more
-    error = error_of(groups, exact, num_left, drawn, promise)
-    return Rest([scaled(collapse(groups), num_left, drawn)], error, drawn, drawn == num_left)
+    error = error_of(groups, exact, num_left, drawn, promise, pool)
+    return Rest([scaled(collapse(groups, pool), num_left, drawn)], error, drawn, drawn == num_left)
 
 
-def error_of(groups: Partial, exact: Partial, num_left: Tensor, num_wanted: Tensor, promise: Verified) -> Tensor:
+def error_of(
+    groups: Partial,
+    exact: Partial,
+    num_left: Tensor,
+    num_wanted: Tensor,
+    promise: Verified,
+    pool: "WorkerPool | None" = None,
+) -> Tensor:
     """See `Rest.error`, from how the groups of the sample scatter."""
     sample = scaled(groups, num_left, num_wanted)
-    whole = merge([exact, collapse(sample)])
-    scatter = scatter_of(sample, whole, promise.delta)
+    whole = merge([exact, collapse(sample, pool)], pool)
+    scatter = scatter_of(sample, whole, promise.delta, pool)
     unread = 1 - by_q_head(num_wanted / num_left.clamp(min=1), exact.out.shape[1])
     squares = scatter.factor * scatter.variance * NUM_GROUPS * unread.clamp_(min=0)
-    error: Tensor = squares.sqrt() / whole.out.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    error: Tensor = squares.sqrt().float() / whole.out.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return error
 
 
@@ -166,15 +176,22 @@ def scaled(part: Partial, num_left: Tensor, num_drawn: Tensor) -> Partial:
     return Partial(part.out, part.lse + (times if part.lse.dim() == 3 else times[:, None]))
 
 
-def sample_size(exact: Partial, parts: Partial, num_drawn: Tensor, num_left: Tensor, promise: Verified) -> Tensor:
+def sample_size(
+    exact: Partial,
+    parts: Partial,
+    num_drawn: Tensor,
+    num_left: Tensor,
+    promise: Verified,
+    pool: "WorkerPool | None" = None,
+) -> Tensor:
     """int64 `[num_seqs, num_kv_heads]`: blocks to draw of num_left, so that the error is as small as promised.
 
     exact: attention over what does not stand for others. parts: on axis 1 equal shares of num_drawn blocks, from whose
     scatter that of single blocks follows.
     """
     num_heads, num_parts = exact.out.shape[1], parts.lse.shape[1]
-    whole = merge([exact, scaled(collapse(parts), num_left, num_drawn)])
-    scatter = scatter_of(parts, whole, promise.delta)
+    whole = merge([exact, scaled(collapse(parts, pool), num_left, num_drawn)], pool)
+    scatter = scatter_of(parts, whole, promise.delta, pool)
     left, part_blocks = by_q_head(num_left.double(), num_heads), by_q_head(num_drawn.double() / num_parts, num_heads)
     squares = scatter.factor * scatter.variance / part_blocks.clamp(min=1e-9) * left.square()
     allowed = (promise.epsilon * whole.out.norm(dim=-1)).double().square()
@@ -183,27 +200,13 @@ def sample_size(exact: Partial, parts: Partial, num_drawn: Tensor, num_left: Ten
     return torch.minimum(wanted, num_left)
 
 
-def scatter_of(parts: Partial, whole: Partial, delta: float) -> Scatter:
+def scatter_of(parts: Partial, whole: Partial, delta: float, pool: "WorkerPool | None" = None) -> Scatter:
     """How the residuals r_j of the parts on axis 1 scatter about their mean."""
-    weights = (parts.lse - whole.lse[:, None]).exp()
-    residuals = weights[..., None] * (parts.out - whole.out[:, None])
-    residuals = (residuals - residuals.mean(1, keepdim=True)).permute(0, 2, 3, 1, 4)  # [seq, head, query, part, dim]
-    num = residuals.shape[3]
-    gram = residuals @ residuals.mT
-    own = gram.diagonal(dim1=-2, dim2=-1)
-    variance = own.sum(-1) / max(1, num - 1)
-    others = (gram.square().sum((-2, -1)) - own.square().sum(-1)) / max(1, num * (num - 1))
-    freedom = (variance.square() / others.clamp(min=1e-37)).clamp(1.0, float(whole.out.shape[-1]))
+    variance, products = scatter(parts, whole, pool)
+    freedom = (variance.square() / products.clamp(min=1e-300)).clamp(1.0, float(whole.out.shape[-1]))
     spread = 2 / (9 * freedom)  # Wilson and Hilferty (1931): the cube root of a chi-square variable is nearly normal
     factor = (1 - spread + NormalDist().inv_cdf(1 - delta) * spread.sqrt()).clamp(min=0) ** 3
     return Scatter(variance, factor)
-
-
-def collapse(parts: Partial) -> Partial:
-    """Attention over the union of the parts on axis 1."""
-    lse = parts.lse.logsumexp(1)
-    weights = (parts.lse - lse[:, None]).exp().nan_to_num(0.0)
-    return Partial((weights[..., None] * parts.out).sum(1), lse)
 
 
 def by_kv_head(x: Tensor, num_kv_heads: int) -> Tensor:

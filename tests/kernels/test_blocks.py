@@ -450,13 +450,12 @@ def test_scores_may_be_a_view() -> None:
     assert (into.blocks == torch.tensor([4, 5])).all()
 
 
-def test_what_was_chosen_can_be_marked() -> None:
+def test_numbers_are_put_where_blocks_were_chosen() -> None:
     far = far_pages(16, 5, [0], 2)
     into = ChosenBlocks.allocate(far.arena, 1, 3)
     scores = torch.tensor([[[5.0, 1, 4, 2, 3], [-math.inf, 1, -math.inf, -math.inf, -math.inf]]])
     choose_blocks(scores, torch.tensor([[2, 3]]), far, 0, into)
     x = torch.zeros(1, 2, 5)
-    assert into.mark(x, 1.0).tolist() == [[[1, 0, 1, 0, 0], [0, 1, 0, 0, 0]]]
     put = into.put(x, torch.tensor([[[7.0, 8, 9], [6, 5, 4]]]))
     assert put.tolist() == [[[7, 0, 8, 0, 0], [0, 6, 0, 0, 0]]]
     assert (x == 0).all()

@@ -117,10 +117,6 @@ class ChosenBlocks(NamedTuple):
         index = torch.where(self.is_chosen, self.blocks, x.shape[2])  # what is not chosen goes into a column of its own
         return torch.nn.functional.pad(x, (0, 1)).scatter_(2, index.long(), values)[..., :-1]
 
-    def mark(self, x: Tensor, value: float) -> Tensor:
-        """The same with one value."""
-        return self.put(x, torch.full(self.blocks.shape, value, dtype=x.dtype, device="cpu"))
-
 
 def score_blocks(
     codes: BlockCodes,
