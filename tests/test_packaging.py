@@ -43,6 +43,7 @@ LIGHT = {
     "tandemkv.kernels.torch_ops": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.reference": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.blocks": ("transformers", "triton", "tandemkv._native"),
+    "tandemkv.kernels.sample": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.cpu": ("transformers", "triton"),
 }
 
