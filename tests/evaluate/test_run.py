@@ -220,6 +220,29 @@ def test_what_a_promise_cost_stands_in_the_report(tmp_path: Path) -> None:
     assert "tandem-verified 410: 50.0% of tokens read, 5.0% of heads attended exactly." in console.export_text()
 
 
+def test_what_later_turns_lose(tmp_path: Path) -> None:
+    """Only questions after the first, against the same questions asked alone; of tasks of which both forms count."""
+    alone, turns = [[1.0, 1.0, 1.0]] * 4, [[0.0, 1.0, 0.0]] * 4
+    table = {
+        ("needle", "requests"): {DENSE: alone, WINDOW: alone},
+        ("needle", "turns"): {DENSE: alone, WINDOW: turns},
+        ("kv", "requests"): {DENSE: alone, WINDOW: [[0.0, 0.0, 0.0]] * 4},
+    }
+    ledger = ledger_of(tmp_path, table)
+    assert make_report(ledger, [DENSE, WINDOW], ("needle", "kv"), ("requests", "turns")).later_turns == {}
+    ledger.settings["num_questions"] = 3
+    report = make_report(ledger, [DENSE, WINDOW], ("needle", "kv"), ("requests", "turns"))
+    assert {who: (x.mean, x.low, x.high) for who, x in report.later_turns.items()} == {
+        DENSE: (0.0, 0.0, 0.0),
+        WINDOW: (0.5, 0.5, 0.5),
+    }
+    assert report.to_dict()["averages"][1]["lost_in_later_turns"] == [0.5, 0.5, 0.5]
+    console = Console(record=True, width=200)
+    print_report(report, console)
+    told = "window 128: 50.0: 50.0 to 50.0 points lost by questions after the first of a conversation."
+    assert told in console.export_text()
+
+
 def test_a_report_is_about_this_run(tmp_path: Path) -> None:
     """Other budgets, tasks and forms in the ledger, and a task that is only half done, change nothing."""
     good, bad = [[1.0]] * 4, [[0.0]] * 4

@@ -128,6 +128,11 @@ class Ledger:
         num_contexts: int = self.settings["num_contexts"]
         return num_contexts
 
+    @property
+    def num_questions(self) -> int:
+        """Questions about each context."""
+        return int(self.settings.get("num_questions", 1))
+
     def add(self, scores: Scores) -> None:
         """Note what was found, once."""
         if scores.key in self.found:

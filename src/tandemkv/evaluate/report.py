@@ -47,13 +47,15 @@ class Row:
 @dataclass(frozen=True)
 class Report:
     """Rows of all tasks, and for each contestant the mean over the tasks that count. shares: of verified ones, tokens
-    read and heads attended exactly, over the same tasks."""
+    read and heads attended exactly, over the same tasks. later_turns: what questions after the first of a conversation
+    lose to the same questions asked first, each alone behind the context."""
 
     settings: dict[str, Any]
     rows: list[Row]
     counted: list[tuple[str, str]]
     averages: dict[Contestant, tuple[float, Interval | None]]
     shares: dict[Contestant, tuple[float, float]]
+    later_turns: dict[Contestant, Interval]
 
     @property
     def num_counted_tasks(self) -> int:
@@ -76,7 +78,7 @@ class Report:
                     **_name(row.contestant),
                     "score": row.score,
                     "num_questions": row.num_questions,
-                    "loss": None if row.loss is None else [row.loss.mean, row.loss.low, row.loss.high],
+                    "loss": _numbers(row.loss),
                     "counts": row.counts,
                 }
                 for row in self.rows
@@ -87,8 +89,9 @@ class Report:
                 {
                     **_name(who),
                     "score": mean,
-                    "loss": None if loss is None else [loss.mean, loss.low, loss.high],
+                    "loss": _numbers(loss),
                     "shares_read_and_exact": self.shares.get(who),
+                    "lost_in_later_turns": _numbers(self.later_turns.get(who)),
                 }
                 for who, (mean, loss) in self.averages.items()
             ],
@@ -110,7 +113,9 @@ def make_report(
         rows += [_row((task, form), who, scores, dense, counts) for who, scores in by_contestant.items()]
     averages = {who: _average({key: tables[key] for key in counted}, who) for who in contestants if counted}
     shares = {who: found for who in contestants if (found := _shares(ledger, counted, who)) is not None}
-    return Report(ledger.settings, rows, counted, averages, shares)
+    both = {task: [tables[task, form] for form in _FORMS] for task, _ in counted if {*_keys(task)} <= {*counted}}
+    later = {who: _later_turns(both, who) for who in contestants if both and ledger.num_questions > 1}
+    return Report(ledger.settings, rows, counted, averages, shares, later)
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -139,6 +144,8 @@ def print_report(report: Report, console: Console) -> None:
     )
     for who, (read, exact) in report.shares.items():
         console.print(f"{_label(who)}: {read:.1%} of tokens read, {exact:.1%} of heads attended exactly.")
+    for who, loss in report.later_turns.items():
+        console.print(f"{_label(who)}: {_in_percent(loss)} points lost by questions after the first of a conversation.")
     for system in dict.fromkeys(who.system for who in contestants):
         differs = SYSTEMS[system].where_it_differs
         console.print(f"{system}: {SYSTEMS[system].about}{f'; {differs}' if differs else ''}.")
@@ -194,6 +201,17 @@ def bootstrap(losses: np.ndarray) -> Interval:
 
 
 _Table = dict[Contestant, np.ndarray]
+_FORMS = "requests", "turns"
+
+
+def _keys(task: str) -> list[tuple[str, str]]:
+    return [(task, form) for form in _FORMS]
+
+
+def _later_turns(both: dict[str, list[_Table]], who: Contestant) -> Interval:
+    """Of tables of each task, its requests and its turns."""
+    losses = [(alone[who][:, 1:] - in_turns[who][:, 1:]).mean(1) for alone, in_turns in both.values()]
+    return bootstrap(np.array(losses))
 
 
 def _tables(
@@ -247,6 +265,10 @@ def _shares(ledger: Ledger, counted: list[tuple[str, str]], who: Contestant) -> 
 
 def _name(who: Contestant) -> dict[str, object]:
     return {"system": who.system, "budget_tokens": who.budget_tokens}
+
+
+def _numbers(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [interval.mean, interval.low, interval.high]
 
 
 def _label(who: Contestant) -> str:
