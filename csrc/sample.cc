@@ -50,7 +50,8 @@ void put_residuals(const Groups& groups, int64_t seq, int64_t row, const float* 
                    std::vector<float>& residuals) {
   for (int64_t j = 0; j < groups.num_groups; ++j) {
     const int64_t at = (seq * groups.num_groups + j) * groups.num_rows + row;
-    const float weight = std::exp(groups.lse[at] - whole_lse);
+    // A group of nothing has no residual, nor has one of a row of padding, whose whole is nothing too.
+    const float weight = groups.lse[at] == -INFINITY ? 0.0f : std::exp(groups.lse[at] - whole_lse);
     const float* const out = groups.out + at * groups.dim;
     for (int64_t d = 0; d < groups.dim; ++d) residuals[d * groups.num_groups + j] = weight * (out[d] - whole_out[d]);
   }

@@ -293,7 +293,15 @@ Found = dict[tuple[str, int | None], dict[str, list[float]]]
 def write_scores(path: Path, found: Found) -> Path:
     """Scores of two contexts each, as `tandemkv eval` keeps them behind 1024 tokens."""
     rows = [
-        {"task": task, "form": form, "context": context, "system": system, "budget_tokens": budget, "scores": [score]}
+        {
+            "task": task,
+            "form": form,
+            "context": context,
+            "system": system,
+            "budget_tokens": budget,
+            "scores": [score],
+            "digest": f"{task} {context}",
+        }
         for (system, budget), tasks in found.items()
         for task, scores in tasks.items()
         for context, score in enumerate(scores)
@@ -310,13 +318,18 @@ def test_accuracy_is_of_those_who_were_asked_everything(tmp_path: Path) -> None:
         ("quest", 256): {task: [1.0, 1.0] for task in COUNTED[1:]},
         ("h2o", 256): {**every, COUNTED[0]: [1.0]},
     }
-    length, judged = tradeoff.read_accuracy(write_scores(tmp_path / "scores.jsonl", {**found, **some}))
+    path = write_scores(tmp_path / "scores.jsonl", {**found, **some})
+    length, judged = tradeoff.read_accuracy(path)
     assert length == 1024
     dense = 0.5 + 0.5 / len(COUNTED)
     assert [(one.who.system, one.accuracy, one.num_answers) for one in judged] == [
         ("dense", pytest.approx(dense), 2 * len(COUNTED)),
         ("window", 0.5, 2 * len(COUNTED)),
     ]
+    settings, *lines = path.read_text().splitlines()
+    stale = [line.replace('"digest": "', '"digest": "other ').replace("1.0", "0.25") for line in lines]
+    path.write_text("\n".join([settings, *stale, *lines]) + '\n{"task": "nee')
+    assert tradeoff.read_accuracy(path) == (length, judged), "scores of other prompts count, or a cut line does"
     for path in (write_scores(tmp_path / "some.jsonl", some), tmp_path / "none.jsonl"):
         with pytest.raises(SystemExit, match=r"^error: .* (does not hold every counted task of dense|is not there)"):
             tradeoff.read_accuracy(path)

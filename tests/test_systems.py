@@ -347,6 +347,7 @@ def test_generate_runs_every_system(command: Any) -> None:
         if verified is not None:
             layers = verified.pop("layers")
             assert set(verified) == set(Tally().to_dict()) and len(layers) > 1
+            assert [layer.pop("layer") for layer in layers] == list(range(len(layers)))
             assert all(0 <= share <= 1 for each in (verified, *layers) for share in each.values())
             assert verified["share_read_max"] == max(layer["share_read_max"] for layer in layers)
         said[system] = report["new_ids"]

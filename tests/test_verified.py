@@ -704,6 +704,37 @@ def test_a_step_that_is_undone_is_not_told() -> None:
     assert [tally.num_steps for tally in case.cache.tallies] == [2, 2]
 
 
+# -- Whatever else is set --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("promise", [None, Verified(0.2, 0.05)], ids=["sparse", "verified"])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_the_default_dtype_changes_nothing(selector: str, promise: Verified | None) -> None:
+    outs = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        case = setting(None, 150, num_steps=2)
+        try:
+            torch.set_default_dtype(dtype)
+            case.cache.sparse = Sparse(selector, budget(20), verified=promise)
+            case.step()
+            outs.append(case.step())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_rows_of_padding_have_no_error_and_need_no_sample() -> None:
+    """The second sequence is padding up to the last of three queries, or all the way."""
+    past, sparse = 400 * BLOCK_TOKENS + NEAR_TOKENS, Sparse("window", budget(6), verified=Verified(0.2, 0.05))
+    for start in (past + 2, past + 3):
+        case = setting(sparse, 400, kv_start=(0, start), q_len=3)
+        case.step()
+        told = case.layer.knowledge.tally.to_dict()
+        assert 0 < told["estimated_error_mean"] < told["estimated_error_max"] < 1
+        assert 0 < told["share_read"] < 0.5
+        assert told["share_fallbacks"] == 0
+
+
 # -- Limits ------------------------------------------------------------------------------------------------------------
 
 

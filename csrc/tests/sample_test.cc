@@ -123,6 +123,18 @@ void scatters() {
   }
 }
 
+// Rows of padding attend to nothing: their residuals are 0, not NaN.
+void scatter_of_nothing() {
+  WorkerPool pool(1);
+  RandomGroups p(1, 4, 2, 8);
+  for (int64_t group = 0; group < 4; ++group) p.lse[p.at(1, group)] = -INFINITY;
+  p.whole_lse[1] = -INFINITY;
+  std::vector<double> variance(2, -7), products(2, -7);
+  scatter(pool, p.groups, p.whole_out.data(), p.whole_lse.data(), variance.data(), products.data());
+  CHECK(variance[0] > 0 && products[0] > 0, variance[0], products[0]);
+  CHECK(variance[1] == 0 && products[1] == 0, variance[1], products[1]);
+}
+
 // Collapsed groups are merged parts; a group of nothing changes nothing, and of nothing alone nothing is found.
 void collapses() {
   WorkerPool pool(2);
@@ -150,5 +162,9 @@ void collapses() {
 
 int main(int argc, char** argv) {
   using namespace tandem;
-  return run_tests({{"shuffles", shuffles}, {"scatters", scatters}, {"collapses", collapses}}, argc, argv);
+  return run_tests({{"shuffles", shuffles},
+                    {"scatters", scatters},
+                    {"scatter of nothing", scatter_of_nothing},
+                    {"collapses", collapses}},
+                   argc, argv);
 }

@@ -90,7 +90,7 @@ class Generation:
     """What came out and what it took. `finish`: at the end of text, at max_new_tokens, or by Ctrl-C.
 
     Seconds count from the start of prefill, when the model is loaded. Rates are None where nothing was timed. verified:
-    what came of a promise about the error in each layer; none where nothing was promised.
+    what came of a promise about the error, by layer; none where nothing was promised.
     """
 
     text: str
@@ -99,7 +99,7 @@ class Generation:
     num_prompt_tokens: int
     token_seconds: list[float]
     tiers: list[TierUse]
-    verified: list[Tally] = field(default_factory=list)
+    verified: dict[int, Tally] = field(default_factory=dict)
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -134,9 +134,10 @@ class Generation:
         }
 
 
-def _verified(tallies: list[Tally]) -> dict[str, Any]:
+def _verified(tallies: dict[int, Tally]) -> dict[str, Any]:
     """All layers together, then each."""
-    return {**Tally.of(tallies).to_dict(), "layers": [tally.to_dict() for tally in tallies]}
+    layers = [{"layer": layer, **tally.to_dict()} for layer, tally in tallies.items()]
+    return {**Tally.of([*tallies.values()]).to_dict(), "layers": layers}
 
 
 def generate(
@@ -257,10 +258,8 @@ def print_generation(generation: Generation, console: Console) -> None:
         size = f"{format_bytes(tier.used_bytes)} of {format_bytes(tier.capacity_bytes)} used{moved}"
         rows.append((f"{tier.name} ({tier.device})", size))
     if generation.verified:
-        worst = max(
-            range(len(generation.verified)), key=lambda layer: generation.verified[layer].to_dict()["share_read"]
-        )
-        rows.append(("estimated error", Tally.of(generation.verified).summary))
+        worst = max(generation.verified, key=lambda layer: generation.verified[layer].to_dict()["share_read"])
+        rows.append(("estimated error", Tally.of([*generation.verified.values()]).summary))
         rows.append((f"of them layer {worst}", f"{generation.verified[worst].summary}: --json has every layer"))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in rows:
@@ -295,7 +294,7 @@ def _run(
         num_prompt_tokens=ids.shape[1],
         token_seconds=[seconds - begin for seconds in stream.times],
         tiers=cache.use(),
-        verified=cache.kv.tallies,
+        verified=dict(zip(cache.kv.full_layers, cache.kv.tallies, strict=False)),  # no tallies without a promise
     )
 
 

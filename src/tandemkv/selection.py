@@ -145,7 +145,7 @@ def _tally(layer: LayerKV, rest: Rest | None) -> Tally:
     num_heads = layer.num_seqs * layer.knowledge.far.shape[1]
     num_tokens = int((layer.seq_len - layer.kv_start).sum()) * layer.knowledge.far.shape[1]
     if rest is None:
-        return tally.plus(torch.zeros(0), num_tokens, num_tokens, num_heads, 0)
+        return tally.plus(torch.zeros(0, dtype=torch.float32), num_tokens, num_tokens, num_heads, 0)
     num_read = num_heads * layer.num_near_tokens + int(rest.num_read.sum()) * BLOCK_TOKENS
     return tally.plus(rest.error, min(num_read, num_tokens), num_tokens, num_heads, int(rest.is_exact.sum()))
 

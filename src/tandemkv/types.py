@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -46,10 +46,10 @@ class ScoreRule:
 
     def __post_init__(self) -> None:
         normal = torch.finfo(torch.float32)
-        if not _is_number(self.scale) or not abs(self.scale) <= normal.max:
+        if not is_number(self.scale) or not abs(self.scale) <= normal.max:
             raise InputError(f"scale must be finite, got {self.scale!r}")
         softcap, window = self.softcap, self.window
-        if softcap is not None and not (_is_number(softcap) and normal.tiny <= softcap <= normal.max):
+        if softcap is not None and not (is_number(softcap) and normal.tiny <= softcap <= normal.max):
             raise InputError(f"softcap must be positive and finite, or None, got {softcap!r}")
         if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
             raise InputError(f"window must be a whole number of tokens, at least 1, or None, got {window!r}")
@@ -199,6 +199,8 @@ class PagedKV:
         if not isinstance(self.arena, Arena) or not all(isinstance(tensor, Tensor) for tensor in tensors):
             got = ", ".join(type(value).__name__ for value in (self.arena, *tensors))
             raise InputError(f"PagedKV takes an Arena and the tensors page_table, kv_start and kv_len, got {got}")
+        if not isinstance(self.log_counts, Tensor | None):
+            raise InputError(f"log_counts must be a tensor or None, got {type(self.log_counts).__name__}")
 
     @property
     def entry_tokens(self) -> int:
@@ -216,7 +218,8 @@ class PagedKV:
         return self.log_counts is not None
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is an int or a float and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

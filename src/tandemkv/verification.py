@@ -164,7 +164,7 @@ def error_of(
     sample = scaled(groups, num_left, num_wanted)
     whole = merge([exact, collapse(sample, pool)], pool)
     scatter = scatter_of(sample, whole, promise.delta, pool)
-    unread = 1 - by_q_head(num_wanted / num_left.clamp(min=1), exact.out.shape[1])
+    unread = 1 - by_q_head(num_wanted.double() / num_left.clamp(min=1), exact.out.shape[1])
     squares = scatter.factor * scatter.variance * NUM_GROUPS * unread.clamp_(min=0)
     error: Tensor = squares.sqrt().float() / whole.out.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return error
@@ -172,7 +172,8 @@ def error_of(
 
 def scaled(part: Partial, num_left: Tensor, num_drawn: Tensor) -> Partial:
     """That of num_drawn blocks as that of num_left. part: lse `[num_seqs, num_q_heads, q_len]`, or groups on axis 1."""
-    times = by_q_head((num_left / num_drawn.clamp(min=1)).clamp(min=1).log(), part.lse.shape[-2])
+    ratio = num_left.double() / num_drawn.clamp(min=1)  # whatever torch's default dtype is
+    times = by_q_head(ratio.clamp(min=1).log().float(), part.lse.shape[-2])
     return Partial(part.out, part.lse + (times if part.lse.dim() == 3 else times[:, None]))
 
 
@@ -196,6 +197,7 @@ def sample_size(
     squares = scatter.factor * scatter.variance / part_blocks.clamp(min=1e-9) * left.square()
     allowed = (promise.epsilon * whole.out.norm(dim=-1)).double().square()
     needed = (1 / (1 / left + allowed / squares.clamp(min=1e-300))).nan_to_num(math.inf)
+    needed = needed.where(squares > 0, 0.0)  # a row of padding needs nothing
     wanted = by_kv_head(needed, num_left.shape[1]).ceil().clamp(NUM_GROUPS, 2.0**31).long()
     return torch.minimum(wanted, num_left)
 

@@ -533,7 +533,7 @@ class OnIsa(Summaries):
 
     def score_codes(self, q: Tensor, directions: Tensor | None = None) -> Tensor:
         assert self.codes is not None
-        rows = q.float().reshape(q.shape[0], self.num_kv_heads, -1, q.shape[3])
+        rows = q.reshape(q.shape[0], self.num_kv_heads, -1, q.shape[3])
         return score_blocks(self.codes, rows, self.far, directions, self.pool, self.isa)
 
 
@@ -619,6 +619,14 @@ def test_scores_of_columns_are_integer_arithmetic(
         dots = torch.einsum("shrc,shbtc->shrbt", weights, of_pages(codes, far)).amax(-1)
         want = (dots.float() * scales).amax(2)
         assert torch.equal(selector.score(q, summaries(isa, far, made, basis)), want)
+
+
+@pytest.mark.parametrize("selector", [Bounds(), Columns(24)], ids=["bounds", "columns"])
+def test_a_bf16_query_scores_as_its_numbers_in_float32(selector: Bounds | Columns) -> None:
+    far, (codes, basis) = coded_pages(64), coded(selector, keys(64, 32))
+    q = queries(32, 2, 3).bfloat16()
+    got, want = (selector.score(x, summaries(cpu.resolve_isa(), far, codes, basis)) for x in (q, q.float()))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("head_dim", [4, 16, 20])

@@ -129,10 +129,15 @@ class KVCache:
 
     @property
     def tallies(self) -> list[Tally]:
-        """Of every layer with far tokens what came of a promise about the error; none where none was given."""
+        """Of every layer of `full_layers` what came of a promise about the error; none where none was given."""
         if self._sparse is None or self._sparse.verified is None:
             return []
-        return [layer.knowledge.tally for layer in self._layers if layer.window is None]
+        return [self._layers[index].knowledge.tally for index in self.full_layers]
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Layers with far tokens: those without a window."""
+        return [layer.index for layer in self._layers if layer.window is None]
 
     def _refuse_on_device(self, sparse: Sparse) -> None:
         """UnsupportedError for what needs the near tokens' attention in host memory."""

@@ -270,7 +270,7 @@ def _run_layout(kv: PagedKV) -> tuple[object, ...]:
     addresses = arena.k.data_ptr(), arena.v.data_ptr(), table.data_ptr(), kv_start.data_ptr(), kv_len.data_ptr()
     sizes = arena.k.shape, arena.head_dim, arena.v_head_dim, table.shape, kv_start.shape, kv_len.shape
     dtypes = arena.layout, table.dtype, kv_start.dtype, kv_len.dtype
-    counts = None if kv.log_counts is None else (kv.log_counts.data_ptr(), kv.log_counts.shape)
+    counts = None if kv.log_counts is None else (kv.log_counts.data_ptr(), *_layout(kv.log_counts))
     return addresses, sizes, table.stride(), dtypes, kv.of_blocks, counts
 
 
@@ -301,9 +301,9 @@ def _log_counts(kv: PagedKV) -> int:
     if counts is None:
         return 0
     expected = (*table.shape[:2], table.shape[2] * kv.entry_tokens)
-    good = isinstance(counts, Tensor) and counts.dtype == torch.float32 and counts.shape == expected
+    good = counts.dtype == torch.float32 and counts.shape == expected
     if not good or not counts.is_contiguous() or counts.device.type != "cpu":
-        got = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else _types_of(counts)
+        got = f"{counts.dtype} {list(counts.shape)}"
         raise InputError(f"log_counts must be contiguous float32 {list(expected)} on the CPU, got {got}")
     return counts.data_ptr()
 

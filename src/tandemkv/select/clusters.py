@@ -65,7 +65,10 @@ class Clustered:
     def none(far: FarPages) -> "Clustered":
         """Of no blocks."""
         shape = far.slots.shape[0], far.arena.num_kv_heads, 0
-        keys, values = (torch.zeros((*shape, dim), device="cpu") for dim in (far.arena.head_dim, far.arena.v_head_dim))
+        keys, values = (
+            torch.zeros((*shape, dim), dtype=torch.float32, device="cpu")
+            for dim in (far.arena.head_dim, far.arena.v_head_dim)
+        )
         labels = torch.zeros(shape, dtype=torch.int64, device="cpu")
         return Clustered(labels, keys, values, far.kv_start, far.arena.layout.dtype)
 
@@ -91,6 +94,8 @@ class Clustered:
 
     def cut(self, num_blocks: int) -> "Clustered":
         """See `Digest`: a segment that reaches beyond is gone, and what comes behind it."""
+        if num_blocks >= self.num_blocks:  # what was packed stays packed
+            return self
         kept = tuple(segment for segment in self.segments if segment.num_blocks <= num_blocks)
         last = kept[-1] if kept else Segment(0, 0)
         end = min(num_blocks, self.num_blocks) if last == self.in_segments else last.num_blocks
@@ -136,7 +141,7 @@ class Clustered:
         num_pages, spare = -(-num_groups // _PAGE_GROUPS), -num_groups % _PAGE_GROUPS
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, spare)).to(self.dtype) for x in (self.keys, self.values))
         layout = PageLayout(self.dtype, _PAGE_GROUPS, "panels")
-        counts = torch.zeros(k.shape[:3], device="cpu")
+        counts = torch.zeros(k.shape[:3], dtype=torch.float32, device="cpu")
         counts.scatter_add_(2, self.labels, self.block_tokens[:, None].expand(self.labels.shape))
         with torch.inference_mode(False):  # written again, maybe outside of it
             arena = Arena.allocate(layout, num_seqs * num_pages, num_kv_heads, head_dim, v_head_dim=v.shape[3])
@@ -147,7 +152,7 @@ class Clustered:
                 table.expand(-1, num_kv_heads, -1),
                 kv_start,
                 torch.full_like(kv_start, num_groups + spare),
-                log_counts=torch.empty(k.shape[:3], device="cpu"),
+                log_counts=torch.empty(k.shape[:3], dtype=torch.float32, device="cpu"),
             )
         append(arena, run.page_table, 0, k, v)
         return StandIns(run, counts)
@@ -227,8 +232,8 @@ def _group_means(means: Tensor, labels: Tensor, num_tokens: Tensor, num_groups: 
     Added one by one: in a matrix product, one block's NaN would be everybody's.
     """
     weights = num_tokens[:, None].expand(labels.shape)
-    counts = torch.zeros((*labels.shape[:2], num_groups), device="cpu").scatter_add_(2, labels, weights)
-    totals = torch.zeros((*counts.shape, means.shape[3]), device="cpu")
+    counts = weights.new_zeros((*labels.shape[:2], num_groups)).scatter_add_(2, labels, weights)
+    totals = means.new_zeros((*counts.shape, means.shape[3]))
     totals.scatter_add_(2, labels[..., None].expand(means.shape), means * weights[..., None])
     return totals / counts.clamp(min=1)[..., None]
 
@@ -245,7 +250,7 @@ def _k_means(keys: Tensor, is_real: Tensor, num_clusters: int) -> Tensor:
     mean = (keys * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True).clamp(min=1)
     units = torch.nn.functional.normalize(keys - mean, dim=-1) * weights
     num_blocks, first = keys.shape[2], (~is_real).sum(-1, keepdim=True)
-    spread = (torch.arange(num_clusters, device="cpu") + 0.5) / num_clusters
+    spread = (torch.arange(num_clusters, dtype=torch.float32, device="cpu") + 0.5) / num_clusters
     starts = (first + (spread * (num_blocks - first)).long()).clamp(max=num_blocks - 1)  # [num_seqs, num_clusters]
     centres = units.gather(2, starts[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))
     for _ in range(_ROUNDS):

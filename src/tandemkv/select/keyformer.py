@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tandemkv.errors import InputError
 from tandemkv.select.base import Seen, Summaries
+from tandemkv.types import is_number
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Keyformer:
     forgets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.first <= self.last:
+        if not (is_number(self.first) and is_number(self.last) and 0 < self.first <= self.last):
             raise InputError(f"temperatures must be above 0 and rise, got {self.first!r} to {self.last!r}")
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise InputError(f"num_steps must be a whole number of tokens, at least 1, got {self.num_steps!r}")
@@ -38,7 +39,9 @@ class Keyformer:
         """See `Observer`."""
         # One stream per call: repeated after an undone step, it gives the same numbers.
         random = torch.Generator().manual_seed((self.seed * 1_000_003 + seen.num_queries) % 2**32)  # it takes 32 bits
-        uniform = torch.rand(seen.mass.shape, generator=random, device="cpu").clamp_(1e-9, 1 - 1e-7)
+        uniform = torch.rand(seen.mass.shape, generator=random, dtype=torch.float32, device="cpu").clamp_(
+            1e-9, 1 - 1e-7
+        )
         temperature = self.first + (self.last - self.first) * min(1.0, seen.num_decoded / self.num_steps)
         logits = (seen.mass.log() - (-uniform.log()).log()) / temperature
         return known + logits.softmax(-1).nan_to_num(0.0).sum(2)  # a query of padding sees nothing

@@ -31,7 +31,7 @@ class Recall:
     def observe(self, known: Tensor, seen: Seen) -> Tensor:
         """See `Observer`."""
         num = seen.mass.shape[2]
-        is_recalled = seen.mass > BLOCK_TOKENS / seen.num_tokens[:, None, None, None]
+        is_recalled = seen.mass > BLOCK_TOKENS / seen.num_tokens.float()[:, None, None, None]
         left = self.num_queries - torch.arange(num - 1, -1, -1, dtype=torch.float32, device="cpu")
         latest = (is_recalled * left[:, None]).amax(2)
         return torch.where(known == -torch.inf, known, torch.maximum(latest, (known - num).clamp(min=0)))

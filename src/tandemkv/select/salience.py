@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tandemkv.errors import InputError
 from tandemkv.select.base import Seen, Summaries
+from tandemkv.types import is_number
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Salience:
     forgets: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
+        if not is_number(self.beta) or not self.beta > 0:
             raise InputError(f"beta must be above 0 (0.5 keeps more, 2 fewer), got {self.beta!r}")
-        if not 0 < self.rate <= 1:
+        if not is_number(self.rate) or not 0 < self.rate <= 1:
             raise InputError(f"rate must be above 0 and at most 1, got {self.rate!r}")
 
     def observe(self, known: Tensor, seen: Seen) -> Tensor:
