@@ -22,7 +22,7 @@ from tandemkv.attention import extend_and_attend, worker_pool  # noqa: E402
 from tandemkv.cache import CacheSpec, KVCache  # noqa: E402
 from tandemkv.kernels import attend, block_mass  # noqa: E402
 from tandemkv.select import SELECTORS, Estimator, Sparse, Summariser, Verified  # noqa: E402
-from tandemkv.select.clusters import Clusters  # noqa: E402
+from tandemkv.select.clusters import Clustered, Clusters  # noqa: E402
 from tandemkv.select.tandem import Tandem  # noqa: E402
 from tandemkv.types import Arena, PageLayout, ScoreRule  # noqa: E402
 
@@ -158,26 +158,35 @@ def limit_of(selector: str, budget_tokens: int, context: int) -> float:
     if isinstance(policy, Summariser):
         page = Arena.allocate(PageLayout(torch.bfloat16, packing="panels"), 1, 1, HEAD_DIM)
         read_bytes += policy.allocate(page).num_bytes / page.layout.page_size
-    if isinstance(policy, Clusters | Tandem):  # a mean key and a mean value in float32
-        read_bytes += 8 * HEAD_DIM / (16 * policy.cluster_blocks)
+    if isinstance(policy, Clusters | Tandem):  # a mean key and a mean value in bf16, which stand for the rest
+        read_bytes += 4 * HEAD_DIM / (16 * policy.cluster_blocks)
+    if isinstance(policy, Clusters):  # and the mean keys in float32, which choose
+        read_bytes += 4 * HEAD_DIM / (16 * policy.cluster_blocks)
     return context * token_bytes / (budget_tokens * token_bytes + context * read_bytes)
 
 
 def check(layer: Layer, selector: str, context: int) -> None:
-    """A sparse step attends to the blocks that were chosen and to near tokens: the first group of heads in float64."""
+    """A sparse step attends to the blocks that were chosen, to near tokens and to what stands for the others: the first
+    group of heads in float64."""
     cache = layer.fork(Sparse(selector, max(2 * NEAR_TOKENS, context // 10)))
     layer.step(cache)  # an observer looks at everything first
     got, held = layer.step(cache)[0, 0, :GROUP_SIZE].double(), cache.layer(0)
     assert held.chosen is not None
     chosen = held.chosen[1]
-    if isinstance(SELECTORS[selector], Estimator):
-        return  # what it leaves out counts, too: tests hold it against float64
     blocks = chosen.blocks[0, 0, : int(chosen.counts[0, 0])].long()
     far = (blocks[:, None] * 16 + torch.arange(16)).flatten()
     seen = torch.cat([far, torch.arange(held.first_near_token, held.seq_len)])
     q, k, v = (x[0].double() for x in layer.tokens)
-    logits = q[:GROUP_SIZE, (held.seq_len - 1) % SPARE_TOKENS] @ k[0, seen].mT * RULE.scale
-    truth = logits.softmax(-1) @ v[0, seen]
+    keys, values, counts = k[0, seen], v[0, seen], torch.zeros(len(seen)).double()
+    if isinstance(SELECTORS[selector], Estimator):
+        others, chosen_of = held.knowledge.digest, torch.zeros(held.num_far_blocks).double()
+        assert isinstance(others, Clustered)
+        chosen_of[blocks] = 16.0
+        left = torch.zeros(others.keys.shape[2]).double().scatter_add_(0, others.labels[0, 0], 16.0 - chosen_of)
+        keys, values = (torch.cat([x, y[0, 0].double()]) for x, y in ((keys, others.keys), (values, others.values)))
+        counts = torch.cat([counts, left.log()])
+    logits = q[:GROUP_SIZE, (held.seq_len - 1) % SPARE_TOKENS] @ keys.mT * RULE.scale + counts
+    truth = logits.softmax(-1) @ values
     error = float((got - truth).norm() / truth.norm())
     if not error < MAX_ERROR:
         raise common.WrongResultError(f"{selector}: {error:.3g} from float64, expected at most {MAX_ERROR}")
