@@ -18,8 +18,8 @@ struct Left {
 };
 
 // Entries of a table of blocks (attend.h, Run) of all that is left, in an order that is random, for every sequence and
-// head another: to [num_seqs][num_kv_heads][num_blocks], 0 behind them. The same seed gives the same order, whatever
-// else is in the batch. slots as in score_blocks.
+// head another: to [num_seqs][num_kv_heads][num_blocks], 0 behind them. The same seed gives the same order for the same
+// place in a batch, whatever comes behind it. slots as in score_blocks.
 void shuffle_left(WorkerPool& pool, const Left& left, const PageTable& slots, uint64_t seed, int32_t* to);
 
 // How the residuals r_j = exp(lse_j - lse) (out_j - out) of the groups scatter about their mean, for every row:

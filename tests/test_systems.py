@@ -24,6 +24,7 @@ from tandemkv.evaluate.ledger import Contestant, contestants
 from tandemkv.evaluate.prompts import Context
 from tandemkv.evaluate.run import Settings, evaluate, write_prompts
 from tandemkv.select import MAX_SELECT_QUERIES, Sparse, Tally, Verified
+from tandemkv.select.clusters import Clustered, Clusters
 from tandemkv.selection import sparse_mode
 from tandemkv.systems import SYSTEMS
 from tandemkv.types import BLOCK_TOKENS
@@ -213,8 +214,7 @@ def test_infinigen_asks_with_a_foreseen_query_and_the_others_do_not(system: str)
 
 @pytest.mark.parametrize("system", ESTIMATING)
 def test_what_is_left_out_is_estimated(system: str) -> None:
-    """Flat attention, of which the budget has a small share: with an estimate of the rest steps are nearer to all. Of
-    tandem-sparse, whose sample is small, on average."""
+    """Flat attention, of which the budget has a small share: with an estimate of the rest each step is nearer to all."""
     text = Text(num_tokens=3100)
     text.q *= 0.25
     text.v[:, :, 2900:] += 4  # near tokens are like no others: without the rest they weigh too much
@@ -223,8 +223,8 @@ def test_what_is_left_out_is_estimated(system: str) -> None:
     exact.sparse = None
     plain.sparse = Sparse("columns", 480)
     steps = [[feed(each, text, 1) for each in (cache, exact, plain)] for _ in range(16)]
-    out, whole, read = (torch.cat(each, 1).mean(1) for each in zip(*steps, strict=True))
-    assert (out - whole).norm() < 0.5 * (read - whole).norm()
+    for out, whole, read in steps:
+        assert (out - whole).norm() < 0.7 * (read - whole).norm()
 
 
 def test_tandem_sparse_chooses_by_columns_and_estimates_by_clusters() -> None:
@@ -234,7 +234,10 @@ def test_tandem_sparse_chooses_by_columns_and_estimates_by_clusters() -> None:
     feed(tandem, text, 1)
     feed(columns, text, 1)
     assert chosen_of(tandem.layer(0)) == chosen_of(columns.layer(0))
-    assert tandem.layer(0).knowledge.digest is not None
+    digest, layer = tandem.layer(0).knowledge.digest, tandem.layer(0)
+    of_clusters = Clusters(4).digest(None, layer.far, layer._read_blocks)
+    assert isinstance(digest, Clustered)
+    assert torch.equal(digest.labels, of_clusters.labels) and torch.equal(digest.values, of_clusters.values)
     assert columns.layer(0).knowledge.digest is None
 
 
