@@ -214,7 +214,7 @@ def test_infinigen_asks_with_a_foreseen_query_and_the_others_do_not(system: str)
 
 @pytest.mark.parametrize("system", ESTIMATING)
 def test_what_is_left_out_is_estimated(system: str) -> None:
-    """Flat attention, of which the budget has a small share: with an estimate of the rest each step is nearer to all."""
+    """Flat attention, of which the budget has a small share: an estimate of the rest brings each step nearer to all."""
     text = Text(num_tokens=3100)
     text.q *= 0.25
     text.v[:, :, 2900:] += 4  # near tokens are like no others: without the rest they weigh too much
