@@ -1,10 +1,13 @@
 """The shipped model is a judge: it answers at the length that is promised, and not without its far context."""
 
 import json
+import math
 import re
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -14,7 +17,9 @@ from tandemkv.cli import app
 from tandemkv.errors import InputError
 from tandemkv.evaluate import run
 from tandemkv.evaluate.command import _fingerprint
+from tandemkv.evaluate.report import Interval, bootstrap
 from tandemkv.evaluate.tasks import COUNTED, PERPLEXITY, ROWS
+from tandemkv.systems import SYSTEMS
 
 
 def run_eval(out: Path, *options: str) -> dict[str, Any]:
@@ -80,25 +85,72 @@ def test_docs_say_what_the_ledger_holds() -> None:
             assert told == pytest.approx(expected, abs=0.05 + 1e-9)
 
 
+SPARSE_TASKS = ("needle", "needle_uuid", "needle_multiquery", "kv", "mqar")
+
+
+def table_of(docs: str, heading: str) -> dict[str, list[str]]:
+    """Cells of a table's rows, up to its end, by the system in the first one."""
+    lines = docs.splitlines()
+    begin = lines.index(heading) + 2
+    rows = takewhile(lambda line: line.startswith("|"), lines[begin:])
+    return {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in (r.split("|")[1:-1] for r in rows)}
+
+
 def test_docs_say_what_sparse_systems_answered() -> None:
-    root = Path(__file__).parents[2]
-    found: dict[tuple[str, str, str], list[float]] = {}
+    """Every number of the three tables, intervals and perplexity included, from the scores beside the docs."""
+    root, found = Path(__file__).parents[2], {}
     for line in (root / "benchmarks/results/eval-sparse/scores.jsonl").read_text().splitlines()[1:]:
         row = json.loads(line)
-        found.setdefault((row["system"], row["task"], row["form"]), []).extend(row["scores"])
-    lines = (root / "docs/sparse.md").read_text().splitlines()
-    begin = lines.index("| System | needle | in turns | mqar | in turns | kv | in turns |") + 2
-    table = {cells[0].strip(" `"): cells[1:] for cells in (line.split("|")[1:-1] for line in lines[begin : begin + 8])}
-    columns = [(task, form) for task in ("needle", "mqar", "kv") for form in ("requests", "turns")]
-    assert {"dense", "tandem-sparse", "tandem-verified", "hgca", "quest", "window"} <= set(table)
-    for system, cells in table.items():
-        for (task, form), cell in zip(columns, cells, strict=True):
-            scores = found.get((system, task, form), [])
-            if cell.strip() == "-":
-                assert len(scores) < 200
+        found[row["task"], row["form"], row["system"], row["budget_tokens"], row["context"]] = row["scores"]
+
+    def scores(task: str, form: str, system: str, budget: int | None) -> np.ndarray:
+        budget = None if system == "dense" else budget
+        return np.array([found[task, form, system, budget, context] for context in range(20)])
+
+    def told(interval: Interval, sign: str = "") -> list[float]:
+        return [float(f"{100 * x:{sign}.1f}") for x in (interval.mean, interval.low, interval.high)]
+
+    def numbers(cell: str) -> list[float]:
+        return [float(x) for x in re.findall(r"[+-]?\d+\.\d+", cell)]
+
+    docs = (root / "docs/sparse.md").read_text()
+    answers = table_of(
+        docs, "| System | needle | needle_uuid | needle_multiquery | kv | mqar | mean | lost to dense | perplexity |"
+    )
+    everybody = {name for name in SYSTEMS if name != "streaming_llm"}
+    assert set(answers) == everybody
+    dense = scores(PERPLEXITY, "text", "dense", None)
+    for system, cells in answers.items():
+        each = [scores(task, "requests", system, 410) for task in SPARSE_TASKS]
+        means = [100 * float(x.mean()) for x in each]
+        assert [float(cell) for cell in cells[:6]] == pytest.approx([*means, sum(means) / 5], abs=0.05 + 1e-9)
+        surprise = scores(PERPLEXITY, "text", system, 410)
+        assert numbers(cells[7])[0] == pytest.approx(math.exp(surprise.mean()), abs=0.05 + 1e-9)
+        if system != "dense":
+            whole = [scores(task, "requests", "dense", None) for task in SPARSE_TASKS]
+            lost = bootstrap(np.array([(x - y).mean(1) for x, y in zip(whole, each, strict=True)]))
+            assert numbers(cells[6]) == pytest.approx(told(lost), abs=0.11)
+            more = bootstrap((surprise - dense).mean(1))
+            expected = [100 * math.expm1(x) for x in (more.mean, more.low, more.high)]
+            assert numbers(cells[7])[1:] == pytest.approx(expected, abs=0.11)
+    by_budget = table_of(docs, "| System | 256 | 410 | 1,024 |")
+    assert set(by_budget) == everybody - {"dense"}
+    for system, cells in by_budget.items():
+        for budget, cell in zip((256, 410, 1024), cells, strict=True):
+            keys = [(task, "requests", system, budget, context) for task in SPARSE_TASKS for context in range(20)]
+            if cell == "-":
+                assert not all(key in found for key in keys)
             else:
-                assert len(scores) == 200
-                assert float(cell) == pytest.approx(100 * sum(scores) / 200, abs=0.05 + 1e-9)
+                mean = 100 * float(np.mean([scores(task, "requests", system, budget).mean() for task in SPARSE_TASKS]))
+                assert float(cell) == pytest.approx(mean, abs=0.05 + 1e-9)
+    turns = table_of(docs, "| System | asked first | asked later | lost by that |")
+    assert set(turns) == everybody
+    for system, cells in turns.items():
+        forms = [[scores(task, form, system, 410)[:, 1:] for task in SPARSE_TASKS] for form in ("requests", "turns")]
+        means = [100 * float(np.mean([x.mean() for x in form])) for form in forms]
+        assert [float(cell) for cell in cells[:2]] == pytest.approx(means, abs=0.05 + 1e-9)
+        lost = bootstrap(np.array([(x - y).mean(1) for x, y in zip(*forms, strict=True)]))
+        assert numbers(cells[2]) == pytest.approx(told(lost), abs=0.11)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin"])
