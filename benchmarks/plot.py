@@ -103,6 +103,9 @@ def draw_tradeoff(rows: Sequence[Mapping[str, Any]], run: Run, path: Path) -> st
             times, found = [row[name] for row in points], [100 * row["accuracy"] for row in points]
             axes.plot(times, found, "-", marker="osD^vPX<>h"[i % 10], color=f"C{i % 10}", markersize=5, label=system)
         axes.set(xlabel=label, xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="x", which="both", labelsize=8)
         axes.grid(alpha=0.25, which="both")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set(ylabel="values found, %", ylim=(-3, 103))

@@ -181,7 +181,7 @@ def draw(report: Report, path: Path) -> None:
     told = f"{report.num_counted_tasks} tasks after {report.settings['length']:,} tokens"
     axes.set_title(f"{told}; bars: 95 % intervals of what is lost", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
