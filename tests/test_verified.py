@@ -704,6 +704,18 @@ def test_a_step_that_is_undone_is_not_told() -> None:
     assert [tally.num_steps for tally in case.cache.tallies] == [2, 2]
 
 
+@pytest.mark.parametrize("selector", ["bounds", "columns", "lookahead", "tandem"])
+def test_beams_keep_what_codes_are_made_with(selector: str) -> None:
+    """The next page that becomes far is coded as those before it, and blocks are chosen as before."""
+    case = setting(Sparse(selector, budget(20)), 150, kv_start=(0, 0))
+    twin, basis = case.cache.fork(), case.layer.summaries().basis
+    twin.close()
+    case.cache.select(torch.tensor([1, 1]))
+    assert case.layer.summaries().basis is basis
+    assert case.layer.summaries().codes is not None
+    case.step()
+
+
 # -- Whatever else is set --------------------------------------------------------------------------------------------
 
 

@@ -262,8 +262,10 @@ class LayerKV:
         self._drop(old)
 
     def release(self) -> None:
-        """Give every page back."""
-        self.crop(0)
+        """Give every page back. What codes are made with stays: others may hold pages that were coded with it."""
+        self._refuse_while_held("release")
+        old, self._map = self._map, PageMap(self._map.slots[:, :0], 0, 0)
+        self._drop(old)
 
     def _share(self, pages: PageMap) -> None:
         self._store.near.share(pages.near_slots)

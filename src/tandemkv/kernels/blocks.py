@@ -170,10 +170,11 @@ def choose_blocks(
     num_sink_tokens tokens behind the padding come first of all, blocks of padding alone never.
     """
     shape = (far.slots.shape[0], far.arena.num_kv_heads, far.num_blocks)
-    if scores.dtype != torch.float32 or scores.shape != shape or (shape[2] > 1 and scores.stride(2) != 1):
+    fits = scores.dtype == torch.float32 and scores.shape == shape and scores.device.type == "cpu"
+    if not fits or (shape[2] > 1 and scores.stride(2) != 1):
         raise InputError(
-            f"scores must be float32 {list(shape)} (num_seqs, num_kv_heads, num_blocks), contiguous along blocks, got "
-            f"{scores.dtype} {list(scores.shape)} with strides {scores.stride()}"
+            f"scores must be float32 {list(shape)} (num_seqs, num_kv_heads, num_blocks) on the CPU, contiguous along "
+            f"blocks, got {scores.dtype} {list(scores.shape)} with strides {scores.stride()} on {scores.device}"
         )
     each = None if isinstance(num_wanted, int) else num_wanted.contiguous()
     fits = each is None or (each.dtype == torch.int64 and each.shape == shape[:2])
