@@ -266,29 +266,21 @@ NB_MODULE(_native, m) {
   m.def(
       "choose_blocks",
       [](WorkerPool& pool, const std::string& isa, Address scores, std::tuple<int64_t, int64_t> strides,
-         std::tuple<int64_t, int64_t, int64_t> shape, Address padding, Address num_wanted, int64_t all_wanted,
-         int64_t num_sink_tokens, Address slots, int64_t slot_stride, int64_t page_blocks, Address blocks,
-         Address entries, int64_t capacity, Address kv_start, Address kv_len) {
+         std::tuple<int64_t, int64_t, int64_t> shape, Address padding, int64_t num_wanted, int64_t num_sink_tokens,
+         Address slots, int64_t slot_stride, int64_t page_blocks, Address blocks, Address entries, int64_t capacity,
+         Address kv_start, Address kv_len) {
         const auto [num_seqs, num_kv_heads, num_blocks] = shape;
-        const Choice choice{as<const float>(scores),
-                            std::get<0>(strides),
-                            std::get<1>(strides),
-                            num_seqs,
-                            num_kv_heads,
-                            num_blocks,
-                            as<const int64_t>(padding),
-                            as<const int64_t>(num_wanted),
-                            num_sink_tokens,
-                            all_wanted};
+        const Choice choice{
+            as<const float>(scores),    std::get<0>(strides), std::get<1>(strides), num_seqs, num_kv_heads, num_blocks,
+            as<const int64_t>(padding), num_wanted,           num_sink_tokens};
         const Chosen chosen{as<int32_t>(blocks), as<int32_t>(entries), capacity, as<int64_t>(kv_start),
                             as<int64_t>(kv_len)};
         const KernelTable& kernels = kernels_named(isa);
         nb::gil_scoped_release release;
         choose_blocks(pool, kernels, choice, table_of(slots, {slot_stride, 0}), page_blocks, chosen);
       },
-      "pool"_a, "isa"_a, "scores"_a, "strides"_a, "shape"_a, "padding"_a, "num_wanted"_a, "all_wanted"_a,
-      "num_sink_tokens"_a, "slots"_a, "slot_stride"_a, "page_blocks"_a, "blocks"_a, "entries"_a, "capacity"_a,
-      "kv_start"_a, "kv_len"_a);
+      "pool"_a, "isa"_a, "scores"_a, "strides"_a, "shape"_a, "padding"_a, "num_wanted"_a, "num_sink_tokens"_a,
+      "slots"_a, "slot_stride"_a, "page_blocks"_a, "blocks"_a, "entries"_a, "capacity"_a, "kv_start"_a, "kv_len"_a);
 
   m.def(
       "shuffle_left",

@@ -28,8 +28,7 @@ void choose_of_head(const KernelTable& kernels, const Choice& choice, const Page
   const int64_t num = std::max<int64_t>(0, choice.num_blocks - bounds.first);
   const int64_t num_sinks = std::clamp<int64_t>(bounds.num_sinks, 0, num);
   const int64_t at = seq * choice.num_kv_heads + head;
-  const int64_t asked = choice.num_wanted == nullptr ? choice.all_wanted : choice.num_wanted[at];
-  const int64_t wanted = std::min({asked, num, chosen.capacity});
+  const int64_t wanted = std::min({choice.num_wanted, num, chosen.capacity});
   int32_t *const blocks = chosen.blocks + at * chosen.capacity, *const entries = chosen.entries + at * chosen.capacity;
   const int64_t slot_blocks = choice.num_kv_heads * page_blocks;
   int64_t count = 0;

@@ -44,17 +44,16 @@ struct Choice {
   const float* scores;  // [num_seqs][num_kv_heads][num_blocks], strides in elements; -inf is never chosen, NaN always
   int64_t stride_seq, stride_head;
   int64_t num_seqs, num_kv_heads, num_blocks;
-  const int64_t* kv_start;    // [num_seqs], tokens of padding: blocks of nothing else are never chosen
-  const int64_t* num_wanted;  // [num_seqs][num_kv_heads]; or nullptr: of every head `all_wanted`
-  int64_t num_sink_tokens;    // behind the padding: their blocks come first of all
-  int64_t all_wanted = 0;
+  const int64_t* kv_start;  // [num_seqs], tokens of padding: blocks of nothing else are never chosen
+  int64_t num_wanted;       // of every head
+  int64_t num_sink_tokens;  // behind the padding: their blocks come first of all
 };
 
 // What was chosen, in the order of positions: [num_seqs][num_kv_heads][capacity].
 struct Chosen {
   int32_t* blocks;    // positions
   int32_t* entries;   // of a table of blocks (attend.h, Run)
-  int64_t capacity;   // at least every num_wanted
+  int64_t capacity;   // a choice is cut there
   int64_t* kv_start;  // [num_seqs][num_kv_heads] of the table's tokens
   int64_t* kv_len;
 };

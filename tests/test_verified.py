@@ -176,8 +176,7 @@ def test_the_tail_is_unbiased_with_b_fixed(name: str, selector: Any, num_groups:
     with attended(case) as (chosen, exact):
         found = []
         for seed in range(NUM_SEEDS):
-            tail = Tail(case.asks, case.layer, chosen)
-            tail.shuffle(seed, case.layer)
+            tail = Tail(case.asks, case.layer, chosen, seed)
             drawn = tail.draw(tail.num_left // 4 + torch.arange(2))
             part = scaled(tail.attend_groups(drawn, num_groups), tail.num_left, drawn.counts)
             found.append(merge([exact, collapse(part)]))
@@ -278,8 +277,7 @@ def test_every_block_is_drawn_as_often_as_any_other(drawn: list[Drawn]) -> None:
     case = setting(Sparse("window", budget(6), verified=SMALL), kv_start=(0, 37))
     with attended(case) as (chosen, _):
         for seed in range(NUM_SEEDS):
-            tail = Tail(case.asks, case.layer, chosen)
-            tail.shuffle(seed, case.layer)
+            tail = Tail(case.asks, case.layer, chosen, seed)
             tail.draw(torch.full((2, 2), 12))
     for seq in range(2):
         for head in range(2):
@@ -491,7 +489,7 @@ def test_the_size_of_a_sample(num_drawn: int, num_left: int, epsilon: float) -> 
 def test_more_than_half_is_all() -> None:
     case = setting(Sparse("window", budget(6), verified=SMALL), 100)
     with attended(case) as (chosen, _):
-        tail = Tail(case.asks, case.layer, chosen)
+        tail = Tail(case.asks, case.layer, chosen, 0)
     assert (tail.num_real == 100).all()
     assert (tail.num_left == 94).all()
     left = torch.tensor([[74, 74]])  # 20 of the pilot and 6 chosen were read
@@ -505,8 +503,7 @@ def test_the_estimated_error_is_that_of_the_sample() -> None:
     truth, true, told = case.truth(), [], []
     with attended(case) as (chosen, exact):
         for seed in range(NUM_SEEDS):
-            tail = Tail(case.asks, case.layer, chosen)
-            tail.shuffle(seed, case.layer)
+            tail = Tail(case.asks, case.layer, chosen, seed)
             drawn = tail.draw(torch.full((1, 2), 40))
             groups = tail.attend_groups(drawn, NUM_GROUPS)
             whole = merge([exact, scaled(collapse(groups), tail.num_left, drawn.counts)])

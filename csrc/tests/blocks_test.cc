@@ -399,7 +399,7 @@ std::vector<int64_t> sorted_choice(const Choice& choice, int64_t seq, int64_t he
     if (rank(a) != rank(b)) return rank(a) > rank(b);
     return rank(a) == 0 && scores[a] > scores[b];
   });
-  const int64_t wanted = choice.num_wanted[seq * choice.num_kv_heads + head];
+  const int64_t wanted = choice.num_wanted;
   blocks.resize(std::min<int64_t>({static_cast<int64_t>(blocks.size()), std::max<int64_t>(wanted, 0), capacity}));
   std::sort(blocks.begin(), blocks.end());
   return blocks;
@@ -416,9 +416,8 @@ void choices() {
     std::vector<float> scores(kSeqs * kHeads * num_blocks);
     std::normal_distribution<float> normal;
     for (float& score : scores) score = round % 2 == 0 ? normal(random) : odd[random() % 11];
-    std::vector<int64_t> starts, wanted;
+    std::vector<int64_t> starts;
     for (int64_t i = 0; i < kSeqs; ++i) starts.push_back(random() % 2 == 0 ? 0 : random() % 100);
-    for (int64_t i = 0; i < kSeqs * kHeads; ++i) wanted.push_back(static_cast<int64_t>(random() % 60) - 1);
     std::vector<int32_t> slots = shuffled_slots(kSeqs * num_pages, random);
     const Choice choice{scores.data(),
                         kHeads * num_blocks,
@@ -427,7 +426,7 @@ void choices() {
                         kHeads,
                         num_blocks,
                         starts.data(),
-                        wanted.data(),
+                        static_cast<int64_t>(random() % 60) - 1,
                         static_cast<int64_t>(random() % 40 * (random() % 2))};
     std::vector<int32_t> blocks(kSeqs * kHeads * capacity, -7), entries(kSeqs * kHeads * capacity, -7);
     std::vector<int64_t> kv_start(kSeqs * kHeads, -7), kv_len(kSeqs * kHeads, -7);

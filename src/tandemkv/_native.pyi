@@ -135,7 +135,6 @@ def choose_blocks(
     shape: tuple[int, int, int],
     padding: int,
     num_wanted: int,
-    all_wanted: int,
     num_sink_tokens: int,
     slots: int,
     slot_stride: int,

@@ -158,17 +158,21 @@ def _forgets(layer: LayerKV) -> bool:
 def _choose(q: Tensor, layer: LayerKV, num_wanted: int, sparse: Sparse, pool: "WorkerPool") -> ChosenBlocks:
     """The blocks that a selector picks for these queries; a choice that stands is not made again."""
     far, policy = layer.far, sparse.policy
-    room = -(-sparse.budget_tokens // BLOCK_TOKENS)
     now = layer.standing(num_wanted)
     if layer.chosen is None or layer.chosen[1].run.arena is not far.arena:
+        # For the whole budget, so that no number an observer draws depends on what was chosen before; never more than
+        # the pool has, so that a huge budget takes no memory.
+        room = min(-(-sparse.budget_tokens // BLOCK_TOKENS), far.arena.num_slots * far.page_blocks)
         layer.chosen = None, ChosenBlocks.allocate(far.arena, q.shape[0], room)
     last, chosen = layer.chosen
     if sparse.stands and now.is_like(last):
         return chosen
     layer.chosen = None, chosen  # until the new one is there
     scores = policy.score(q.cpu(), layer.summaries())  # far blocks are known on the host
+    if not isinstance(scores, Tensor):
+        raise InputError(f"score must return a float32 tensor, {type(policy).__name__} gave {type(scores).__name__}")
     scores = scores if scores.dtype == torch.float32 else scores.float()
-    choose_blocks(scores, num_wanted, far, sparse.num_first_tokens, chosen, pool)
+    choose_blocks(scores, min(num_wanted, chosen.capacity), far, sparse.num_first_tokens, chosen, pool)
     if _forgets(layer):  # what was not chosen once is gone
         known = layer.known()
         gone = torch.full_like(known.far, -torch.inf)

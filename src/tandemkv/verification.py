@@ -78,18 +78,21 @@ class Draw(NamedTuple):
 class Tail:
     """The far blocks that one step leaves out, and the draws from them: shuffled once, and taken from the front."""
 
-    def __init__(self, step: Step, layer: LayerKV, chosen: ChosenBlocks) -> None:
-        """`chosen` is attended exactly already; it has the block in which padding ends."""
-        self._step, self._far, self._chosen, self.pool = step, layer.far, chosen, step.pool
+    def __init__(self, step: Step, layer: LayerKV, chosen: ChosenBlocks, seed: int) -> None:
+        """`chosen` is attended exactly already; it has the block in which padding ends. The order is another one for
+        every seed, layer, step, sequence and head."""
+        self._step, self._far = step, layer.far
         num_real = (self._far.num_blocks - self._far.kv_start // BLOCK_TOKENS).clamp(min=0)
         self.num_real = num_real[:, None].expand(chosen.counts.shape)
         self.num_left = self.num_real - chosen.counts
         self._num_drawn = torch.zeros_like(self.num_left)
+        of_step = ((seed * 1_000_003 + layer.index) * 1_000_003 + layer.seq_len) % 2**64
+        self._order = shuffle_left(self._far, chosen, of_step, step.pool)
 
-    def shuffle(self, seed: int, layer: LayerKV) -> None:
-        """Bring what may be drawn into a random order: another one in every layer, step, sequence and head."""
-        seed = ((seed * 1_000_003 + layer.index) * 1_000_003 + layer.seq_len) % 2**64
-        self._order = shuffle_left(self._far, self._chosen, seed, self._step.pool)
+    @property
+    def pool(self) -> "WorkerPool":
+        """Threads of the step."""
+        return self._step.pool
 
     def affordable(self, wanted: Tensor, num_left: Tensor) -> Tensor:
         """So many blocks of each head, or all that are left where more than half would have to be read."""
@@ -123,8 +126,8 @@ def attend_rest(step: Step, layer: LayerKV, chosen: ChosenBlocks, exact: Partial
     exact: attention over the chosen and the near tokens.
     """
     assert layer.sparse is not None and layer.sparse.verified is not None
-    promise, tail = layer.sparse.verified, Tail(step, layer, chosen)
-    tail.shuffle(promise.seed, layer)
+    promise = layer.sparse.verified
+    tail = Tail(step, layer, chosen, promise.seed)
     pilot = tail.draw(tail.num_left.clamp(max=PILOT_BLOCKS))
     each = tail.attend_groups(pilot, max(1, int(pilot.counts.max())))
     together = collapse(each, step.pool)

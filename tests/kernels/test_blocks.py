@@ -399,17 +399,14 @@ def test_a_choice_equals_a_plain_sort(data: st.DataObject) -> None:
     flat = data.draw(st.lists(some, min_size=num_blocks, max_size=num_blocks * num_seqs * num_heads))
     shape = num_seqs, num_heads, num_blocks
     scores = torch.tensor(flat).repeat(num_seqs * num_heads)[: math.prod(shape)].reshape(shape)
-    wanted = torch.tensor(
-        data.draw(st.lists(st.integers(-1, 30), min_size=num_seqs * num_heads, max_size=num_seqs * num_heads))
-    )
-    wanted = wanted.reshape(num_seqs, num_heads)
+    wanted = data.draw(st.integers(-1, 30))
     sinks, capacity = data.draw(st.sampled_from((0, 1, 4, 16, 17, 300))), data.draw(st.integers(1, 30))
     into = ChosenBlocks.allocate(far.arena, num_seqs, capacity)
     isa = data.draw(st.sampled_from([name for name, missing in cpu.available_isas().items() if not missing]))
     choose_blocks(scores, wanted, far, sinks, into, cpu.WorkerPool(data.draw(st.sampled_from((1, 2)))), isa)
     for seq in range(num_seqs):
         for head in range(num_heads):
-            chosen = plain_choice(scores[seq, head].tolist(), int(wanted[seq, head]), capacity, kv_start[seq], sinks)
+            chosen = plain_choice(scores[seq, head].tolist(), wanted, capacity, kv_start[seq], sinks)
             assert into.counts[seq, head] == len(chosen)
             assert into.blocks[seq, head, : len(chosen)].tolist() == chosen
             assert into.is_chosen[seq, head].tolist() == [at < len(chosen) for at in range(capacity)]
@@ -426,7 +423,7 @@ def test_a_choice_equals_a_plain_sort(data: st.DataObject) -> None:
 def test_zeros_of_either_sign_are_equal() -> None:
     far = far_pages(16, 3, [0], 1)
     into = ChosenBlocks.allocate(far.arena, 1, 1)
-    choose_blocks(torch.tensor([[[-0.0, 0.0, -0.0]]]), torch.tensor([[1]]), far, 0, into)
+    choose_blocks(torch.tensor([[[-0.0, 0.0, -0.0]]]), 1, far, 0, into)
     assert into.blocks.tolist() == [[[0]]]
 
 
@@ -436,17 +433,18 @@ def test_many_blocks_are_chosen_as_topk_does() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = 1 + torch.randint(0, 9000, (1, 2, 40_000), generator=generator) / 9000
     into = ChosenBlocks.allocate(far.arena, 1, 5000)
-    choose_blocks(scores, torch.tensor([[5000, 123]]), far, 4, into, cpu.WorkerPool(2))
-    for head, wanted in enumerate((5000, 123)):
-        chosen = plain_choice(scores[0, head].tolist(), wanted, 5000, 37, 4)
-        assert into.blocks[0, head, :wanted].tolist() == chosen
+    for wanted in (5000, 123):
+        choose_blocks(scores, wanted, far, 4, into, cpu.WorkerPool(2))
+        for head in range(2):
+            chosen = plain_choice(scores[0, head].tolist(), wanted, 5000, 37, 4)
+            assert into.blocks[0, head, :wanted].tolist() == chosen
 
 
 def test_scores_may_be_a_view() -> None:
     """Heads and sequences that share their scores, as `Window` gives them."""
     far = far_pages(16, 6, [0, 20], 3)
     into = ChosenBlocks.allocate(far.arena, 2, 2)
-    choose_blocks(torch.arange(6.0).expand(2, 3, 6), torch.full((2, 3), 2), far, 0, into)
+    choose_blocks(torch.arange(6.0).expand(2, 3, 6), 2, far, 0, into)
     assert (into.blocks == torch.tensor([4, 5])).all()
 
 
@@ -454,7 +452,7 @@ def test_numbers_are_put_where_blocks_were_chosen() -> None:
     far = far_pages(16, 5, [0], 2)
     into = ChosenBlocks.allocate(far.arena, 1, 3)
     scores = torch.tensor([[[5.0, 1, 4, 2, 3], [-math.inf, 1, -math.inf, -math.inf, -math.inf]]])
-    choose_blocks(scores, torch.tensor([[2, 3]]), far, 0, into)
+    choose_blocks(scores, 2, far, 0, into)
     x = torch.zeros(1, 2, 5)
     put = into.put(x, torch.tensor([[[7.0, 8, 9], [6, 5, 4]]]))
     assert put.tolist() == [[[7, 0, 8, 0, 0], [0, 6, 0, 0, 0]]]
@@ -756,4 +754,4 @@ def test_scores_of_another_shape_are_refused(scores: Tensor) -> None:
     far = far_pages(16, 6, [0], 2)
     into = ChosenBlocks.allocate(far.arena, 1, 3)
     with pytest.raises(InputError, match="scores must be float32"):
-        choose_blocks(scores, torch.full((1, 2), 2), far, 0, into)
+        choose_blocks(scores, 2, far, 0, into)

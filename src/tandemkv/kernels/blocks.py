@@ -103,6 +103,11 @@ class ChosenBlocks(NamedTuple):
         return ChosenBlocks(blocks, PagedKV(arena, entries, kv_start, kv_len, of_blocks=True))
 
     @property
+    def capacity(self) -> int:
+        """Blocks of each head that there is room for."""
+        return self.blocks.shape[2]
+
+    @property
     def counts(self) -> Tensor:
         """int64 `[num_seqs, num_kv_heads]`, blocks chosen."""
         return self.run.kv_len // BLOCK_TOKENS
@@ -156,7 +161,7 @@ def score_blocks(
 
 def choose_blocks(
     scores: Tensor,
-    num_wanted: Tensor | int,
+    num_wanted: int,
     far: FarPages,
     num_sink_tokens: int,
     into: ChosenBlocks,
@@ -166,8 +171,8 @@ def choose_blocks(
     """The blocks of the highest scores of each head, of equal ones the earliest, in the order of their positions.
 
     scores: float32 `[num_seqs, num_kv_heads, num_blocks]`; -inf is never chosen, NaN before all, so that it is seen.
-    num_wanted: of every head, or int64 `[num_seqs, num_kv_heads]`; cut at the room there is. Blocks of the first
-    num_sink_tokens tokens behind the padding come first of all, blocks of padding alone never.
+    num_wanted: of every head, cut at the room there is. Blocks of the first num_sink_tokens tokens behind the padding
+    come first of all, blocks of padding alone never.
     """
     shape = (far.slots.shape[0], far.arena.num_kv_heads, far.num_blocks)
     fits = scores.dtype == torch.float32 and scores.shape == shape and scores.device.type == "cpu"
@@ -175,14 +180,6 @@ def choose_blocks(
         raise InputError(
             f"scores must be float32 {list(shape)} (num_seqs, num_kv_heads, num_blocks) on the CPU, contiguous along "
             f"blocks, got {scores.dtype} {list(scores.shape)} with strides {scores.stride()} on {scores.device}"
-        )
-    each = None if isinstance(num_wanted, int) else num_wanted.contiguous()
-    fits = each is None or (each.dtype == torch.int64 and each.shape == shape[:2])
-    if not fits or into.blocks.shape[:2] != shape[:2]:
-        got = num_wanted if each is None else f"{each.dtype} {list(each.shape)}"
-        raise InputError(
-            f"num_wanted must be int64 {list(shape[:2])} or a whole number and room as much, got {got} and room "
-            f"{list(into.blocks.shape)}"
         )
     run = into.run
     _native().choose_blocks(
@@ -192,8 +189,7 @@ def choose_blocks(
         scores.stride()[:2],
         shape,
         far.kv_start.data_ptr(),
-        0 if each is None else each.data_ptr(),
-        num_wanted if isinstance(num_wanted, int) else 0,
+        num_wanted,
         num_sink_tokens,
         far.slots.data_ptr(),
         far.slots.stride(0),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tandemkv.errors import InputError
+from tandemkv.types import is_number
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Verified:
     def __post_init__(self) -> None:
         for name in ("epsilon", "delta"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1 or 1 - value == 1:
+            if not is_number(value) or not 0 < value < 1 or 1 - value == 1:  # 1e-17 is as good as 0
                 raise InputError(f"{name} must lie between 0 and 1, such as 0.05, got {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"seed must be a whole number of at least 0, got {self.seed!r}")
