@@ -49,8 +49,11 @@ Tokens visible_tokens(const AttendArgs& run, int64_t seq, int64_t head) {
   return {std::max(run.kv.start(seq, head), run.visible_begin(seq, 0)), run.kv.len(seq, head)};
 }
 
-int64_t chunk_tokens_of(const Arena& arena, Tokens tokens, int64_t num_heads) {
-  const int64_t token_bytes = num_heads * (arena.k_token_bytes() + arena.v_token_bytes());
+int64_t chunk_tokens_of(const Arenas& arenas, Tokens tokens, int64_t num_heads) {
+  int64_t token_bytes = 0;  // of the widest
+  for (int part = 0; part < arenas.num; ++part) {
+    token_bytes = std::max(token_bytes, num_heads * arenas.parts[part].token_bytes());
+  }
   const int64_t bytes = std::max<int64_t>(0, tokens.end - tokens.begin) * token_bytes;
   const int64_t chunk_bytes = std::clamp(bytes / kMinChunks, kMinChunkBytes, kMaxChunkBytes);
   return std::max<int64_t>(1, chunk_bytes / token_bytes / kChunkStep) * kChunkStep;
@@ -64,7 +67,7 @@ void cut_rows(const std::vector<AttendArgs>& runs, const WorkItem& rows, Schedul
     item.run = static_cast<int64_t>(run);
     const Tokens tokens = visible_tokens(runs[run], item.seq, item.head_begin);
     // Not of this item's heads: the last one may have fewer, and every head is cut at the same places.
-    const int64_t chunk_tokens = chunk_tokens_of(runs[run].kv.arena, tokens, schedule.item_heads);
+    const int64_t chunk_tokens = chunk_tokens_of(runs[run].kv.arenas, tokens, schedule.item_heads);
     schedule.add(item, tokens.begin, tokens.end, chunk_tokens);
   }
   schedule.spans.push_back({first_item, static_cast<int64_t>(schedule.items.size()) - first_item});
@@ -74,7 +77,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Schedule cut(const std::vector<AttendArgs>& runs) {
   const AttendArgs& first = runs.front();
-  const int64_t rows_per_head = first.group_size() * first.q.q_len, num_heads = first.kv.arena.num_kv_heads;
+  const int64_t rows_per_head = first.group_size() * first.q.q_len, num_heads = first.kv.arena().num_kv_heads;
   const int64_t head_rows = std::min(rows_per_head, kMaxHeadRows);
   Schedule schedule;
   // As many heads as fit, in items of equal size: 7 of 8 heads and then 1 took 4 % longer than 4 and 4. Where heads
@@ -156,7 +159,7 @@ class Call {
         runs_(runs),
         to_(to),
         schedule_(cut(runs)),
-        dim_(runs[0].kv.arena.v_head_dim),
+        dim_(runs[0].kv.arena().v_head_dim),
         item_rows_(schedule_.items.empty() ? 0 : schedule_.items[0].num_rows()),  // the first is the largest
         item_blocks_(to.mass == nullptr ? 0 : max_blocks(schedule_.items)),
         span_of_(schedule_.items.size()),
@@ -303,7 +306,7 @@ Status append_and_attend(WorkerPool& pool, const KernelTable& kernels, const std
   if (!ends_with_queries(last)) return Status::kOutsideTable;
   const int64_t end = last.kv.num_seqs == 0 ? 0 : last.kv.kv_len[0];
   const TokenRange tokens{last.kv.table, last.kv.num_seqs, end - last.q.q_len, end};
-  const Status status = copy_tokens(pool, kernels, last.kv.arena, tokens, rows, Direction::kAppend);
+  const Status status = copy_tokens(pool, kernels, last.kv.arenas, tokens, rows, Direction::kAppend);
   return status == Status::kOk ? attend(pool, kernels, runs, to) : status;
 }
 

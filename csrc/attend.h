@@ -17,7 +17,8 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // kPanels: a head's slice is ready for dot products of `pair` neighbours:
 //            K as [block][dim / pair][16 tokens][pair],  V as [token / pair][dim][pair],
 //          with dim padded to a multiple of 16 by zeros. The packing is the same for every instruction set.
-enum class Packing : int32_t { kRows = 0, kPanels = 1 };
+// kInt8, kInt4: a whole page at a time, as codes with scales; see SliceOfK and SliceOfV.
+enum class Packing : int32_t { kRows = 0, kPanels = 1, kInt8 = 2, kInt4 = 3 };
 
 enum class Status : int32_t { kOk = 0, kNanInQuery = 1, kSlotOutOfRange = 2, kOutsideTable = 3 };
 
@@ -25,6 +26,38 @@ constexpr int64_t item_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 
 
 // bf16 has dot products of two; float16 is widened 16 in a row by one instruction, and a 32-bit number is alone.
 constexpr int64_t pair_of(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 1; }
+
+// Dims of V that share a scale in int4, and in how many dims of K one channel is kept as it is.
+constexpr int64_t kGroupDims = 64;
+
+// In headers that kernel.cc includes: it is compiled for several instruction sets, and no copy of a function of one may
+// be taken for another.
+#define TANDEM_INLINE inline __attribute__((always_inline))
+
+constexpr TANDEM_INLINE int64_t round_up(int64_t num, int64_t step) { return (num + step - 1) / step * step; }
+
+// Where things lie in a head's slice of K of a quantised page, in bytes; every part begins at a line of 64.
+//
+// A key is scale[channel] * (code - 128) in int8, scale[channel] * code + zero[channel] in int4: scales and zeros are
+// bf16 and hold for all tokens of the page. Codes: int8 [block][channel / 4][16 tokens][4]; int4 [block][channel / 8]
+// [16 tokens][4], the low halves of 4 bytes 4 channels and the high halves the 4 that follow.
+// Where channels are left out (ThinK, 2407.21018), `index` names those that are kept. In int4 the widest channels are
+// kept as they are, [num_exact][token] in the arena's dtype, with a scale of 0; `exact_index` names them.
+struct SliceOfK {
+  int64_t bits, num_channels, num_exact;  // num_channels: kept and stored, a multiple of 16
+  int64_t scales, zeros, exact, index, exact_index, num_bytes;
+
+  int64_t block_bytes() const { return kBlockTokens * num_channels * bits / 8; }
+};
+
+// The same of V: a value is scale[group][token] * (code - 128), or scale * code + zero; int8 has one group for all
+// dims. Codes: int8 [token / 4][dim][4], int4 [token / 8][dim][4], with 4 tokens in low halves and 4 in high ones.
+struct SliceOfV {
+  int64_t bits, num_dims, num_groups;  // num_dims: stored, a multiple of 16
+  int64_t scales, zeros, num_bytes;
+
+  int64_t block_bytes() const { return kBlockTokens * num_dims * bits / 8; }
+};
 
 // One head's slice of one page.
 struct HeadSlice {
@@ -36,20 +69,110 @@ struct HeadSlice {
 struct Arena {
   char* k;
   char* v;
-  DType dtype;
+  DType dtype;  // of the rows that go in and come out
   Packing packing;
   int64_t num_slots, num_kv_heads, page_size;
   int64_t head_dim, v_head_dim;  // of a row of K (and of q), of a row of V (and of out)
+  int64_t num_channels = 0;      // of K, that quantised pages keep; 0: all
 
-  int64_t stored(int64_t dim) const { return packing == Packing::kRows ? dim : (dim + 15) / 16 * 16; }
-  // Of one token of one head.
+  bool is_quantised() const { return packing >= Packing::kInt8; }
+  int64_t stored(int64_t dim) const { return packing == Packing::kRows ? dim : round_up(dim, 16); }
+
+  TANDEM_INLINE SliceOfK slice_of_k() const {
+    SliceOfK k{};
+    const bool is_int4 = packing == Packing::kInt4, keeps_all = num_channels == 0;
+    k.bits = is_int4 ? 4 : 8;
+    k.num_channels = round_up(keeps_all ? head_dim : num_channels, 16);
+    k.num_exact = is_int4 ? (head_dim + kGroupDims - 1) / kGroupDims : 0;
+    k.scales = page_size / kBlockTokens * k.block_bytes();
+    k.zeros = k.scales + 2 * k.num_channels;
+    k.exact = round_up(k.zeros + (is_int4 ? 2 * k.num_channels : 0), 64);
+    k.index = k.exact + round_up(k.num_exact * page_size * item_bytes(dtype), 64);
+    k.exact_index = k.index + (keeps_all ? 0 : round_up(k.num_channels, 64));
+    k.num_bytes = k.exact_index + (is_int4 ? 64 : 0);
+    return k;
+  }
+
+  TANDEM_INLINE SliceOfV slice_of_v() const {
+    SliceOfV v{};
+    const bool is_int4 = packing == Packing::kInt4;
+    v.bits = is_int4 ? 4 : 8;
+    v.num_dims = round_up(v_head_dim, 16);
+    v.num_groups = is_int4 ? (v_head_dim + kGroupDims - 1) / kGroupDims : 1;
+    v.scales = page_size / kBlockTokens * v.block_bytes();
+    v.zeros = v.scales + 2 * v.num_groups * page_size;
+    v.num_bytes = round_up(v.zeros + (is_int4 ? 2 * v.num_groups * page_size : 0), 64);
+    return v;
+  }
+
+  TANDEM_INLINE int64_t k_slice_bytes() const {
+    return is_quantised() ? slice_of_k().num_bytes : page_size * k_token_bytes();
+  }
+  TANDEM_INLINE int64_t v_slice_bytes() const {
+    return is_quantised() ? slice_of_v().num_bytes : page_size * v_token_bytes();
+  }
+  // Of one token of one head, in rows and panels.
   int64_t k_token_bytes() const { return stored(head_dim) * item_bytes(dtype); }
   int64_t v_token_bytes() const { return stored(v_head_dim) * item_bytes(dtype); }
+  // About what a token of one head costs to read.
+  TANDEM_INLINE int64_t token_bytes() const { return (k_slice_bytes() + v_slice_bytes()) / page_size; }
 
-  // From token `begin`, which starts a block, to the end of the page.
-  HeadSlice slice(int64_t slot, int64_t head, int64_t begin = 0) const {
-    const int64_t token = (slot * num_kv_heads + head) * page_size + begin;
-    return {k + token * k_token_bytes(), v + token * v_token_bytes()};
+  TANDEM_INLINE HeadSlice slice(int64_t slot, int64_t head) const {
+    const int64_t at = slot * num_kv_heads + head;
+    return {k + at * k_slice_bytes(), v + at * v_slice_bytes()};
+  }
+};
+
+// An arena among others, with what follows from its shape: computed once, not for every block.
+struct Part : Arena {
+  SliceOfK of_k;  // where it is quantised
+  SliceOfV of_v;
+  int64_t k_page_bytes, v_page_bytes;    // of a head
+  int64_t k_block_bytes, v_block_bytes;  // of a head's codes, panels or rows
+
+  Part() = default;
+  Part(const Arena& arena)
+      : Arena(arena),
+        of_k(arena.slice_of_k()),
+        of_v(arena.slice_of_v()),
+        k_page_bytes(arena.k_slice_bytes()),
+        v_page_bytes(arena.v_slice_bytes()),
+        k_block_bytes(is_quantised() ? of_k.block_bytes() : kBlockTokens * k_token_bytes()),
+        v_block_bytes(is_quantised() ? of_v.block_bytes() : kBlockTokens * v_token_bytes()) {}
+
+  TANDEM_INLINE HeadSlice slice(int64_t slot, int64_t head) const {
+    const int64_t at = slot * num_kv_heads + head;
+    return {k + at * k_page_bytes, v + at * v_page_bytes};
+  }
+  // What follows token `begin`, which starts a block: all of it in rows and panels, in quantised pages its codes.
+  TANDEM_INLINE HeadSlice behind(HeadSlice slice, int64_t begin) const {
+    const int64_t block = begin / kBlockTokens;
+    return {slice.k + block * k_block_bytes, slice.v + block * v_block_bytes};
+  }
+};
+
+// Arenas whose pages differ in packing alone. Slots are counted on: those of part i begin at first[i].
+constexpr int kMaxArenas = 4;
+
+struct Arenas {
+  Part parts[kMaxArenas];
+  int64_t first[kMaxArenas + 1];
+  int num;
+
+  Arenas(const Arena& one) : parts{Part(one)}, first{0, one.num_slots}, num(1) {}
+
+  void add(const Arena& more) {
+    parts[num] = Part(more);
+    first[num + 1] = first[num] + more.num_slots;
+    ++num;
+  }
+  // What they have in common.
+  const Part& shape() const { return parts[0]; }
+  int64_t num_slots() const { return first[num]; }
+  TANDEM_INLINE int part_of(int64_t slot) const {
+    int part = 0;
+    while (slot >= first[part + 1]) ++part;
+    return part;
   }
 };
 
@@ -68,7 +191,7 @@ struct PageTable {
 // Where it is `of_blocks`, a table entry is a block of a page: slot * num_kv_heads * blocks per page + block in the
 // page, the same number for every head; and heads have runs of their own lengths.
 struct Run {
-  Arena arena;
+  Arenas arenas;
   PageTable table;
   int64_t num_seqs, num_pages;  // of the table
   const int64_t* kv_start;      // [num_seqs], of blocks [num_seqs][num_kv_heads]
@@ -77,32 +200,44 @@ struct Run {
   // [num_seqs][num_kv_heads][tokens of the table] or nullptr: log of how many tokens each stands for, -inf for none.
   const float* log_counts = nullptr;
 
-  int64_t num_lengths() const { return of_blocks ? num_seqs * arena.num_kv_heads : num_seqs; }
+  const Part& arena() const { return arenas.shape(); }
+  int64_t num_lengths() const { return of_blocks ? num_seqs * arena().num_kv_heads : num_seqs; }
   int64_t start(int64_t seq, int64_t head) const { return kv_start[length_of(seq, head)]; }
   int64_t len(int64_t seq, int64_t head) const { return kv_len[length_of(seq, head)]; }
 
   const float* log_counts_of(int64_t seq, int64_t head) const {
-    const int64_t row = seq * arena.num_kv_heads + head;
+    const int64_t row = seq * arena().num_kv_heads + head;
     return log_counts == nullptr ? nullptr : log_counts + row * num_pages * entry_tokens();
   }
 
   int64_t num_blocks() const { return num_pages * entry_tokens() / kBlockTokens; }
-  int64_t entry_tokens() const { return of_blocks ? kBlockTokens : arena.page_size; }
+  int64_t entry_tokens() const { return of_blocks ? kBlockTokens : arena().page_size; }
   // Entries of a table lie in [0, num_entries).
   int64_t num_entries() const {
-    const int64_t page_blocks = arena.page_size / kBlockTokens;
-    return of_blocks && arena.num_slots > 0 ? ((arena.num_slots - 1) * arena.num_kv_heads + 1) * page_blocks
-                                            : arena.num_slots;
+    const int64_t page_blocks = arena().page_size / kBlockTokens, num_slots = arenas.num_slots();
+    return of_blocks && num_slots > 0 ? ((num_slots - 1) * arena().num_kv_heads + 1) * page_blocks : num_slots;
   }
-  // One head's slice of what an entry stands for, from its token `begin` on, which starts a block.
-  HeadSlice slice(int64_t entry, int64_t head, int64_t begin) const {
-    if (!of_blocks) return arena.slice(entry, head, begin);
-    const int64_t page_blocks = arena.page_size / kBlockTokens, slot_blocks = arena.num_kv_heads * page_blocks;
-    return arena.slice(entry / slot_blocks, head, entry % slot_blocks * kBlockTokens + begin);
+  // Where a block lies: a head's slice of a page of one of the arenas, and its first token in that page.
+  struct Place {
+    const Part* arena;
+    HeadSlice slice;
+    int64_t token;
+  };
+  // Of one head, what follows token `begin` of what an entry stands for; it starts a block.
+  TANDEM_INLINE Place place(int64_t entry, int64_t head, int64_t begin) const {
+    int64_t slot = entry;
+    if (of_blocks) {
+      const int64_t page_blocks = arena().page_size / kBlockTokens, slot_blocks = arena().num_kv_heads * page_blocks;
+      slot = entry / slot_blocks;
+      begin += entry % slot_blocks * kBlockTokens;
+    }
+    const int part = arenas.part_of(slot);
+    const Part& found = arenas.parts[part];
+    return {&found, found.slice(slot - arenas.first[part], head), begin};
   }
 
  private:
-  int64_t length_of(int64_t seq, int64_t head) const { return of_blocks ? seq * arena.num_kv_heads + head : seq; }
+  int64_t length_of(int64_t seq, int64_t head) const { return of_blocks ? seq * arena().num_kv_heads + head : seq; }
 };
 
 struct Queries {
@@ -128,7 +263,7 @@ struct AttendArgs {
   ScoreRule rule;
   bool causal;  // where it is not, rule.window is kNoWindow
 
-  int64_t group_size() const { return q.num_heads / kv.arena.num_kv_heads; }
+  int64_t group_size() const { return q.num_heads / kv.arena().num_kv_heads; }
 
   // Query `i` of q_len sees those of its sequence's tokens that are in [visible_begin, visible_end).
   int64_t visible_end(int64_t seq, int64_t i) const { return causal ? kv.kv_len[seq] - q.q_len + 1 + i : kNoWindow; }
@@ -165,6 +300,7 @@ struct BlockMass {
 struct TokenRun {
   char *k, *v;
   int64_t k_stride, v_stride;
+  const float* channel_weights = nullptr;  // [head_dim], how much each channel of K matters to queries; for `pack`
 };
 
 // What is known of far blocks beside their keys: int8 codes in lines of 64 bytes, stored with 128 added, because the
@@ -194,11 +330,13 @@ struct KernelTable {
   const char* name;
   // out [head][row][v_head_dim] and lse [head][row] of one item, and its mass where mass.sum is there.
   Status (*attend_item)(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass);
-  // Tokens [begin, end) of a head's slice of panels <- rows, other tokens untouched; and back.
-  void (*pack)(const Arena& arena, HeadSlice to, int64_t begin, int64_t end, const TokenRun& from);
+  // Tokens [begin, end) of a head's slice of panels <- rows, other tokens untouched; and back, rounded to the arena's
+  // dtype. Quantised pages are packed whole, and not at all where a token is not finite: it is returned, else -1.
+  int64_t (*pack)(const Arena& arena, HeadSlice to, int64_t begin, int64_t end, const TokenRun& from);
   void (*unpack)(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, const TokenRun& to);
-  // Bounds of a block of panels as lane `lane` of its lines; other lanes and padding are not touched.
-  void (*make_bounds)(const Arena& arena, const char* k_panel, int64_t lane, uint8_t* codes, float* step);
+  // Bounds of the block of a page that starts at `token` as lane `lane` of its lines; other lanes and padding are not
+  // touched.
+  void (*make_bounds)(const Arena& arena, HeadSlice slice, int64_t token, int64_t lane, uint8_t* codes, float* step);
   // scores[i] of blocks that follow each other: the largest of a head's rows, of bounds the upper one of q.k, of
   // columns that of the best token. steps: [num_blocks] of bounds.
   void (*score_bounds)(const CodeQueries& q, const uint8_t* codes, const float* steps, int64_t first_row,

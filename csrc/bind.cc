@@ -80,13 +80,13 @@ struct PreparedCall {
 
 // append and gather: one copies where the other reads.
 auto copying(Direction direction) {
-  return [direction](WorkerPool& pool, const std::string& isa, const Arena& arena, Address table,
+  return [direction](WorkerPool& pool, const std::string& isa, const Arenas& arenas, Address table,
                      std::tuple<int64_t, int64_t> strides, int64_t begin, const Rows& k, const Rows& v) {
     const KernelTable& kernels = kernels_named(isa);
     const TokenRows rows = rows_of(k, v);
     nb::gil_scoped_release release;
     const TokenRange tokens{table_of(table, strides), k.num_seqs, begin, begin + k.num_tokens};
-    return copy_tokens(pool, kernels, arena, tokens, rows, direction);
+    return copy_tokens(pool, kernels, arenas, tokens, rows, direction);
   };
 }
 
@@ -98,7 +98,11 @@ NB_MODULE(_native, m) {
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
       .value("float16", DType::kFloat16);
-  nb::enum_<Packing>(m, "Packing").value("rows", Packing::kRows).value("panels", Packing::kPanels);
+  nb::enum_<Packing>(m, "Packing")
+      .value("rows", Packing::kRows)
+      .value("panels", Packing::kPanels)
+      .value("int8", Packing::kInt8)
+      .value("int4", Packing::kInt4);
   nb::enum_<Status>(m, "Status")
       .value("ok", Status::kOk)
       .value("nan_in_query", Status::kNanInQuery)
@@ -114,12 +118,24 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](Arena* arena, Address k, Address v, DType dtype, Packing packing, int64_t num_slots, int64_t num_kv_heads,
-             int64_t page_size, int64_t head_dim, int64_t v_head_dim) {
-            new (arena) Arena{as<char>(k),  as<char>(v), dtype,    packing,   num_slots,
-                              num_kv_heads, page_size,   head_dim, v_head_dim};
+             int64_t page_size, int64_t head_dim, int64_t v_head_dim, int64_t num_channels) {
+            new (arena) Arena{as<char>(k),  as<char>(v), dtype,    packing,    num_slots,
+                              num_kv_heads, page_size,   head_dim, v_head_dim, num_channels};
           },
           "k"_a, "v"_a, "dtype"_a, "packing"_a, "num_slots"_a, "num_kv_heads"_a, "page_size"_a, "head_dim"_a,
-          "v_head_dim"_a);
+          "v_head_dim"_a, "num_channels"_a)
+      .def_prop_ro("slice_bytes",
+                   [](const Arena& arena) { return std::make_tuple(arena.k_slice_bytes(), arena.v_slice_bytes()); });
+
+  nb::class_<Arenas>(m, "Arenas")
+      .def(
+          "__init__",
+          [](Arenas* arenas, const std::vector<Arena>& parts) {
+            if (parts.empty() || parts.size() > kMaxArenas) throw nb::value_error("1 to 4 arenas count their slots on");
+            new (arenas) Arenas(parts.front());
+            for (size_t part = 1; part < parts.size(); ++part) arenas->add(parts[part]);
+          },
+          "parts"_a);
 
   m.def("isas", [] {
     std::vector<std::tuple<std::string, std::string>> names;
@@ -138,13 +154,13 @@ NB_MODULE(_native, m) {
 
   nb::class_<Run>(m, "Run").def(
       "__init__",
-      [](Run* run, const Arena& arena, Address slots, std::tuple<int64_t, int64_t> strides, int64_t num_seqs,
+      [](Run* run, const Arenas& arenas, Address slots, std::tuple<int64_t, int64_t> strides, int64_t num_seqs,
          int64_t num_pages, Address kv_start, Address kv_len, bool of_blocks, Address log_counts) {
-        new (run) Run{arena,     table_of(slots, strides),    num_seqs,
+        new (run) Run{arenas,    table_of(slots, strides),    num_seqs,
                       num_pages, as<const int64_t>(kv_start), as<const int64_t>(kv_len),
                       of_blocks, as<const float>(log_counts)};
       },
-      "arena"_a, "slots"_a, "strides"_a, "num_seqs"_a, "num_pages"_a, "kv_start"_a, "kv_len"_a, "of_blocks"_a,
+      "arenas"_a, "slots"_a, "strides"_a, "num_seqs"_a, "num_pages"_a, "kv_start"_a, "kv_len"_a, "of_blocks"_a,
       "log_counts"_a);
 
   nb::class_<ScoreRule>(m, "ScoreRule")
@@ -189,7 +205,7 @@ NB_MODULE(_native, m) {
       [](WorkerPool& pool, const PreparedCall& call, Address q, Address k, Address v, Address out, Address sink_logit,
          Address mass, int64_t mass_blocks) {
         nb::gil_scoped_release release;
-        const int64_t dim = call.runs.back().arena.v_head_dim, token = call.q.num_heads * dim;
+        const int64_t dim = call.runs.back().arena().v_head_dim, token = call.q.num_heads * dim;
         const Output to{as<void>(out), call.q.dtype, call.q.num_tokens * token,   dim,
                         token,         nullptr,      as<const float>(sink_logit), as<float>(mass),
                         mass_blocks};
@@ -212,19 +228,26 @@ NB_MODULE(_native, m) {
       "pool"_a, "outs"_a, "lses"_a, "shape"_a, "sink_logit"_a, "out"_a, "lse"_a);
 
   for (const auto& [name, direction] : {std::pair{"append", Direction::kAppend}, {"gather", Direction::kGather}}) {
-    m.def(name, copying(direction), "pool"_a, "isa"_a, "arena"_a, "table"_a, "table_strides"_a, "begin"_a, "k"_a,
+    m.def(name, copying(direction), "pool"_a, "isa"_a, "arenas"_a, "table"_a, "table_strides"_a, "begin"_a, "k"_a,
           "v"_a);
   }
 
+  // The status, and the pages that were not packed with their first token that is not finite.
   m.def(
       "move_pages",
-      [](WorkerPool& pool, const std::string& isa, const Arena& from, const Arena& to,
-         const std::vector<int32_t>& from_slots, const std::vector<int32_t>& to_slots) {
+      [](WorkerPool& pool, const std::string& isa, const Arenas& from, const Arenas& to,
+         const std::vector<int32_t>& from_slots, const std::vector<int32_t>& to_slots, Address channel_weights) {
         const KernelTable& kernels = kernels_named(isa);
-        nb::gil_scoped_release release;
-        return move_pages(pool, kernels, from, to, from_slots, to_slots);
+        const Move move{from_slots, to_slots, as<const float>(channel_weights)};
+        Refused refused;
+        Status status;
+        {
+          nb::gil_scoped_release release;
+          status = move_pages(pool, kernels, from, to, move, refused);
+        }
+        return std::make_tuple(status, refused.pages, refused.tokens);
       },
-      "pool"_a, "isa"_a, "source"_a, "target"_a, "source_slots"_a, "target_slots"_a);
+      "pool"_a, "isa"_a, "source"_a, "target"_a, "source_slots"_a, "target_slots"_a, "channel_weights"_a);
 
   nb::enum_<Codes>(m, "Codes").value("bounds", Codes::kBounds).value("columns", Codes::kColumns);
   nb::class_<BlockCodes>(m, "BlockCodes")
@@ -238,13 +261,13 @@ NB_MODULE(_native, m) {
           "kind"_a, "codes"_a, "steps"_a, "num_kv_heads"_a, "num_slots"_a, "page_blocks"_a);
   m.def(
       "make_bounds",
-      [](WorkerPool& pool, const std::string& isa, const Arena& arena, const std::vector<int32_t>& slots,
+      [](WorkerPool& pool, const std::string& isa, const Arenas& arenas, const std::vector<int32_t>& slots,
          int64_t num_lines, Address codes, Address steps) {
         const KernelTable& kernels = kernels_named(isa);
         nb::gil_scoped_release release;
-        return make_bounds(pool, kernels, arena, slots, num_lines, as<uint8_t>(codes), as<float>(steps));
+        return make_bounds(pool, kernels, arenas, slots, num_lines, as<uint8_t>(codes), as<float>(steps));
       },
-      "pool"_a, "isa"_a, "arena"_a, "slots"_a, "num_lines"_a, "codes"_a, "steps"_a);
+      "pool"_a, "isa"_a, "arenas"_a, "slots"_a, "num_lines"_a, "codes"_a, "steps"_a);
 
   // slots: [num_seqs][num_pages], the same for all heads.
   m.def(

@@ -129,21 +129,24 @@ struct OwnedQueries {
 
 }  // namespace
 
-Status make_bounds(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const std::vector<int32_t>& slots,
-                   int64_t num_lines, uint8_t* codes, float* steps) {
+Status make_bounds(WorkerPool& pool, const KernelTable& kernels, const Arenas& arenas,
+                   const std::vector<int32_t>& slots, int64_t num_lines, uint8_t* codes, float* steps) {
   for (const int32_t slot : slots) {
-    if (slot < 0 || slot >= arena.num_slots) return Status::kSlotOutOfRange;
+    if (slot < 0 || slot >= arenas.num_slots()) return Status::kSlotOutOfRange;
   }
-  const int64_t page_blocks = arena.page_size / kBlockTokens, unit_bytes = num_lines * kLineBytes;
-  const int64_t page_units = (page_blocks + kLaneBlocks - 1) / kLaneBlocks;
-  pool.run(static_cast<int64_t>(slots.size()) * arena.num_kv_heads, [&](int64_t item) {
-    const int64_t slot = slots[item / arena.num_kv_heads], head = item % arena.num_kv_heads;
-    const int64_t unit = (head * arena.num_slots + slot) * page_units;
+  const int64_t num_heads = arenas.shape().num_kv_heads, page_blocks = arenas.shape().page_size / kBlockTokens;
+  const int64_t page_units = (page_blocks + kLaneBlocks - 1) / kLaneBlocks, unit_bytes = num_lines * kLineBytes;
+  pool.run(static_cast<int64_t>(slots.size()) * num_heads, [&](int64_t item) {
+    const int64_t slot = slots[item / num_heads], head = item % num_heads;
+    const int64_t unit = (head * arenas.num_slots() + slot) * page_units;
+    const int part = arenas.part_of(slot);
+    const Part& arena = arenas.parts[part];
+    const HeadSlice slice = arena.slice(slot - arenas.first[part], head);
     std::memset(codes + unit * unit_bytes, 128, page_units * unit_bytes);
     std::fill_n(steps + unit * kLaneBlocks, page_units * kLaneBlocks, 0.0f);
     for (int64_t block = 0; block < page_blocks; ++block) {
       const int64_t at = unit + block / kLaneBlocks, lane = block % kLaneBlocks;
-      kernels.make_bounds(arena, arena.slice(slot, head, block * kBlockTokens).k, lane, codes + at * unit_bytes,
+      kernels.make_bounds(arena, slice, block * kBlockTokens, lane, codes + at * unit_bytes,
                           steps + at * kLaneBlocks + lane);
     }
   });

@@ -21,9 +21,9 @@ struct BlockCodes {
   }
 };
 
-// Bounds of the pages of panels in these slots, into `codes` of that kind.
-Status make_bounds(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const std::vector<int32_t>& slots,
-                   int64_t num_lines, uint8_t* codes, float* steps);
+// Bounds of the pages in these slots, into `codes` of that kind.
+Status make_bounds(WorkerPool& pool, const KernelTable& kernels, const Arenas& arenas,
+                   const std::vector<int32_t>& slots, int64_t num_lines, uint8_t* codes, float* steps);
 
 // Queries [num_seqs][num_kv_heads][rows_per_head][dim], contiguous, and for columns what their coordinates follow by,
 // [num_kv_heads][dim][num_columns]; else nullptr. dtype: float32 or bf16.

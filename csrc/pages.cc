@@ -6,18 +6,31 @@
 namespace tandem {
 namespace {
 
-bool in_arena(const Arena& arena, int64_t slot) { return slot >= 0 && slot < arena.num_slots; }
+bool in_arenas(const Arenas& arenas, int64_t slot) { return slot >= 0 && slot < arenas.num_slots(); }
+
+// A head's slice of a page, and whose it is.
+struct Located {
+  const Part& arena;
+  HeadSlice slice;
+};
+
+Located locate(const Arenas& arenas, int64_t slot, int64_t head) {
+  const int part = arenas.part_of(slot);
+  const Part& arena = arenas.parts[part];
+  return {arena, arena.slice(slot - arenas.first[part], head)};
+}
 
 // Calls visit(seq, head, slot, first token in the page, last, first token in the range) for every page of the range.
 template <class Visit>
-Status for_each_page(WorkerPool& pool, const Arena& arena, const TokenRange& tokens, const Visit& visit) {
+Status for_each_page(WorkerPool& pool, const Arenas& arenas, const TokenRange& tokens, const Visit& visit) {
+  const Arena& arena = arenas.shape();
   const int64_t size = arena.page_size, begin = tokens.begin, end = tokens.end;
   const int64_t first_page = begin / size, num_pages = end > begin ? (end + size - 1) / size - first_page : 0;
   const PageTable& table = tokens.table;
   for (int64_t seq = 0; seq < tokens.num_seqs; ++seq) {
     for (int64_t head = 0; head < arena.num_kv_heads; ++head) {
       for (int64_t page = first_page; page < first_page + num_pages; ++page) {
-        if (!in_arena(arena, table.slot(seq, head, page))) return Status::kSlotOutOfRange;
+        if (!in_arenas(arenas, table.slot(seq, head, page))) return Status::kSlotOutOfRange;
       }
     }
   }
@@ -60,38 +73,74 @@ void copy_rows(const Arena& arena, const TokenRun& from, const TokenRun& to, int
 
 }  // namespace
 
-Status copy_tokens(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const TokenRange& tokens,
+Status copy_tokens(WorkerPool& pool, const KernelTable& kernels, const Arenas& arenas, const TokenRange& tokens,
                    const TokenRows& rows, Direction direction) {
   const bool is_append = direction == Direction::kAppend;
-  return for_each_page(pool, arena, tokens,
+  return for_each_page(pool, arenas, tokens,
                        [&](int64_t seq, int64_t head, int64_t slot, int64_t first, int64_t last, int64_t in_range) {
-                         const HeadSlice slice = arena.slice(slot, head);
+                         const Located found = locate(arenas, slot, head);
                          const TokenRun outside = run_of(rows, seq, head, in_range);
-                         if (arena.packing == Packing::kPanels) {
-                           (is_append ? kernels.pack : kernels.unpack)(arena, slice, first, last, outside);
+                         if (found.arena.packing != Packing::kRows) {
+                           if (is_append) {
+                             kernels.pack(found.arena, found.slice, first, last, outside);
+                           } else {
+                             kernels.unpack(found.arena, found.slice, first, last, outside);
+                           }
                            return;
                          }
-                         const TokenRun inside = rows_in_page(arena, slice, first);
-                         copy_rows(arena, is_append ? outside : inside, is_append ? inside : outside, last - first);
+                         const TokenRun inside = rows_in_page(found.arena, found.slice, first);
+                         copy_rows(found.arena, is_append ? outside : inside, is_append ? inside : outside,
+                                   last - first);
                        });
 }
 
-Status move_pages(WorkerPool& pool, const KernelTable& kernels, const Arena& from, const Arena& to,
-                  const std::vector<int32_t>& from_slots, const std::vector<int32_t>& to_slots) {
-  const int64_t num_pages = static_cast<int64_t>(from_slots.size());
-  for (int64_t i = 0; i < num_pages; ++i) {
-    if (!in_arena(from, from_slots[i]) || !in_arena(to, to_slots[i])) return Status::kSlotOutOfRange;
+namespace {
+
+// One head of one page; the first token that is not finite where it could not be packed, else -1.
+int64_t move_slice(const KernelTable& kernels, const Located& from, const Located& to, const float* channel_weights) {
+  const Arena& source = from.arena;
+  if (source.packing == to.arena.packing && source.num_channels == to.arena.num_channels) {
+    std::memcpy(to.slice.k, from.slice.k, source.k_slice_bytes());
+    std::memcpy(to.slice.v, from.slice.v, source.v_slice_bytes());
+    return -1;
   }
-  pool.run(num_pages * from.num_kv_heads, [&](int64_t i) {
-    const int64_t page = i / from.num_kv_heads, head = i % from.num_kv_heads;
-    const HeadSlice source = from.slice(from_slots[page], head), target = to.slice(to_slots[page], head);
-    if (from.packing == to.packing) {
-      std::memcpy(target.k, source.k, from.page_size * from.k_token_bytes());
-      std::memcpy(target.v, source.v, from.page_size * from.v_token_bytes());
-    } else {
-      kernels.pack(to, target, 0, to.page_size, rows_in_page(from, source, 0));
-    }
+  TokenRun rows = rows_in_page(source, from.slice, 0);
+  thread_local std::vector<char> unpacked;
+  if (source.packing != Packing::kRows) {
+    const int64_t k_bytes = source.head_dim * item_bytes(source.dtype);
+    const int64_t v_bytes = source.v_head_dim * item_bytes(source.dtype);
+    unpacked.resize(source.page_size * (k_bytes + v_bytes));
+    rows = {unpacked.data(), unpacked.data() + source.page_size * k_bytes, k_bytes, v_bytes};
+    kernels.unpack(source, from.slice, 0, source.page_size, rows);
+  }
+  rows.channel_weights = channel_weights;
+  return kernels.pack(to.arena, to.slice, 0, source.page_size, rows);
+}
+
+}  // namespace
+
+Status move_pages(WorkerPool& pool, const KernelTable& kernels, const Arenas& from, const Arenas& to, const Move& move,
+                  Refused& refused) {
+  const int64_t num_pages = static_cast<int64_t>(move.from_slots.size()), num_heads = from.shape().num_kv_heads;
+  for (int64_t i = 0; i < num_pages; ++i) {
+    if (!in_arenas(from, move.from_slots[i]) || !in_arenas(to, move.to_slots[i])) return Status::kSlotOutOfRange;
+  }
+  std::vector<int64_t> bad(num_pages * num_heads);
+  pool.run(num_pages * num_heads, [&](int64_t i) {
+    const int64_t page = i / num_heads, head = i % num_heads;
+    const float* const weights = move.channel_weights;
+    bad[i] = move_slice(kernels, locate(from, move.from_slots[page], head), locate(to, move.to_slots[page], head),
+                        weights == nullptr ? nullptr : weights + i * from.shape().head_dim);
   });
+  for (int64_t page = 0; page < num_pages; ++page) {
+    int64_t first = -1;
+    for (int64_t i = page * num_heads; i < (page + 1) * num_heads; ++i) {
+      if (bad[i] >= 0 && (first < 0 || bad[i] < first)) first = bad[i];
+    }
+    if (first < 0) continue;
+    refused.pages.push_back(page);
+    refused.tokens.push_back(first);
+  }
   return Status::kOk;
 }
 

@@ -25,12 +25,24 @@ enum class Direction { kAppend, kGather };
 
 // Copies tokens between rows and pages of either packing: to the pages where they are appended, other tokens not
 // touched, and back where they are gathered.
-Status copy_tokens(WorkerPool& pool, const KernelTable& kernels, const Arena& arena, const TokenRange& tokens,
+Status copy_tokens(WorkerPool& pool, const KernelTable& kernels, const Arenas& arenas, const TokenRange& tokens,
                    const TokenRows& rows, Direction direction);
 
-// Whole pages: slot from_slots[i] -> slot to_slots[i], between arenas of one packing or from rows to panels, or inside
-// one arena where no target slot is a source or a target again.
-Status move_pages(WorkerPool& pool, const KernelTable& kernels, const Arena& from, const Arena& to,
-                  const std::vector<int32_t>& from_slots, const std::vector<int32_t>& to_slots);
+// Which pages were not packed, because a number in them is not finite: places in the list of a move, rising, and the
+// first such token in each.
+struct Refused {
+  std::vector<int64_t> pages, tokens;
+};
+
+// A move of whole pages: slot from_slots[i] -> slot to_slots[i].
+struct Move {
+  std::vector<int32_t> from_slots, to_slots;
+  const float* channel_weights = nullptr;  // [page][kv_head][head_dim], see TokenRun; or nullptr
+};
+
+// Between arenas, or inside one where no target slot is a source or a target again. Pages of any packing become
+// panels or codes; rows come only from rows.
+Status move_pages(WorkerPool& pool, const KernelTable& kernels, const Arenas& from, const Arenas& to, const Move& move,
+                  Refused& refused);
 
 }  // namespace tandem

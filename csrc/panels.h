@@ -215,21 +215,5 @@ void unpack_as(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, c
   });
 }
 
-void pack(const Arena& arena, HeadSlice to, int64_t begin, int64_t end, const TokenRun& from) {
-  switch (arena.dtype) {
-    case DType::kFloat32: return pack_as<DType::kFloat32>(arena, to, begin, end, from);
-    case DType::kBFloat16: return pack_as<DType::kBFloat16>(arena, to, begin, end, from);
-    case DType::kFloat16: return pack_as<DType::kFloat16>(arena, to, begin, end, from);
-  }
-}
-
-void unpack(const Arena& arena, HeadSlice from, int64_t begin, int64_t end, const TokenRun& to) {
-  switch (arena.dtype) {
-    case DType::kFloat32: return unpack_as<DType::kFloat32>(arena, from, begin, end, to);
-    case DType::kBFloat16: return unpack_as<DType::kBFloat16>(arena, from, begin, end, to);
-    case DType::kFloat16: return unpack_as<DType::kFloat16>(arena, from, begin, end, to);
-  }
-}
-
 }  // namespace
 }  // namespace tandem::TANDEM_ISA

@@ -26,6 +26,10 @@
 #define TANDEM_ISA avx512_bf16
 #define TANDEM_LANES 16
 #define TANDEM_MAX_TILE_ROWS 6
+#elif defined(__AVX512VNNI__)
+#define TANDEM_ISA avx512_vnni
+#define TANDEM_LANES 16
+#define TANDEM_MAX_TILE_ROWS 4
 #elif defined(__AVX512F__)
 #define TANDEM_ISA avx512
 #define TANDEM_LANES 16
@@ -55,6 +59,7 @@ constexpr int kVecsPerBlock = 16 / kLanes;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
 // A cast between the two, `(Vec)ivec`, keeps the bits.
 
 inline Vec splat(float x) { return x - Vec{}; }

@@ -8,6 +8,7 @@
 
 #include "attend.h"
 #include "panels.h"
+#include "quantise.h"
 #include "simd.h"
 
 namespace tandem::TANDEM_ISA {
@@ -113,36 +114,28 @@ inline void for_each_row(const DotLines* dot, const uint8_t* codes, const CodeQu
 
 inline float larger(float a, float b) { return b > a ? b : a; }
 
-// K of one block of panels as float32, [16][head_dim].
+// K of one block of panels.
 template <DType kDType>
-void widen_block(const Arena& arena, const char* panel, float* rows) {
+void widen_panel(const Arena& arena, const char* panel, BlockRows& to) {
   const BlockShape<kDType> shape(arena.head_dim);
-  alignas(64) char stored[kBlockTokens * kMaxHeadDim * 4 + 64];  // float16 is widened in whole vectors
-  const int64_t num = kBlockTokens * arena.head_dim;
-  get_k(shape, panel, 0, kBlockTokens, stored, shape.row_bytes());
-  const Half* const halves = reinterpret_cast<const Half*>(stored);
-  if constexpr (kDType == DType::kFloat32) {
-    std::memcpy(rows, stored, num * 4);
-  } else if constexpr (kDType == DType::kBFloat16) {
-    for (int64_t i = 0; i < num; ++i) rows[i] = as_float(static_cast<uint32_t>(halves[i]) << 16);
-  } else {
-    for (int64_t i = 0; i < num; i += kLanes) store(rows + i, widen_half(halves + i));  // 16 head_dim: whole vectors
-  }
+  alignas(64) char rows[kBlockTokens * kMaxHeadDim * 4];
+  get_k(shape, panel, 0, kBlockTokens, rows, shape.row_bytes());
+  widen_block(kDType, rows, shape.row_bytes(), arena.head_dim, to);
 }
 
 // Codes of one block among the 4 that share lines, and its step; rounded outward, so that the box that they describe
-// holds every key. rows: [16][dim].
-void put_bounds(const float* rows, int64_t dim, int64_t lane, uint8_t* codes, float* step) {
+// holds every key.
+void put_bounds(const BlockRows& rows, int64_t dim, int64_t lane, uint8_t* codes, float* step) {
   float low[kMaxHeadDim], high[kMaxHeadDim], most = 0.0f, sum = 0.0f;
-  for (int64_t d = 0; d < dim; ++d) low[d] = high[d] = rows[d];
-  for (int64_t t = 1; t < kBlockTokens; ++t) {
+  for (int64_t d = 0; d < dim; ++d) low[d] = high[d] = rows.x[0][d];
+  for (int64_t t = 0; t < kBlockTokens; ++t) {
     for (int64_t d = 0; d < dim; ++d) {
-      const float x = rows[t * dim + d];
+      const float x = rows.x[t][d];
+      sum += x * 0.0f;  // NaN where a key is no number
       low[d] = x < low[d] ? x : low[d];
       high[d] = x > high[d] ? x : high[d];
     }
   }
-  for (int64_t i = 0; i < kBlockTokens * dim; ++i) sum += rows[i] * 0.0f;  // NaN where a key is no number
   for (int64_t d = 0; d < dim; ++d) most = larger(most, larger(high[d], -low[d]));
   // 126, not 127: a quotient that rounding pushes up still has a code. Not below 2^-126, of which there is no inverse.
   const float size = most > 0.0f && sum == 0.0f ? larger(most / 126.0f, 1.17549435e-38f) : 1.0f, inverse = 1.0f / size;
@@ -161,12 +154,17 @@ void put_bounds(const float* rows, int64_t dim, int64_t lane, uint8_t* codes, fl
   }
 }
 
-void make_bounds(const Arena& arena, const char* panel, int64_t lane, uint8_t* codes, float* step) {
-  alignas(64) float rows[kBlockTokens * kMaxHeadDim];
-  switch (arena.dtype) {
-    case DType::kFloat32: widen_block<DType::kFloat32>(arena, panel, rows); break;
-    case DType::kBFloat16: widen_block<DType::kBFloat16>(arena, panel, rows); break;
-    case DType::kFloat16: widen_block<DType::kFloat16>(arena, panel, rows); break;
+void make_bounds(const Arena& arena, HeadSlice slice, int64_t token, int64_t lane, uint8_t* codes, float* step) {
+  BlockRows rows;
+  if (arena.is_quantised()) {
+    dequantise_k(arena, slice.k, token, rows);
+  } else {
+    const char* const panel = slice.k + token * arena.k_token_bytes();
+    switch (arena.dtype) {
+      case DType::kFloat32: widen_panel<DType::kFloat32>(arena, panel, rows); break;
+      case DType::kBFloat16: widen_panel<DType::kBFloat16>(arena, panel, rows); break;
+      case DType::kFloat16: widen_panel<DType::kFloat16>(arena, panel, rows); break;
+    }
   }
   put_bounds(rows, arena.head_dim, lane, codes, step);
 }

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kNumSeqs = 2, kNumKvHeads = 3, kNumPages = 4;
 constexpr char kUntouched = 0x5A;
+Refused refused;  // by moves into panels: never anything
 
 // K and V [num_seqs][num_kv_heads][num_tokens][head_dim, v_head_dim] of random bits, NaNs among them. Rows lie apart,
 // K's and V's gaps differ, and the gaps are never touched.
@@ -188,8 +189,8 @@ void round_trip() {
         OwnedArena far(shape);
         const std::vector<int32_t> far_slots = shuffled_slots(far.arena.num_slots, f.random);
         const PageTable far_table{far_slots.data(), f.table.stride_seq, f.table.stride_head};
-        CHECK(move_pages(pool, *kernels, f.pages.arena, far.arena, f.used_slots(f.slots), f.used_slots(far_slots)) ==
-              Status::kOk);
+        CHECK(move_pages(pool, *kernels, f.pages.arena, far.arena, {f.used_slots(f.slots), f.used_slots(far_slots)},
+                         refused) == Status::kOk);
         check_stored(f, far.arena, far_table, f.num_tokens);
         check_gathers(pool, *kernels, f, far.arena, far_table);
       }
@@ -233,7 +234,7 @@ void moves_inside_one_arena() {
         std::copy_n(&f.pages.k[from[i] * k_page], k_page, &expected.k[to[i] * k_page]);
         std::copy_n(&f.pages.v[from[i] * v_page], v_page, &expected.v[to[i] * v_page]);
       }
-      CHECK(move_pages(pool, *kernels, arena, arena, from, to) == Status::kOk);
+      CHECK(move_pages(pool, *kernels, arena, arena, {from, to}, refused) == Status::kOk);
       CHECK(f.pages.k == expected.k && f.pages.v == expected.v);
     });
   }
@@ -277,11 +278,11 @@ void wild_moves() {
   const std::vector<int32_t> good = {0, 1};
   for (const int32_t wild : {kWildSlots[0], kWildSlots[1], kWildSlots[2], static_cast<int32_t>(far.arena.num_slots)}) {
     const std::vector<int32_t> bad = {0, wild};
-    CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, good, bad) == Status::kSlotOutOfRange, wild);
-    CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, bad, good) == Status::kSlotOutOfRange, wild);
+    CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, {good, bad}, refused) == Status::kSlotOutOfRange, wild);
+    CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, {bad, good}, refused) == Status::kSlotOutOfRange, wild);
   }
   CHECK(far.k == untouched.k && far.v == untouched.v);
-  CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, {}, {}) == Status::kOk);
+  CHECK(move_pages(pool, kernels, f.pages.arena, far.arena, {{}, {}}, refused) == Status::kOk);
 }
 
 }  // namespace

@@ -9,6 +9,8 @@ class DType(Enum):
 class Packing(Enum):
     rows = 0
     panels = 1
+    int8 = 2
+    int4 = 3
 
 class Status(Enum):
     ok = 0
@@ -34,7 +36,13 @@ class Arena:
         page_size: int,
         head_dim: int,
         v_head_dim: int,
+        num_channels: int,
     ) -> None: ...
+    @property
+    def slice_bytes(self) -> tuple[int, int]: ...
+
+class Arenas:
+    def __init__(self, parts: Sequence[Arena]) -> None: ...
 
 class Rows:
     def __init__(self, data: int, dtype: DType, shape: tuple[int, ...], strides: tuple[int, ...]) -> None: ...
@@ -42,7 +50,7 @@ class Rows:
 class Run:
     def __init__(
         self,
-        arena: Arena,
+        arenas: Arenas,
         slots: int,
         strides: tuple[int, int],
         num_seqs: int,
@@ -87,19 +95,20 @@ def merge(
     lse: int,
 ) -> None: ...
 def append(
-    pool: WorkerPool, isa: str, arena: Arena, table: int, table_strides: tuple[int, int], begin: int, k: Rows, v: Rows
+    pool: WorkerPool, isa: str, arenas: Arenas, table: int, table_strides: tuple[int, int], begin: int, k: Rows, v: Rows
 ) -> Status: ...
 def gather(
-    pool: WorkerPool, isa: str, arena: Arena, table: int, table_strides: tuple[int, int], begin: int, k: Rows, v: Rows
+    pool: WorkerPool, isa: str, arenas: Arenas, table: int, table_strides: tuple[int, int], begin: int, k: Rows, v: Rows
 ) -> Status: ...
 def move_pages(
     pool: WorkerPool,
     isa: str,
-    source: Arena,
-    target: Arena,
+    source: Arenas,
+    target: Arenas,
     source_slots: Sequence[int],
     target_slots: Sequence[int],
-) -> Status: ...
+    channel_weights: int,
+) -> tuple[Status, list[int], list[int]]: ...
 
 class Codes(Enum):
     bounds = 0
@@ -111,7 +120,7 @@ class BlockCodes:
     ) -> None: ...
 
 def make_bounds(
-    pool: WorkerPool, isa: str, arena: Arena, slots: Sequence[int], num_lines: int, codes: int, steps: int
+    pool: WorkerPool, isa: str, arenas: Arenas, slots: Sequence[int], num_lines: int, codes: int, steps: int
 ) -> Status: ...
 def score_blocks(
     pool: WorkerPool,

@@ -14,7 +14,15 @@ from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, gather, merge
 from tandemkv.lanes import LANES, PendingPartial
 from tandemkv.select import MAX_SELECT_QUERIES
-from tandemkv.selection import is_verified, learn, observe_chunk, observer_of, taking_part, verified_rest
+from tandemkv.selection import (
+    is_verified,
+    learn,
+    observe_chunk,
+    observer_of,
+    taking_part,
+    verified_rest,
+    weigh_channels,
+)
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
 from tandemkv.verification import Step
 
@@ -88,6 +96,7 @@ def extend_and_attend(
     num_seqs, num_q_heads, q_len, _ = q.shape
     if q_len <= _max_step(q, layer):
         worker_pool().rouse()  # they wake while this thread makes room
+        weigh_channels(q, layer)
         layer.evict()
         return decode_step(q, k, v, layer, rule, sink_logit)
     if layer.sparse is not None and q_len <= MAX_SELECT_QUERIES:  # on a device a step is one token, and picks for it
@@ -98,6 +107,7 @@ def extend_and_attend(
     for begin in range(0, q_len, layer.chunk_tokens):
         chunk = slice(begin, begin + layer.chunk_tokens)
         q_chunk, k_chunk, v_chunk = q[:, :, chunk], k[:, :, chunk], v[:, :, chunk]
+        weigh_channels(q_chunk, layer)
         layer.evict()
         part = prefill_chunk(q_chunk, k_chunk, v_chunk, layer, rule)
         layer.append(k_chunk, v_chunk)

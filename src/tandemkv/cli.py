@@ -21,6 +21,7 @@ from tandemkv.errors import TandemError
 from tandemkv.systems import SYSTEMS
 
 _SYSTEMS, _BUDGETS = ["window"], [528, 1024, 2048, 4096]
+_FAR_DTYPES: list[str] = []
 
 app = typer.Typer(name="tandemkv", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,6 +45,17 @@ FarBytes = Annotated[
     typer.Option(
         help="Capacity for older tokens, such as 16GiB.", show_default="what the prompt and the new tokens need"
     ),
+]
+FarDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="What older tokens are kept in: int8, int4, or by age, as int8:8192,int4.",
+        show_default="the model's dtype",
+    ),
+]
+FarDtypes = Annotated[
+    list[str],
+    typer.Option(help="Dense with older tokens in int8, int4, or by age, as int8:2048,int4; repeat it."),
 ]
 Judge = Annotated[
     Path | None,
@@ -101,7 +113,7 @@ def _stop(told: str) -> NoReturn:
 def _as_options(text: str) -> str:
     """Errors name Python's knobs; here they are options."""
     knobs = {"budget_tokens": "--budget"}
-    named = r"\b(near_tokens|far_bytes|max_new_tokens|budget_tokens)\b"
+    named = r"\b(near_tokens|far_bytes|far_dtype|max_new_tokens|budget_tokens)\b"
     return re.sub(named, lambda knob: knobs.get(knob[0], "--" + knob[0].replace("_", "-")), text)
 
 
@@ -186,6 +198,7 @@ def generate(  # noqa: PLR0913  one argument per option
     threads: Threads = None,
     system: System = "dense",
     budget: Budget = None,
+    far_dtype: FarDtype = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue the text of a file with a local model; nothing is downloaded.
@@ -194,6 +207,8 @@ def generate(  # noqa: PLR0913  one argument per option
     end, in the object. Ctrl-C stops and keeps what is written (exit code 130).
 
     Example: tandemkv generate ./Qwen3-0.6B --prompt-file a.txt --near-tokens 1024
+
+    Example: tandemkv generate ./Qwen3-0.6B --prompt-file a.txt --far-dtype int8:8192,int4
 
     Example: tandemkv generate ./Qwen3-0.6B --prompt-file a.txt --system tandem-verified --near-tokens 512 --budget 2048
     """
@@ -204,7 +219,7 @@ def generate(  # noqa: PLR0913  one argument per option
         from tandemkv.generate import generate as run
 
         settings = Settings(
-            near_tokens, far_bytes, max_new_tokens, temperature, top_p, seed, dtype, threads, system, budget
+            near_tokens, far_bytes, max_new_tokens, temperature, top_p, seed, dtype, threads, system, budget, far_dtype
         )
         write = (lambda text: None) if as_json else partial(typer.echo, nl=False)
         found = run(folder, prompt_file, settings, console, write)
@@ -223,6 +238,7 @@ def evaluate(  # noqa: PLR0913  one argument per option
     *,
     system: Systems = _SYSTEMS,
     budget: Budgets = _BUDGETS,
+    far_dtype: FarDtypes = _FAR_DTYPES,
     tasks: Tasks = "counted",
     length: Length = assets.JUDGED_TOKENS,
     forms: Forms = "requests,turns",
@@ -242,6 +258,8 @@ def evaluate(  # noqa: PLR0913  one argument per option
     for at most 16 tokens. Tasks on which dense attention answers less than 90 % do not count in averages.
 
     Example: tandemkv eval --system window --budget 512 --budget 2048 --tasks needle,lines
+
+    Example: tandemkv eval --system dense --far-dtype int8 --far-dtype int4 --far-dtype int8:2048,int4
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
     from tandemkv.evaluate.command import evaluate_folder, read_text
@@ -253,7 +271,7 @@ def evaluate(  # noqa: PLR0913  one argument per option
     console = Console(stderr=as_json)
     settings = Settings(
         tasks=read_tasks(tasks, rows),
-        contestants=tuple(contestants(system, budget)),
+        contestants=tuple(contestants(system, budget, far_dtype)),
         length=length,
         text=read_text(text),
         out=out,

@@ -7,6 +7,8 @@ TandemError
 ├── UnavailableError  this machine or installation lacks it: an instruction set, the native module
 └── CacheError        a cache used against its rules: closed, held, or fed by a model that is not attached
 
+PrecisionWarning: some tokens are kept in full precision, because they cannot be quantised.
+
 A broken invariant of our own is an AssertionError, never one of these.
 """
 
@@ -33,3 +35,7 @@ class UnavailableError(TandemError, RuntimeError):
 
 class CacheError(TandemError, RuntimeError):
     """A cache used against its rules."""
+
+
+class PrecisionWarning(UserWarning):
+    """Tokens take more memory than was asked for, because a number among theirs is not finite."""

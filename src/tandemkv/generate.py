@@ -48,8 +48,9 @@ Finish = Literal["eos", "length", "interrupted"]
 class Settings:
     """How to generate.
 
-    near_tokens: kept near per layer. far_bytes: None takes what the prompt and the new tokens need.
-    temperature: 0 is greedy; top_p and seed belong to sampling. threads: None takes what this machine grants.
+    near_tokens: kept near per layer. far_bytes: None takes what the prompt and the new tokens need. far_dtype: as
+    `TieredCache` takes it. temperature: 0 is greedy; top_p and seed belong to sampling. threads: None takes what this
+    machine grants.
     """
 
     near_tokens: int = 4096
@@ -62,6 +63,7 @@ class Settings:
     threads: int | None = None
     system: str = "dense"
     budget_tokens: int | None = None
+    far_dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -183,14 +185,16 @@ def reserve_cache(
         skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         tandem.attach(skeleton)
     far_bytes = 0 if settings.far_bytes is None else parse_bytes(settings.far_bytes)
-    cache = tandem.TieredCache(skeleton.config, settings.near_tokens, far_bytes)
+    cache = tandem.TieredCache(skeleton.config, settings.near_tokens, far_bytes, far_dtype=settings.far_dtype)
     spec = cache.kv.spec
     num_tokens = num_prompt_tokens + settings.max_new_tokens
-    needed_far_bytes = spec.num_far_pages(1, num_tokens) * spec.far_page_bytes
+    needed_far_bytes = spec.far_bytes_of(spec.num_far_pages(1, num_tokens))
     kv_bytes = needed_far_bytes + spec.num_near_slots(1) * spec.near_page_bytes
     _check_memory(sum(weight.nbytes for weight in skeleton.parameters()), kv_bytes, num_tokens)
     if settings.far_bytes is None:
-        cache = tandem.TieredCache(skeleton.config, settings.near_tokens, needed_far_bytes)
+        cache = tandem.TieredCache(
+            skeleton.config, settings.near_tokens, needed_far_bytes, far_dtype=settings.far_dtype
+        )
     cache.kv.sparse = sparse_mode(settings.system, settings.budget_tokens)
     cache.reserve(1, num_tokens)
     return cache

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # of 512 would take eight times as long.
 MASS_QUERIES = 64
 
+# ThinK's window has 32; here it must also outlive a step of one query.
+WEIGHED_QUERIES = 64
+
 
 def sparse_mode(system: str, budget_tokens: int | None) -> Sparse | None:
     """What a cache's `sparse` is for a system of `SYSTEMS`; None where every token is attended.
@@ -121,6 +124,20 @@ def observe_chunk(q: Tensor, layer: LayerKV, rule: ScoreRule, pool: "WorkerPool"
         mass = block_mass(q, *runs)
         attend(q, *runs, rule=rule, causal=True, mass=mass, pool=pool)
         learn(layer, mass, runs, is_decoded=False)
+
+
+def weigh_channels(q: Tensor, layer: LayerKV) -> None:
+    """Let the layer know which channels of K these queries weigh, where its far pages leave some out.
+
+    q: the newest queries, of which the last WEIGHED_QUERIES count: ThinK's observation window (2407.21018). A channel's
+    weight is the sum of their squares; those before count less with every new one.
+    """
+    if not layer.weighs_channels:
+        return
+    q = q[:, :, -WEIGHED_QUERIES:].float().cpu()
+    new = q.square().unflatten(1, (layer.knowledge.far.shape[1], -1)).sum((2, 3))
+    old, share = layer.channel_weights, max(0.0, 1 - q.shape[2] / WEIGHED_QUERIES)
+    layer.channel_weights = new if old is None or share == 0 else old * share + new
 
 
 def is_verified(layer: LayerKV) -> bool:

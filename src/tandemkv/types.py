@@ -1,6 +1,8 @@
 """The nouns of attention over pages: a partial result, a page layout, an arena and what a call reads of it."""
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeGuard, get_args
 
@@ -8,14 +10,17 @@ import torch
 from torch import Tensor
 
 from tandemkv import machine
-from tandemkv.errors import InputError
+from tandemkv.errors import InputError, UnsupportedError
 
 BLOCK_TOKENS = 16
 """Tokens of one KV head that are scored, packed and masked together."""
 
 MAX_HEAD_DIM = 256
 
-Packing = Literal["rows", "panels"]
+GROUP_DIMS = 64
+"""Dims of V that share a scale in int4 pages; of so many channels of K one is kept as it is."""
+
+Packing = Literal["rows", "panels", "int8", "int4"]
 
 
 class Partial(NamedTuple):
@@ -62,11 +67,18 @@ class PageLayout:
     rows:   `[token][dim]`, as the model wrote it.
     panels: ready for dot products of `pair` neighbours (2 in bf16, 1 in float32 and float16): K as
             `[block of 16 tokens][dim / pair][16][pair]`, V as `[token / pair][dim][pair]`, dim padded to 16 with zeros.
+    int8:   codes of 8 bits: K with a scale for each channel, V with one for each token.
+    int4:   codes of 4 bits, with a scale and a zero: K for each channel, V for each token and GROUP_DIMS dims; of every
+            GROUP_DIMS channels of K one, that of the widest range, is kept as it is (KVQuant, 2401.18079; csrc/attend.h
+            has the bytes).
+    Quantised pages are filled whole, from rows of `dtype`, and give such rows back.
+    num_channels: of K that a quantised page keeps, a multiple of 16; None for all (ThinK, 2407.21018).
     """
 
     dtype: torch.dtype
     page_size: int = 64
     packing: Packing = "rows"
+    num_channels: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -77,27 +89,89 @@ class PageLayout:
             raise InputError(f"packing must be one of {get_args(Packing)}, got {self.packing!r}")
         if not isinstance(self.page_size, int) or self.page_size < BLOCK_TOKENS or self.page_size % BLOCK_TOKENS:
             raise InputError(f"page_size must be a multiple of {BLOCK_TOKENS}, got {self.page_size!r}")
+        num = self.num_channels
+        if num is not None and (not isinstance(num, int) or num < 16 or num % 16 or not self.is_quantised):
+            raise InputError(
+                f"num_channels must be a multiple of 16, of int8 or int4 pages, got {num!r} of {self.packing}"
+            )
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether numbers are codes."""
+        return self.packing in ("int8", "int4")
 
     @property
     def pair(self) -> int:
         """Neighbours that panels keep together: bf16 has dot products of two."""
         return 2 if self.dtype == torch.bfloat16 else 1
 
-    def stored_dim(self, head_dim: int) -> int:
-        """Elements that one token of one head takes."""
-        return head_dim if self.packing == "rows" else -(-head_dim // 16) * 16
+    def check_dims(self, head_dim: int, v_head_dim: int) -> None:
+        """UnsupportedError where this kernel has no such pages."""
+        for name, dim in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
+            if not 1 <= dim <= MAX_HEAD_DIM:
+                raise UnsupportedError(f"{name} must be 1 to {MAX_HEAD_DIM}, got {dim}")
+            if self.packing == "int4" and dim % GROUP_DIMS:
+                raise UnsupportedError(
+                    f"int4 pages have a scale for {GROUP_DIMS} dims: {name} must be a multiple of it, got {dim}; use "
+                    "int8"
+                )
+        if self.num_channels is not None and self.num_channels > head_dim:
+            raise InputError(f"cannot keep {self.num_channels} channels of keys that have {head_dim}")
 
-    def page_bytes(self, num_kv_heads: int, head_dim: int) -> int:
-        """Bytes of one page of K or of V whose rows have this many elements."""
-        return num_kv_heads * self.page_size * self.stored_dim(head_dim) * self.dtype.itemsize
+    def stored_dim(self, head_dim: int) -> int:
+        """Elements that one token of one head takes, in rows and panels."""
+        return head_dim if self.packing == "rows" else _round_up(head_dim, 16)
+
+    def k_shape(self, head_dim: int) -> tuple[int, ...]:
+        """Of a head's slice of K: `[page_size, stored_dim]` numbers, or where they are codes so many bytes."""
+        return self._slice_shape(head_dim, self._k_bytes)
+
+    def v_shape(self, v_head_dim: int) -> tuple[int, ...]:
+        """The same of V."""
+        return self._slice_shape(v_head_dim, self._v_bytes)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of an arena's tensors."""
+        return torch.uint8 if self.is_quantised else self.dtype
+
+    def page_bytes(self, num_kv_heads: int, head_dim: int, v_head_dim: int) -> int:
+        """Bytes of K and V of one page."""
+        numbers = math.prod(self.k_shape(head_dim)) + math.prod(self.v_shape(v_head_dim))
+        return num_kv_heads * numbers * self.stored_dtype.itemsize
+
+    def _slice_shape(self, dim: int, num_bytes: Callable[[int], int]) -> tuple[int, ...]:
+        return (num_bytes(dim),) if self.is_quantised else (self.page_size, self.stored_dim(dim))
+
+    def _k_bytes(self, head_dim: int) -> int:
+        """csrc/attend.h, SliceOfK."""
+        is_int4 = self.packing == "int4"
+        num_channels = _round_up(self.num_channels or head_dim, 16)
+        codes = self.page_size * num_channels // (2 if is_int4 else 1)
+        steps = _round_up(num_channels * (4 if is_int4 else 2), 64)
+        index = 0 if self.num_channels is None else _round_up(num_channels, 64)
+        if not is_int4:
+            return codes + steps + index
+        num_exact = -(-head_dim // GROUP_DIMS)
+        return codes + steps + _round_up(num_exact * self.page_size * self.dtype.itemsize, 64) + index + 64
+
+    def _v_bytes(self, v_head_dim: int) -> int:
+        """csrc/attend.h, SliceOfV."""
+        num_dims, is_int4 = _round_up(v_head_dim, 16), self.packing == "int4"
+        num_steps = self.page_size * (2 * -(-v_head_dim // GROUP_DIMS) if is_int4 else 1)
+        return _round_up(self.page_size * num_dims // (2 if is_int4 else 1) + 2 * num_steps, 64)
+
+
+def _round_up(num: int, step: int) -> int:
+    return -(-num // step) * step
 
 
 @dataclass(frozen=True, eq=False)
 class Arena:
     """A pair of K and V arenas with equal slots: the same slot in both is one page of one layer.
 
-    k, v: `[num_slots, num_kv_heads, page_size, stored_dim]`, contiguous, where stored_dim is that of head_dim for k
-        and of v_head_dim for v; in panels the last two are one packed run.
+    k, v: `[num_slots, num_kv_heads, *slice]`, contiguous, where the slice is `layout.k_shape(head_dim)` for k and
+        `layout.v_shape(v_head_dim)` for v; in panels the last two are one packed run.
     """
 
     k: Tensor
@@ -107,17 +181,24 @@ class Arena:
     v_head_dim: int
 
     def __post_init__(self) -> None:
-        alike = self.k.shape[:-1] == self.v.shape[:-1]
+        alike = self.k.shape[:2] == self.v.shape[:2]
         if not alike or not (self.k.is_contiguous() and self.v.is_contiguous()):
             raise InputError(f"k and v arenas must be contiguous and alike, got {self.k.shape} and {self.v.shape}")
         if self.k.device != self.v.device:
             raise InputError(f"k and v arenas must lie on one device, got {self.k.device} and {self.v.device}")
-        if not self.k.dtype == self.v.dtype == self.layout.dtype:
-            raise InputError(f"arena dtypes {self.k.dtype}, {self.v.dtype} do not fit the layout's {self.layout.dtype}")
-        for x, dim in ((self.k, self.head_dim), (self.v, self.v_head_dim)):
-            expected = (self.layout.page_size, self.layout.stored_dim(dim))
+        dtype, k_shape, v_shape = (
+            self.layout.stored_dtype,
+            *self._slice_shapes(self.layout, self.head_dim, self.v_head_dim),
+        )
+        if not self.k.dtype == self.v.dtype == dtype:
+            raise InputError(f"arena dtypes {self.k.dtype}, {self.v.dtype} do not fit the layout's {dtype}")
+        for x, expected in ((self.k, k_shape), (self.v, v_shape)):
             if x.shape[2:] != expected:
                 raise InputError(f"arena slices must be {expected} for {self.layout}, got {tuple(x.shape[2:])}")
+
+    @staticmethod
+    def _slice_shapes(layout: PageLayout, head_dim: int, v_head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return layout.k_shape(head_dim), layout.v_shape(v_head_dim)
 
     @staticmethod
     def allocate(
@@ -134,10 +215,9 @@ class Arena:
         Host memory is taken by the first write of a page, as huge pages where the machine allows them.
         """
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        shape = (num_slots, num_kv_heads, layout.page_size)
         k, v = (
-            torch.empty((*shape, layout.stored_dim(dim)), dtype=layout.dtype, device=device)
-            for dim in (head_dim, v_head_dim)
+            torch.empty((num_slots, num_kv_heads, *shape), dtype=layout.stored_dtype, device=device)
+            for shape in Arena._slice_shapes(layout, head_dim, v_head_dim)
         )
         for x in (k, v):
             if x.device.type == "cpu":
@@ -158,6 +238,11 @@ class Arena:
                 )
 
     @property
+    def parts(self) -> "tuple[Arena, ...]":
+        """Itself, as `Arenas` has them."""
+        return (self,)
+
+    @property
     def num_slots(self) -> int:
         """Pages that fit."""
         return self.k.shape[0]
@@ -174,6 +259,66 @@ class Arena:
 
 
 @dataclass(frozen=True, eq=False)
+class Arenas:
+    """Arenas in host memory whose pages differ in their packing alone, as one: their slots are counted on.
+
+    Raises InputError where they differ in more, or are more than 4.
+    """
+
+    parts: tuple[Arena, ...]
+
+    def __post_init__(self) -> None:
+        shapes = {
+            (a.layout.dtype, a.layout.page_size, a.num_kv_heads, a.head_dim, a.v_head_dim, a.k.device)
+            for a in self.parts
+        }
+        if len(shapes) != 1 or len(self.parts) > 4:
+            raise InputError(f"1 to 4 arenas that differ in packing alone count their slots on, got {shapes}")
+
+    def check_tokens(self, num_seqs: int, k: Tensor, v: Tensor) -> None:
+        """See `Arena`."""
+        self.parts[0].check_tokens(num_seqs, k, v)
+
+    @property
+    def layout(self) -> PageLayout:
+        """Of the first; page_size and dtype are those of all."""
+        return self.parts[0].layout
+
+    @property
+    def k(self) -> Tensor:
+        """Of the first; the device is that of all."""
+        return self.parts[0].k
+
+    @property
+    def v(self) -> Tensor:
+        """Of the first."""
+        return self.parts[0].v
+
+    @property
+    def num_slots(self) -> int:
+        """Pages that fit, in all together."""
+        return sum(part.num_slots for part in self.parts)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of every page."""
+        return self.parts[0].num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of K."""
+        return self.parts[0].head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Width of V."""
+        return self.parts[0].v_head_dim
+
+
+AnyArena = Arena | Arenas
+
+
+@dataclass(frozen=True, eq=False)
 class PagedKV:
     """What one `attend` reads: for every sequence and KV head, a run of tokens behind a page table.
 
@@ -187,7 +332,7 @@ class PagedKV:
         several, which are so many; -inf for none, then the token may be NaN in K. It is added to the token's score.
     """
 
-    arena: Arena
+    arena: AnyArena
     page_table: Tensor
     kv_start: Tensor
     kv_len: Tensor
@@ -196,7 +341,7 @@ class PagedKV:
 
     def __post_init__(self) -> None:
         tensors = self.page_table, self.kv_start, self.kv_len
-        if not isinstance(self.arena, Arena) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        if not isinstance(self.arena, Arena | Arenas) or not all(isinstance(tensor, Tensor) for tensor in tensors):
             got = ", ".join(type(value).__name__ for value in (self.arena, *tensors))
             raise InputError(f"PagedKV takes an Arena and the tensors page_table, kv_start and kv_len, got {got}")
         if not isinstance(self.log_counts, Tensor | None):

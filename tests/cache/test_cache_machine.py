@@ -100,7 +100,9 @@ class CacheMachine(RuleBasedStateMachine):
         needed = self.spec.num_far_pages(member.num_seqs, member.seq_len + last_chunk)
         own = sum(layer.num_far_pages for layer in member.layers) * member.num_seqs
         used = torch.cat([layer.used_slots()[1] for each in self.members for layer in each.layers])
-        return needed - own - (self.spec.num_far_slots - len(torch.unique(used)))  # copies that no table has go
+        return (
+            sum(needed) - own - (sum(self.spec.num_far_slots) - len(torch.unique(used)))
+        )  # copies that no table has go
 
     def grow(self, member: Member, num_tokens: int, num_layers: int | None = None) -> None:
         """Append where it fits; where it does not, `begin_step` must say so. Some layers only: a cut-off pass."""

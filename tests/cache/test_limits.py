@@ -177,7 +177,7 @@ def test_memory_that_is_gone_by_now(monkeypatch: pytest.MonkeyPatch) -> None:
     cache.reserve(1, 32)
     k, v = fill(cache, 1, 96)  # touches 2 x 2 far pages
     near = cache.layer(0)._store.near
-    untouched_near = (near.arena.num_slots - near.num_touched) * SPEC.near_page_bytes
+    untouched_near = near.held_bytes - near._parts[0].num_touched * SPEC.near_page_bytes
     leave(untouched_near + 2 * SPEC.far_page_bytes)
     cache.reserve(1, 32 + 3 * 16)
     with pytest.raises(CapacityError, match="host memory needed"):
@@ -192,8 +192,8 @@ def test_memory_that_a_fork_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     fork = cache.fork()
     cache.crop(0)
     near = fork.layer(0)._store.near
-    untouched_near = (near.max_slots - near.num_touched) * SPEC.near_page_bytes
-    assert untouched_near > (near.arena.num_slots - near.num_touched) * SPEC.near_page_bytes
+    untouched_near = near.untouched_bytes()
+    assert untouched_near > near.held_bytes - near._parts[0].num_touched * SPEC.near_page_bytes
 
     def leave(num_far_pages: int) -> None:
         num_bytes = untouched_near + num_far_pages * SPEC.far_page_bytes

@@ -102,7 +102,12 @@ def arenas_of(cache: tandem.TieredCache) -> list[StorageWeakRef]:
     """The memory of K and V, near and far, of a cache and its forks; none before the first use, or after the last."""
     store = cache.kv._store
     pools = [] if store is None else [store.near, store.far]
-    return [StorageWeakRef(half.untyped_storage()) for pool in pools for half in (pool.arena.k, pool.arena.v)]
+    return [
+        StorageWeakRef(half.untyped_storage())
+        for pool in pools
+        for part in pool.arena.parts
+        for half in (part.k, part.v)
+    ]
 
 
 class Streamer:

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def far_arena(dtype: torch.dtype, packing: Packing, head_dim: int) -> Arena:
     """More than 4 GiB of K and of V, which the system hands out page by page when they are touched."""
     layout = PageLayout(dtype, 64, packing)
-    return Arena.allocate(layout, 2**32 // layout.page_bytes(1, head_dim) + 8, 1, head_dim)
+    return Arena.allocate(layout, 2**33 // layout.page_bytes(1, head_dim, head_dim) + 8, 1, head_dim)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,7 +61,8 @@ def test_pages_behind_four_gigabytes(dtype: torch.dtype, packing: Packing) -> No
     """
     arena = far_arena(dtype, packing, 256)
     half, last = arena.num_slots // 2 + 3, arena.num_slots - 1
-    assert last * arena.layout.page_bytes(1, 256) > 2**32 > half * arena.layout.page_bytes(1, 256) > 2**31
+    page_bytes = arena.layout.page_bytes(1, 256, 256) // 2  # of K
+    assert last * page_bytes > 2**32 > half * page_bytes > 2**31
     table = torch.tensor([[[half, last]]], dtype=torch.int32)
     k, v = (
         torch.cat([torch.full((1, 1, 64, 256), x, dtype=dtype) for x in pages], 2) for pages in ((1.0, 2.0), (3.0, 5.0))

@@ -91,7 +91,7 @@ def test_page_size_is_a_multiple_of_16(page_size: int) -> None:
 
 
 def test_an_unknown_packing_is_refused() -> None:
-    with pytest.raises(InputError, match=r"packing must be one of \('rows', 'panels'\), got 'panel'"):
+    with pytest.raises(InputError, match=r"packing must be one of \('rows', 'panels', 'int8', 'int4'\), got 'panel'"):
         PageLayout(torch.float32, 64, "panel")  # type: ignore[arg-type]
 
 
@@ -102,12 +102,12 @@ def test_an_unknown_packing_is_refused() -> None:
 def test_what_a_page_takes(packing: Packing, head_dim: int, stored_dim: int) -> None:
     layout = PageLayout(torch.bfloat16, 48, packing)
     assert layout.stored_dim(head_dim) == stored_dim
-    assert layout.page_bytes(3, head_dim) == 3 * 48 * stored_dim * 2
+    assert layout.page_bytes(3, head_dim, head_dim) == 2 * 3 * 48 * stored_dim * 2
     arena = Arena.allocate(layout, 5, 3, head_dim)
     assert arena.k.shape == arena.v.shape == (5, 3, 48, stored_dim)
     assert arena.k.dtype == arena.v.dtype == torch.bfloat16
     assert (arena.num_slots, arena.num_kv_heads, arena.head_dim) == (5, 3, head_dim)
-    assert arena.num_bytes == 2 * 5 * layout.page_bytes(3, head_dim)
+    assert arena.num_bytes == 5 * layout.page_bytes(3, head_dim, head_dim)
 
 
 def test_v_may_have_another_width() -> None:
@@ -115,7 +115,7 @@ def test_v_may_have_another_width() -> None:
     arena = Arena.allocate(layout, 5, 3, 65, v_head_dim=17)
     assert (arena.k.shape, arena.v.shape) == ((5, 3, 16, 80), (5, 3, 16, 32))
     assert (arena.head_dim, arena.v_head_dim) == (65, 17)
-    assert arena.num_bytes == 5 * (layout.page_bytes(3, 65) + layout.page_bytes(3, 17))
+    assert arena.num_bytes == 5 * layout.page_bytes(3, 65, 17)
     k, v = torch.zeros(2, 3, 4, 65).half(), torch.zeros(2, 3, 4, 17).half()
     arena.check_tokens(2, k, v)
     with pytest.raises(

@@ -2,7 +2,17 @@
 
 from tandemkv.cache.layer import Held, LayerKV
 from tandemkv.cache.pool import PagePool
-from tandemkv.cache.spec import CacheSpec
+from tandemkv.cache.spec import CacheSpec, FarFormat, parse_far_dtype
 from tandemkv.cache.tiered import KVCache, Moment, TierUse
 
-__all__ = ["CacheSpec", "Held", "KVCache", "LayerKV", "Moment", "PagePool", "TierUse"]
+__all__ = [
+    "CacheSpec",
+    "FarFormat",
+    "Held",
+    "KVCache",
+    "LayerKV",
+    "Moment",
+    "PagePool",
+    "TierUse",
+    "parse_far_dtype",
+]

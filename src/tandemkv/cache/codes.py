@@ -30,9 +30,9 @@ class CodeBook:
         """What the codes of a layer were made with."""
         return self._bases[layer]
 
-    def forget(self, slots: Tensor) -> None:
+    def forget(self, slots: list[int]) -> None:
         """These slots have other content."""
-        self._coded.difference_update(slots.tolist())
+        self._coded.difference_update(slots)
 
     def forget_basis(self, layer: int) -> None:
         """The layer has no far pages any more."""

@@ -7,13 +7,15 @@ The map of a sequence's tokens, the same for all sequences of the batch (they gr
      pages [0, num_older)       pages [num_older, num_pages)   the last one open, the others sealed
 
 One table holds the slot of every page, in the far pool left of the boundary and in the near pool right of it. A layer
-with a sliding window has no far pages: what lies left of its boundary is gone.
+with a sliding window has no far pages: what lies left of its boundary is gone. Which part of the far pool, and so which
+format, a far page is in follows from its age (`CacheSpec.far_spans`); its slot tells.
 
 The map is a value that is replaced, never changed: a new one takes its references first, then one assignment installs
 it, then the old one's are dropped. Wherever an interrupt strikes, the map is whole, and at worst the pools' books list
 references that no map has, until they are recounted (`KVCache`). So a fork of a layer is the same map once more.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -25,8 +27,8 @@ from tandemkv import kernels
 from tandemkv.cache.knowledge import Knowledge
 from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
-from tandemkv.cache.store import PageStore
-from tandemkv.errors import CacheError, InputError
+from tandemkv.cache.store import Copied, PageStore
+from tandemkv.errors import CacheError, InputError, PrecisionWarning
 from tandemkv.kernels.blocks import ChosenBlocks, FarPages
 from tandemkv.select import Sparse, Summaries, Tally
 from tandemkv.types import BLOCK_TOKENS, PagedKV
@@ -97,6 +99,8 @@ class LayerKV:
         self.knowledge = Knowledge.none(num_seqs, spec.num_kv_heads)  # of the blocks, where somebody observes
         self.chosen: tuple[Standing | None, ChosenBlocks] | None = None  # the last choice, and what it was made from
         self.foreseen: Tensor | None = None  # the next query, predicted a layer ahead
+        # float32 [num_seqs, num_kv_heads, head_dim]: how much each channel of K mattered to the newest queries
+        self.channel_weights: Tensor | None = None
 
     @property
     def num_seqs(self) -> int:
@@ -129,6 +133,11 @@ class LayerKV:
         return self.num_far_pages * self._page_size
 
     @property
+    def weighs_channels(self) -> bool:
+        """Whether far pages leave channels of K out, so that `channel_weights` are of use."""
+        return self.window is None and self._spec.weighs_channels
+
+    @property
     def num_near_tokens(self) -> int:
         """Tokens of each sequence in the near tier."""
         return self.seq_len - self.first_near_token
@@ -147,15 +156,52 @@ class LayerKV:
         if not num_pages:
             return
         self._refuse_while_held("demote")
+        if self.window is None:
+            self._narrow(self.num_far_pages + num_pages)
         slots, num_older, seq_len, owns = self._map
         leaving = self._map.near_slots[:, :num_pages]
         assert (num_older + num_pages) * self._page_size <= seq_len, "only sealed pages leave"
         if self.window is None:
-            far = self._store.demote(leaving)
+            parts = [
+                span.part for span in self._spec.far_spans(num_older + num_pages) for _ in range(span.begin, span.end)
+            ]
+            far = self._told(self._store.demote(leaving, parts[num_older:], self.channel_weights), leaving, num_older)
             self._code_pages(self._sparse, far, num_older)
             slots = torch.cat([slots[:, :num_older], far, slots[:, num_older + num_pages :]], 1)
         self._map = PageMap(slots, num_older + num_pages, seq_len, owns)
         self._store.drop_near(leaving)
+
+    def _narrow(self, num_pages: int) -> None:
+        """Where there will be so many far pages, those that are too old for their format take the next one."""
+        if len(self._spec.far_formats) < 2:
+            return
+        spans = zip(self._spec.far_spans(self.num_far_pages), self._spec.far_spans(num_pages), strict=True)
+        for before, span in spans:
+            ageing = slice(before.end, min(span.end, self.num_far_pages))
+            slots = self._map.slots[:, ageing]
+            is_wider = self._spec.is_wider(self._store.far.part_of(slots), span.part).any(0)
+            if not bool(is_wider.any()):
+                continue
+            columns = (ageing.start + is_wider.nonzero().flatten()).tolist()
+            old, changed = self._map.slots[:, columns], self._map.slots.clone()
+            copied = self._store.narrow(old, [span.part] * len(columns), self.channel_weights)
+            changed[:, columns] = self._told(copied, old, columns[0])
+            self._code_pages(self._sparse, changed[:, columns], columns[0])
+            self._map = self._map._replace(slots=changed)
+            self._store.drop_far(old)
+
+    def _told(self, copied: Copied, slots: Tensor, first_page: int) -> Tensor:
+        """Its slots; the user hears of pages that cannot be quantised."""
+        for slot, token in copied.refused.items():
+            seq, page = (slots == slot).nonzero()[0].tolist()
+            begin = (first_page + page) * self._page_size
+            warnings.warn(
+                f"layer {self.index}, token {begin + token} of sequence {seq}: K or V is not finite, or too large for "
+                f"a scale; its page of {self._page_size} tokens stays in {self._spec.dtype}",
+                PrecisionWarning,
+                stacklevel=2,
+            )
+        return copied.slots
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Add tokens `[num_seqs, num_kv_heads, num_tokens, head_dim]` behind the last one; they become near."""
@@ -226,7 +272,7 @@ class LayerKV:
         self._map = PageMap(slots, num_older, seq_len, owns)
         self.knowledge, self.chosen = self.knowledge.cut(self.num_far_blocks, self.num_near_blocks), None
         if self.window is None:
-            self._store.far.drop(old.slots[:, num_older : old.num_older])
+            self._store.drop_far(old.slots[:, num_older : old.num_older])
             if not num_older:
                 self._store.forget_basis(self.index)
         self._store.drop_near(old.slots[:, kept_near:])
@@ -251,6 +297,8 @@ class LayerKV:
         self._share(pages)
         self._map = self._map._replace(owns_open_page=False)
         twin._map, twin._kv_start, twin._sparse = pages, kv_start, self._sparse
+        weights = self.channel_weights
+        twin.channel_weights = weights if weights is None or seqs is None else weights[seqs]
         # A fork is another request, with a report of its own; beams and batches are the same one.
         twin.knowledge = self.knowledge._replace(tally=Tally()) if seqs is None else self.knowledge.of(seqs)
         return twin
@@ -275,7 +323,7 @@ class LayerKV:
     def _drop(self, pages: PageMap) -> None:
         self._store.drop_near(pages.near_slots)
         if self.window is None:
-            self._store.far.drop(pages.slots[:, : pages.num_older])
+            self._store.drop_far(pages.slots[:, : pages.num_older])
 
     # -- reading -------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
-"""Equal pages in one arena, with one free list and a count of references to each."""
+"""Pages in one arena, or in several that count their slots on, with free lists and a count of references to each."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -7,74 +9,116 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import CapacityError
-from tandemkv.types import Arena, format_bytes
+from tandemkv.types import AnyArena, Arena, format_bytes
 
 
-class PagePool:
-    """Pages of one arena: K and V of a page lie in the same slot of its two halves.
+@dataclass
+class _Part:
+    """The slots of one arena, [first, first + num_slots). num_touched: those that were ever handed out: host memory
+    behind the others is not taken yet."""
 
-    Slots that were never used are handed out in rising order, so that pages that are filled together lie together;
-    slots that came back go first, the last one back first. Slots are int32 tensors on the CPU.
-    """
-
-    def __init__(self, arena: Arena, name: str, knob: str) -> None:
-        """`name` and `knob` are for the error that says what is full and what to turn."""
-        self.arena = arena
-        self.max_slots = arena.num_slots  # how far the pool may grow
-        self.name = name
-        self._knob = knob
-        self.num_touched = 0  # slots that were ever handed out: host memory behind the others is not taken yet
-        self.num_ever_used = 0
-        self.views: WeakKeyDictionary[object, Any] = WeakKeyDictionary()  # of this arena, kept for those who read it
-        self._returned: list[int] = []
-        self._counts = torch.zeros(arena.num_slots, dtype=torch.int32, device="cpu")
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of K and V of one page."""
-        return self.arena.num_bytes // self.arena.num_slots if self.arena.num_slots else 0
+    first: int
+    num_slots: int
+    page_bytes: int
+    num_touched: int = 0
+    returned: list[int] = field(default_factory=list)
 
     @property
     def num_used(self) -> int:
-        """Pages handed out."""
-        return self.num_touched - len(self._returned)
+        return self.num_touched - len(self.returned)
+
+    def take(self, num_pages: int) -> list[int]:
+        num_again = min(num_pages, len(self.returned))
+        begin = self.first + self.num_touched
+        self.num_touched += num_pages - num_again
+        slots = [self.returned.pop() for _ in range(num_again)]
+        return [*slots, *range(begin, self.first + self.num_touched)]
+
+
+class PagePool:
+    """Counted pages: K and V of a page lie in the same slot of the two halves of an arena.
+
+    A part is one of the arenas; they share the pool's bytes. Slots that were never used are handed out in rising order,
+    so that pages that are filled together lie together; slots that came back go first, the last one back first. Slots
+    are int32 tensors on the CPU.
+    """
+
+    def __init__(self, arena: AnyArena, name: str, knob: str, max_bytes: int | None = None) -> None:
+        """`name` and `knob` are for the error that says what is full and what to turn. max_bytes: of all pages; None
+        for what the arena holds."""
+        self.arena = arena
+        self.name = name
+        self._knob = knob
+        self._parts: list[_Part] = []
+        for one in arena.parts:
+            page_bytes = one.layout.page_bytes(one.num_kv_heads, one.head_dim, one.v_head_dim)
+            self._parts.append(_Part(sum(part.num_slots for part in self._parts), one.num_slots, page_bytes))
+        self.capacity_bytes = arena.num_slots * self._parts[0].page_bytes if max_bytes is None else max_bytes
+        self.moved_bytes = 0  # of every page that was ever handed out
+        self.views: WeakKeyDictionary[object, Any] = WeakKeyDictionary()  # of this arena, kept for those who read it
+        self._counts = torch.zeros(arena.num_slots, dtype=torch.int32, device="cpu")
 
     @property
-    def num_free(self) -> int:
-        """Pages that can still be handed out."""
-        return self.max_slots - self.num_used
+    def held_bytes(self) -> int:
+        """What the pages may take without growing."""
+        return min(self.capacity_bytes, sum(part.num_slots * part.page_bytes for part in self._parts))
 
-    def num_untouched(self, num_pages: int | None = None) -> int:
-        """Of so many more pages (None for all that are free), those behind which no host memory is taken yet."""
-        return max(0, (self.num_free if num_pages is None else num_pages) - len(self._returned))
+    @property
+    def used_bytes(self) -> int:
+        """Of the pages that are handed out."""
+        return sum(part.num_used * part.page_bytes for part in self._parts)
+
+    @property
+    def num_used(self) -> tuple[int, ...]:
+        """Pages handed out, of each part."""
+        return tuple(part.num_used for part in self._parts)
+
+    def untouched_bytes(self, num_pages: Sequence[int] | None = None) -> int:
+        """Of so many more pages of each part (None for all that are free, where there is one), those behind which no
+        host memory is taken yet."""
+        if num_pages is None:
+            free = (self.capacity_bytes - self.used_bytes) // self._parts[0].page_bytes
+            num_pages = [free]
+        lacking = (max(0, num - len(part.returned)) for num, part in zip(num_pages, self._parts, strict=True))
+        return sum(num * part.page_bytes for num, part in zip(lacking, self._parts, strict=True))
 
     def limit(self, num_slots: int) -> None:
         """Let the pool grow to so many slots, which the near tier of a cache and its forks may need."""
-        self.max_slots = max(num_slots, self.arena.num_slots)
+        self.capacity_bytes = max(num_slots, self.arena.num_slots) * self._parts[0].page_bytes
 
-    def take(self, num_pages: int) -> Tensor:
-        """Slots `[num_pages]`, one reference to each; CapacityError, with nothing taken, where the pool has fewer."""
-        self.require(num_pages)
-        num_again = min(num_pages, len(self._returned))
-        num_fresh = num_pages - num_again
-        if self.num_touched + num_fresh > self.arena.num_slots:
-            self._grow(self.num_touched + num_fresh)
-        slots = [self._returned.pop() for _ in range(num_again)]
-        slots += range(self.num_touched, self.num_touched + num_fresh)
-        self.num_touched += num_fresh
-        self.num_ever_used += num_pages
-        taken = torch.tensor(slots, dtype=torch.int32, device="cpu")
+    def take(self, num_pages: int, part: int = 0) -> Tensor:
+        """Slots `[num_pages]`, one reference to each; CapacityError, with nothing taken, where there are fewer."""
+        wanted = [0] * len(self._parts)
+        wanted[part] = num_pages
+        self.require(wanted)
+        taking = self._parts[part]
+        num_touched = taking.num_touched + max(0, num_pages - len(taking.returned))
+        if num_touched > taking.num_slots:
+            self._grow(num_touched)
+        taken = torch.tensor(taking.take(num_pages), dtype=torch.int32, device="cpu")
+        self.moved_bytes += num_pages * taking.page_bytes
         self._counts[taken] = 1
         return taken
 
-    def require(self, num_pages: int) -> None:
+    def has(self, num_pages: Sequence[int]) -> bool:
+        """Whether so many pages of each part are free."""
+        needed = sum(num * part.page_bytes for num, part in zip(num_pages, self._parts, strict=True))
+        return not needed or self.used_bytes + needed <= self.capacity_bytes
+
+    def require(self, num_pages: Sequence[int]) -> None:
         """Raise the CapacityError that `take` would."""
-        if num_pages > self.num_free:
-            needed, left = num_pages * self.page_bytes, self.num_free * self.page_bytes
+        if not self.has(num_pages):
+            needed = sum(num * part.page_bytes for num, part in zip(num_pages, self._parts, strict=True))
             raise CapacityError(
-                f"the {self.name} tier is full: {format_bytes(needed)} needed, {format_bytes(left)} of "
-                f"{format_bytes(self.max_slots * self.page_bytes)} free; {self._knob}"
+                f"the {self.name} tier is full: {format_bytes(needed)} needed, "
+                f"{format_bytes(self.capacity_bytes - self.used_bytes)} of {format_bytes(self.capacity_bytes)} free; "
+                f"{self._knob}"
             )
+
+    def part_of(self, slots: Tensor) -> Tensor:
+        """Which part each slot belongs to, int64 of the same shape."""
+        ends = torch.tensor([part.first + part.num_slots for part in self._parts], device="cpu")
+        return torch.bucketize(slots, ends, right=True)
 
     def share(self, slots: Tensor) -> None:
         """One more reference for every time a slot appears."""
@@ -85,9 +129,11 @@ class PagePool:
         """One reference less for every time a slot appears; returns the slots that nobody refers to any more."""
         slots = slots.flatten()
         self._counts.index_add_(0, slots, torch.full_like(slots, -1))
-        freed: list[int] = torch.unique(slots[self._counts[slots] == 0]).tolist()
-        self._returned += freed
-        return freed
+        freed = torch.unique(slots[self._counts[slots] == 0])
+        for index, part in enumerate(self._parts):
+            part.returned += freed[self.part_of(freed) == index].tolist() if len(self._parts) > 1 else freed.tolist()
+        found: list[int] = freed.tolist()
+        return found
 
     def counts(self, slots: Tensor) -> list[int]:
         """References to each slot."""
@@ -99,30 +145,44 @@ class PagePool:
         """Make the books say that exactly these references exist, one for every time a slot appears."""
         counts = torch.bincount(used.flatten(), minlength=self.arena.num_slots)
         self._counts = counts.to(torch.int32)  # their length too: `_grow` may have been cut off
-        self._returned = (self._counts[: self.num_touched] == 0).nonzero().flatten().flip(0).tolist()
+        for part in self._parts:
+            part.returned = [part.first + slot for slot in _unused(self._touched(self._counts, part))[::-1]]
 
     def check(self, used: Tensor) -> None:
         """Assert that exactly these references exist, one for every time a slot appears."""
         found = torch.bincount(used.flatten(), minlength=self.arena.num_slots)
         wrong = (found != self._counts).nonzero().flatten().tolist()
         assert not wrong, f"{self.name}: references to slots {wrong[:8]} are miscounted"
-        assert not found[self.num_touched :].any(), f"{self.name}: a slot was never handed out"
-        free = sorted(self._returned)
-        assert free == (found[: self.num_touched] == 0).nonzero().flatten().tolist(), f"{self.name}: free list"
+        for part in self._parts:
+            behind = found[part.first + part.num_touched : part.first + part.num_slots]
+            assert not behind.any(), f"{self.name}: a slot was never handed out"
+            free = [part.first + slot for slot in _unused(self._touched(found, part))]
+            assert sorted(part.returned) == free, f"{self.name}: free list"
+
+    @staticmethod
+    def _touched(counts: Tensor, part: _Part) -> Tensor:
+        return counts[part.first : part.first + part.num_touched]
 
     @torch.inference_mode(False)  # tensors made inside inference mode could not be written outside it
     def _grow(self, num_slots: int) -> None:
-        """Move to an arena of at least num_slots, whole before it takes the other's place.
+        """Move to an arena of at least num_slots, whole before it takes the other's place; a pool of one part.
 
         Doubling, so that a page is moved once on average.
         """
-        num_slots = min(max(num_slots, 2 * self.arena.num_slots), self.max_slots)
-        old = self.arena
+        old, (part,) = self.arena, self._parts
+        assert isinstance(old, Arena)
+        num_slots = min(max(num_slots, 2 * old.num_slots), self.capacity_bytes // part.page_bytes)
         new = Arena.allocate(
             old.layout, num_slots, old.num_kv_heads, old.head_dim, old.k.device, v_head_dim=old.v_head_dim
         )
-        new.k[: self.num_touched] = old.k[: self.num_touched]
-        new.v[: self.num_touched] = old.v[: self.num_touched]
+        new.k[: part.num_touched] = old.k[: part.num_touched]
+        new.v[: part.num_touched] = old.v[: part.num_touched]
         counts = torch.zeros(num_slots, dtype=torch.int32, device="cpu")
         counts[: len(self._counts)] = self._counts
         self.arena, self._counts, self.views = new, counts, WeakKeyDictionary()
+        part.num_slots = num_slots
+
+
+def _unused(counts: Tensor) -> list[int]:
+    found: list[int] = (counts == 0).nonzero().flatten().tolist()
+    return found

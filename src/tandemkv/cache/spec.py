@@ -1,11 +1,60 @@
 """What a cache must hold and may take: the arithmetic of pages, before anything is allocated."""
 
+import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from tandemkv.errors import InputError, UnsupportedError
-from tandemkv.types import MAX_HEAD_DIM, PageLayout
+from tandemkv.errors import InputError
+from tandemkv.types import Packing, PageLayout
+
+FAR_PACKINGS: dict[str, Packing] = {"model": "panels", "int8": "int8", "int4": "int4"}
+"""What far tokens may be kept in, by name; "model" is the dtype that the model computes in."""
+
+
+class FarFormat(NamedTuple):
+    """How some far tokens are kept. num_tokens: so many, the newest that no format before has; None for all that are
+    left. num_channels: of K that are kept (ThinK); None for all."""
+
+    packing: Packing
+    num_tokens: int | None = None
+    num_channels: int | None = None
+
+
+class Span(NamedTuple):
+    """Far pages [begin, end) of a layer that lie in one part of the far pool."""
+
+    part: int
+    begin: int
+    end: int
+
+
+def parse_far_dtype(text: str | None) -> tuple[FarFormat, ...]:
+    """`"int8"`: all far tokens; `"int8:8192,int4"`: the newest 8192 far tokens in int8, older ones in int4;
+    `"int8/64"`: 64 channels of every key. None, like "model": as the model computes.
+
+    InputError for a format that is not known and for a mixture that leaves tokens out.
+    """
+    if text is None:
+        return ()
+    known = ", ".join(FAR_PACKINGS)
+    expected = f"expected far_dtype as {known}, or by age as 'int8:8192,int4', channels of keys as 'int8/64'"
+    if not isinstance(text, str):
+        raise InputError(f"{expected}, got {text!r}")
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)(?:/(\d+))?(?::(\d+))?\s*", part)
+        if match is None or match[1] not in FAR_PACKINGS:
+            raise InputError(f"{expected}, got {text!r}")
+        channels, tokens = (None if group is None else int(group) for group in (match[2], match[3]))
+        if match[1] == "model" and channels is not None:
+            raise InputError(f"{expected}: tokens in the model's dtype keep all channels, got {text!r}")
+        found.append(FarFormat(FAR_PACKINGS[match[1]], tokens, channels))
+    if any(each.num_tokens is None for each in found[:-1]) or found[-1].num_tokens is not None:
+        raise InputError(f"{expected}: every format but the last has a number of tokens, got {text!r}")
+    return () if found == [FarFormat("panels")] else tuple(found)
 
 
 @dataclass(frozen=True)
@@ -18,6 +67,9 @@ class CacheSpec:
     chunk_tokens: the longest run of tokens that is appended at once.
     windows: one per layer, tokens that its queries see, or None for all; none at all where every layer is full.
         Layers with a window have no far tokens, and near_tokens does not concern them.
+    far_formats: how far tokens are kept, the newest first, see `parse_far_dtype`; none: in `dtype`. The first page of
+        every sequence, which attention sinks are in, is kept in `dtype` whatever they say, and so is a page with a
+        number that is not finite.
     """
 
     num_layers: int
@@ -31,12 +83,13 @@ class CacheSpec:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     v_head_dim: int | None = None
     windows: tuple[int | None, ...] = ()
+    far_formats: tuple[FarFormat, ...] = ()
 
     def __post_init__(self) -> None:
-        self.near_layout  # noqa: B018  refuses a dtype or page_size that no page can have
-        for name, dim in (("head_dim", self.head_dim), ("v_head_dim", self.v_width)):
-            if not 1 <= dim <= MAX_HEAD_DIM:
-                raise UnsupportedError(f"{name} must be 1 to {MAX_HEAD_DIM}, got {dim}")
+        for layout in (self.near_layout, *self.far_layouts):
+            layout.check_dims(self.head_dim, self.v_width)
+        if len(self.far_layouts) > 4:
+            raise InputError(f"far tokens may be kept in 4 ways, the model's dtype among them, got {self.far_formats}")
         if self.num_layers < 1 or self.num_kv_heads < 1:
             raise InputError(
                 f"a cache is for at least one layer and KV head, got {self.num_layers} layers of {self.num_kv_heads}"
@@ -67,9 +120,11 @@ class CacheSpec:
         return PageLayout(self.dtype, self.page_size, "panels" if self.device.type == "cpu" else "rows")
 
     @property
-    def far_layout(self) -> PageLayout:
-        """Panels, as the CPU kernel reads them."""
-        return PageLayout(self.dtype, self.page_size, "panels")
+    def far_layouts(self) -> tuple[PageLayout, ...]:
+        """Of each part of the far pool: panels, as the CPU kernel reads them, then every other format."""
+        packed = [(each.packing, each.num_channels) for each in self.far_formats]
+        kinds = dict.fromkeys([("panels", None), *packed])
+        return tuple(PageLayout(self.dtype, self.page_size, *kind) for kind in kinds)
 
     @property
     def near_page_bytes(self) -> int:
@@ -77,14 +132,50 @@ class CacheSpec:
         return self._page_bytes(self.near_layout)
 
     @property
-    def far_page_bytes(self) -> int:
-        """K and V of one far page."""
-        return self._page_bytes(self.far_layout)
+    def far_page_sizes(self) -> tuple[int, ...]:
+        """Bytes of K and V of one page in each part of the far pool."""
+        return tuple(self._page_bytes(layout) for layout in self.far_layouts)
 
     @property
-    def num_far_slots(self) -> int:
-        """Pages that far_bytes buys."""
-        return self.far_bytes // self.far_page_bytes
+    def far_page_bytes(self) -> int:
+        """K and V of one far page in the model's dtype."""
+        return self.far_page_sizes[0]
+
+    @property
+    def num_far_slots(self) -> tuple[int, ...]:
+        """Pages of each part that far_bytes would buy alone."""
+        return tuple(self.far_bytes // size for size in self.far_page_sizes)
+
+    def far_spans(self, num_pages: int) -> tuple[Span, ...]:
+        """Which of a layer's far pages belong in which part, the oldest first; as many spans for any number."""
+        if not self.far_formats:
+            return (Span(0, 0, num_pages),)
+        spans, end = [], num_pages
+        for part, each in zip(self._parts, self.far_formats, strict=True):
+            begin = min(end, 1 if each.num_tokens is None else max(1, end - each.num_tokens // self.page_size))
+            spans.append(Span(part, begin, end))
+            end = begin
+        return Span(0, 0, end), *reversed(spans)
+
+    @property
+    def weighs_channels(self) -> bool:
+        """Whether some far pages leave channels of K out."""
+        return any(each.num_channels is not None for each in self.far_formats)
+
+    def is_wider(self, parts: Tensor, part: int) -> Tensor:
+        """Whether pages of these parts are younger, by their format, than those of `part`."""
+        order = [
+            len(self._parts) if p not in self._parts else self._parts.index(p) for p in range(len(self.far_layouts))
+        ]
+        if 0 not in self._parts:
+            order[0] = -1  # pages that could not be quantised
+        return torch.tensor(order, device="cpu")[parts] < order[part]
+
+    @property
+    def _parts(self) -> list[int]:
+        """Of each format."""
+        kinds = [(layout.packing, layout.num_channels) for layout in self.far_layouts]
+        return [kinds.index((each.packing, each.num_channels)) for each in self.far_formats]
 
     def window(self, layer: int) -> int | None:
         """Tokens that queries of a layer see; None for all."""
@@ -111,11 +202,16 @@ class CacheSpec:
             pages += -(-(kept + self.chunk_tokens) // self.page_size) + 2 + twice * (kept // self.page_size + 2)
         return num_seqs * pages
 
-    def num_far_pages(self, num_seqs: int, num_tokens: int) -> int:
-        """Far pages of sequences that grew to num_tokens."""
-        pages = max(0, -(-(num_tokens - self.near_tokens) // self.page_size))
-        return num_seqs * self.num_full_layers * pages
+    def num_far_pages(self, num_seqs: int, num_tokens: int) -> tuple[int, ...]:
+        """Pages in each part of the far pool of sequences that grew to num_tokens."""
+        found = [0] * len(self.far_layouts)
+        for part, begin, end in self.far_spans(max(0, -(-(num_tokens - self.near_tokens) // self.page_size))):
+            found[part] += num_seqs * self.num_full_layers * (end - begin)
+        return tuple(found)
+
+    def far_bytes_of(self, num_pages: tuple[int, ...]) -> int:
+        """Bytes of so many pages in each part."""
+        return sum(num * size for num, size in zip(num_pages, self.far_page_sizes, strict=True))
 
     def _page_bytes(self, layout: PageLayout) -> int:
-        widths = self.head_dim, self.v_width
-        return sum(layout.page_bytes(self.num_kv_heads, width) for width in widths)
+        return layout.page_bytes(self.num_kv_heads, self.head_dim, self.v_width)

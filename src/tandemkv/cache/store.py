@@ -1,16 +1,18 @@
-"""The pages of a cache and of its forks: a near and a far pool, and which near pages have a far copy already.
+"""The pages of a cache and of its forks: a near and a far pool, and which pages have a copy further away already.
 
 Who may refer to what, counted once for every time it does:
 
     near slot   the table of every layer and sequence, of every cache of the family
-    far slot    the same tables, and the record of the near page that it is a copy of
+    far slot    the same tables, and the record of the near page, or of the far page in a wider format, that it is a
+                copy of
 
-A page that several sequences share is demoted when the first of them does; the others find the copy in the record and
-switch their own tables when their window passes. The record ends with the last reference to the near page, or where
-nobody's table has the copy any more and the far tier lacks room or is recounted.
+A page that several sequences share is demoted when the first of them does, and so it is quantised further; the others
+find the copy in the record and switch their own tables when their window passes. The record ends with the last
+reference to the page, or where nobody's table has the copy any more and the far tier lacks room or is recounted.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -25,6 +27,14 @@ if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
 
 
+class Copied(NamedTuple):
+    """slots: far slots, in the shape of those that were copied. refused: pages that could not be quantised and are kept
+    in full precision, by their old slot, with their first token that is not finite."""
+
+    slots: Tensor
+    refused: dict[int, int]
+
+
 class PageStore:
     """Two pools and the books between them. Tables are the truth: `recount` rebuilds the books from them."""
 
@@ -36,6 +46,7 @@ class PageStore:
         self._books: dict[Summariser, CodeBook] = {}
         self._num_counted = 0  # members whose references the books have
         self._far_copies: dict[int, int] = {}  # near slot -> far slot
+        self._narrower: dict[int, int] = {}  # far slot -> far slot of another part
 
     def codes_of(self, summariser: Summariser) -> CodeBook:
         """The codes that it makes of far pages."""
@@ -67,28 +78,65 @@ class PageStore:
         """The references of a member that uses this store no longer go with the next recount."""
         self.members.discard(member)
 
-    def demote(self, slots: Tensor) -> Tensor:
+    def demote(self, slots: Tensor, parts: Sequence[int], weights: Tensor | None = None) -> Copied:
         """Far slots with the content of these near slots, referred to as often; the near ones are still referred to.
 
+        slots: `[num_seqs, num_pages]`; parts: of the far pool, for every page. weights: float32 `[num_seqs,
+        num_kv_heads, head_dim]`, by which channels of K are kept where a part leaves some out.
         CapacityError, nothing moved, where the far pool lacks room.
         """
-        wanted = slots.flatten().tolist()
-        fresh = [slot for slot in dict.fromkeys(wanted) if slot not in self._far_copies]
-        taken = self.far.take(len(fresh))
-        for book in self._books.values():
-            book.forget(taken)
-        kernels.move_pages(self.near.arena, self.far.arena, fresh, taken.tolist(), self.workers)
-        if len(fresh) == len(wanted) and max(self.near.counts(slots.flatten()), default=1) == 1:
-            return taken.view(slots.shape)  # nobody else has any of them
-        copies = self._far_copies | dict(zip(fresh, taken.tolist(), strict=True))
-        found = torch.tensor([copies[slot] for slot in wanted], dtype=torch.int32, device="cpu").view(slots.shape)
-        self._far_copies = copies  # the reference that `take` counted is the record's
-        self.far.share(found)
-        return found
+        return self._copy(self.near, slots, parts, weights, self._far_copies)
 
-    def require_far(self, num_pages: int) -> None:
-        """CapacityError where so many pages cannot be demoted."""
-        if num_pages > self.far.num_free:
+    def narrow(self, slots: Tensor, parts: Sequence[int], weights: Tensor | None = None) -> Copied:
+        """The same of far slots, into other parts."""
+        return self._copy(self.far, slots, parts, weights, self._narrower)
+
+    def _copy(
+        self, source: PagePool, slots: Tensor, parts: Sequence[int], weights: Tensor | None, records: dict[int, int]
+    ) -> Copied:
+        wanted: list[int] = slots.flatten().tolist()
+        part_of = dict(zip(wanted, [*parts] * slots.shape[0], strict=True))
+        fresh = [slot for slot in part_of if slot not in records]
+        if weights is not None:
+            seq_of = {slot: i // slots.shape[1] for i, slot in enumerate(wanted)}
+            weights = weights[[seq_of[slot] for slot in fresh]]
+        taken, refused = self._write(source, fresh, [part_of[slot] for slot in fresh], weights)
+        if len(fresh) == len(wanted) and max(source.counts(slots.flatten()), default=1) == 1:
+            return Copied(_tensor(taken).view(slots.shape), refused)
+        copies = records | dict(zip(fresh, taken, strict=True))
+        found = _tensor(copies[slot] for slot in wanted).view(slots.shape)
+        records.update(copies)  # the reference that `take` counted is the record's
+        self.far.share(found)
+        return Copied(found, refused)
+
+    def _write(
+        self, source: PagePool, slots: list[int], parts: list[int], weights: Tensor | None
+    ) -> tuple[list[int], dict[int, int]]:
+        """Far slots that pages were written to, and which were refused; these are in the first part."""
+        self.far.require([parts.count(part) for part in range(len(self.far.num_used))])
+        taken = [0] * len(slots)
+        for part in set(parts):
+            places = [i for i, its in enumerate(parts) if its == part]
+            for place, slot in zip(places, self.far.take(len(places), part).tolist(), strict=True):
+                taken[place] = slot
+        self._forget_codes(taken)
+        refused = kernels.move_pages(source.arena, self.far.arena, slots, taken, self.workers, weights)
+        if refused:
+            exact = self.far.take(len(refused)).tolist()
+            self.far.drop(_tensor(taken[i] for i in refused))
+            for place, slot in zip(refused, exact, strict=True):
+                taken[place] = slot
+            self._forget_codes(exact)
+            kernels.move_pages(source.arena, self.far.arena, [slots[i] for i in refused], exact, self.workers)
+        return taken, {slots[i]: token for i, token in refused.items()}
+
+    def _forget_codes(self, slots: list[int]) -> None:
+        for book in self._books.values():
+            book.forget(slots)
+
+    def require_far(self, num_pages: Sequence[int]) -> None:
+        """CapacityError where so many pages of each part cannot be taken."""
+        if not self.far.has(num_pages):
             self._forget_idle_copies()
         self.far.require(num_pages)
 
@@ -96,7 +144,13 @@ class PageStore:
         """One reference less to each; with the last one, the record of a far copy goes too."""
         freed = self.near.drop(slots)
         if self._far_copies:
-            self._forget_copies(freed)
+            self._forget_copies(self._far_copies, freed)
+
+    def drop_far(self, slots: Tensor) -> None:
+        """The same of far slots, and of the records of their narrower copies."""
+        freed = self.far.drop(slots)
+        if self._narrower:
+            self._forget_copies(self._narrower, freed)
 
     def own(self, slots: Tensor) -> Tensor:
         """Near slots `[num_seqs]` with the same content that nobody else refers to, to be written to.
@@ -115,13 +169,19 @@ class PageStore:
             arena = self.near.arena
             kernels.move_pages(arena, arena, slots[copied].tolist(), owned[copied].tolist(), self.workers)
         if self._far_copies:  # what is written to is no copy of anything
-            self._forget_copies(owned.tolist())
+            self._forget_copies(self._far_copies, owned.tolist())
         return owned
 
     def recount(self, num_members: int, near: Tensor, far: Tensor) -> None:
         """These references of so many members exist, one for every time a slot appears, and no others."""
         live = set(near.flatten().tolist())
         self._far_copies = {slot: copy for slot, copy in self._far_copies.items() if slot in live}
+        live_far = {*far.flatten().tolist(), *self._far_copies.values()}
+        kept: dict[int, int] = {}
+        while more := {slot: copy for slot, copy in self._narrower.items() if slot in live_far and slot not in kept}:
+            kept |= more
+            live_far.update(more.values())
+        self._narrower = kept
         self.near.recount(near)
         self.far.recount(self._with_records(far))
         self._forget_idle_copies()
@@ -132,18 +192,24 @@ class PageStore:
         self.near.check(near)
         self.far.check(self._with_records(far))
         assert set(self._far_copies) <= set(near.flatten().tolist()), "a record of a far copy outlived its near page"
+        pages = set(self._with_records(far).tolist())
+        assert set(self._narrower) <= pages, "a record of a narrower copy outlived its page"
 
     def _with_records(self, far: Tensor) -> Tensor:
-        return torch.cat([far.flatten(), self._copies()])
-
-    def _copies(self) -> Tensor:
-        return torch.tensor(list(self._far_copies.values()), dtype=torch.int32, device="cpu")
+        return torch.cat([far.flatten(), _tensor(self._far_copies.values()), _tensor(self._narrower.values())])
 
     def _forget_idle_copies(self) -> None:
         """Give back the far copies that no table refers to."""
-        counts = self.far.counts(self._copies())
-        self._forget_copies([slot for slot, count in zip(self._far_copies, counts, strict=True) if count == 1])
+        for records in (self._far_copies, self._narrower):
+            counts = self.far.counts(_tensor(records.values()))
+            idle = [slot for slot, count in zip(records, counts, strict=True) if count == 1]
+            self._forget_copies(records, idle)
 
-    def _forget_copies(self, slots: list[int]) -> None:
-        copies = [self._far_copies.pop(slot) for slot in slots if slot in self._far_copies]
-        self.far.drop(torch.tensor(copies, dtype=torch.int32, device="cpu"))
+    def _forget_copies(self, records: dict[int, int], slots: list[int]) -> None:
+        copies = [records.pop(slot) for slot in slots if slot in records]
+        if copies:
+            self.drop_far(_tensor(copies))
+
+
+def _tensor(slots: Iterable[int]) -> Tensor:
+    return torch.tensor(list(slots), dtype=torch.int32, device="cpu")

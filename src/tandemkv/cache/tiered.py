@@ -5,6 +5,7 @@ an interrupt cut off is undone before the next thing happens to the cache or to 
 true in one assignment, and an interrupt falls before it or after it: `_step` for a step, `_layers` for a selection.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
 from tandemkv.select import Sparse, Tally
-from tandemkv.types import Arena, format_bytes
+from tandemkv.types import Arena, Arenas, format_bytes
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -179,24 +180,29 @@ class KVCache:
             )
         self._take_batch(num_seqs)
         far_pages = spec.num_far_pages(num_seqs, num_tokens)
-        if far_pages > spec.num_far_slots:
+        far_bytes = spec.far_bytes_of(far_pages)
+        if far_bytes > spec.far_bytes:
             far_tokens = max(0, num_tokens - spec.near_tokens)
             raise CapacityError(
                 f"{num_seqs} x {num_tokens} tokens leave {num_seqs} x {far_tokens} far: {spec.num_full_layers} layers "
-                f"x {spec.far_page_bytes // spec.page_size} bytes a token need "
-                f"{format_bytes(far_pages * spec.far_page_bytes)}, far_bytes is {format_bytes(spec.far_bytes)}; "
-                "raise far_bytes or near_tokens, or shorten the prompt"
+                f"x {far_bytes / (sum(far_pages) * spec.page_size):.5g} bytes a token need "
+                f"{format_bytes(far_bytes)}, far_bytes is {format_bytes(spec.far_bytes)}; raise far_bytes or "
+                f"near_tokens, {'' if spec.far_formats else 'give far_dtype, '}or shorten the prompt"
             )
         self._require_far(far_pages)
         self._require_memory(num_seqs, far_pages)
         if not self._layers:
             self._allocate(num_seqs)
 
-    def _num_new_far(self, num_pages: int) -> int:
-        """What this cache lacks of so many far pages."""
-        return max(0, num_pages - self.num_seqs * sum(layer.num_far_pages for layer in self._layers))
+    def _num_new_far(self, num_pages: tuple[int, ...]) -> tuple[int, ...]:
+        """What this cache lacks of so many far pages of each part."""
+        held = [0] * len(num_pages)
+        for num_far, num_layers in Counter(layer.num_far_pages for layer in self._layers).items():
+            for part, begin, end in self.spec.far_spans(num_far):
+                held[part] += self.num_seqs * num_layers * (end - begin)
+        return tuple(max(0, num - has) for num, has in zip(num_pages, held, strict=True))
 
-    def _require_far(self, num_pages: int) -> None:
+    def _require_far(self, num_pages: tuple[int, ...]) -> None:
         """The far pool, which forks share, must have what this cache lacks of so many pages."""
         if self._store is not None:
             self._store.require_far(self._num_new_far(num_pages))
@@ -206,7 +212,7 @@ class KVCache:
         summariser = None if sparse is None else sparse.summariser
         if summariser is None:
             return 0
-        one = Arena.allocate(self.spec.far_layout, 1, self.spec.num_kv_heads, self.spec.head_dim)
+        one = Arena.allocate(self.spec.far_layouts[0], 1, self.spec.num_kv_heads, self.spec.head_dim)
         return summariser.allocate(one).num_bytes
 
     def _require_code_memory(self, sparse: Sparse) -> None:
@@ -220,16 +226,16 @@ class KVCache:
                 "such as 'window', or free memory"
             )
 
-    def _require_memory(self, num_seqs: int, far_pages: int) -> None:
+    def _require_memory(self, num_seqs: int, far_pages: tuple[int, ...]) -> None:
         """The host memory that growth to so many far pages will touch for the first time must be there."""
         spec, store = self.spec, self._store
         if store is None:
-            far, near = far_pages, spec.num_near_slots(num_seqs)
+            far, near = spec.far_bytes_of(far_pages), spec.num_near_slots(num_seqs) * spec.near_page_bytes
+            num_new = far_pages
         else:  # forks may fill the near pool too
-            far, near = store.far.num_untouched(self._num_new_far(far_pages)), store.near.num_untouched()
-        new_bytes = far * (spec.far_page_bytes + self._code_bytes(self._sparse)) + (
-            near * spec.near_page_bytes if spec.device.type == "cpu" else 0
-        )
+            num_new = self._num_new_far(far_pages)
+            far, near = store.far.untouched_bytes(num_new), store.near.untouched_bytes()
+        new_bytes = far + sum(num_new) * self._code_bytes(self._sparse) + (near if spec.device.type == "cpu" else 0)
         available = machine.available_bytes()
         if new_bytes > available.num_bytes:
             raise CapacityError(
@@ -355,11 +361,11 @@ class KVCache:
             TierUse(
                 pool.name,
                 str(pool.arena.k.device),
-                pool.num_used * pool.page_bytes,
-                pool.arena.num_slots * pool.page_bytes,
+                pool.used_bytes,
+                pool.held_bytes,
                 moved_bytes,
             )
-            for pool, moved_bytes in ((near, 0), (far, far.num_ever_used * far.page_bytes))
+            for pool, moved_bytes in ((near, 0), (far, far.moved_bytes))
         ]
 
     def check(self) -> None:
@@ -432,10 +438,14 @@ class KVCache:
         near = Arena.allocate(
             spec.near_layout, spec.num_near_slots(num_seqs), heads, widths[0], spec.device, v_head_dim=widths[1]
         )
-        far = Arena.allocate(spec.far_layout, spec.num_far_slots, heads, widths[0], v_head_dim=widths[1])
+        parts = [
+            Arena.allocate(layout, num_slots, heads, widths[0], v_head_dim=widths[1])
+            for layout, num_slots in zip(spec.far_layouts, spec.num_far_slots, strict=True)
+        ]
+        far = Arenas(tuple(parts)) if len(parts) > 1 else parts[0]
         store = PageStore(
             PagePool(near, "near", "this is a fault of tandemkv, please report it"),
-            PagePool(far, "far", "raise far_bytes or near_tokens, or shorten the prompt"),
+            PagePool(far, "far", "raise far_bytes or near_tokens, or shorten the prompt", spec.far_bytes),
             self._workers,
         )
         layers = [LayerKV(store, num_seqs, spec, index) for index in range(spec.num_layers)]

@@ -18,6 +18,10 @@ Answers = list[list[list[int]]]
 PAGE_SIZE = 16
 NEAR_TOKENS = 64
 
+# Where far tokens are quantised: keys share a scale over a page, which is by default as long.
+QUANTISED_PAGE_SIZE = 64
+QUANTISED_NEAR_TOKENS = 128
+
 SPARE_TOKENS = 4  # an answer may be so much longer than the perfect one
 
 
@@ -33,22 +37,27 @@ class SharedContexts:
         contexts: Sequence[tuple[int, ...]],
         num_new_tokens: int,
         reader: Selector | None = None,
+        far_dtype: str | None = None,
     ) -> None:
         """num_new_tokens: the most that a fork will add, all its sequences together. reader: a selector that learns
-        something of the contexts while, or when, they are read: it then need not in every fork."""
+        something of the contexts while, or when, they are read: it then need not in every fork. far_dtype: of the
+        cache, in which the contexts are read."""
         self._model = model
         self.tally = Tally()  # of forks that were verified
         config = model.config.get_text_config(decoder=True)
-        self._cache = tandem.TieredCache(config, NEAR_TOKENS, 0, page_size=PAGE_SIZE)
+        is_quantised = far_dtype is not None
+        page_size = QUANTISED_PAGE_SIZE if is_quantised else PAGE_SIZE
+        near_tokens = QUANTISED_NEAR_TOKENS if is_quantised else NEAR_TOKENS
+        self._cache = tandem.TieredCache(config, near_tokens, 0, page_size=page_size, far_dtype=far_dtype)
         spec = self._cache.kv.spec
-        pages = spec.num_far_pages(len(contexts), len(contexts[0]) + PAGE_SIZE)
-        pages += spec.num_full_layers * (num_new_tokens // PAGE_SIZE + 1)
-        self._cache = tandem.TieredCache(config, NEAR_TOKENS, pages * spec.far_page_bytes, page_size=PAGE_SIZE)
+        far_bytes = spec.far_bytes_of(spec.num_far_pages(len(contexts), len(contexts[0]) + page_size))
+        far_bytes += spec.num_full_layers * (num_new_tokens // page_size + 1) * spec.far_page_bytes
+        self._cache = tandem.TieredCache(config, near_tokens, far_bytes, page_size=page_size, far_dtype=far_dtype)
         ids = torch.tensor(contexts)
         if reader is not None:  # with room for everything: budgets come with the forks
-            self._cache.kv.sparse = Sparse(reader, 2 * ids.shape[1] + NEAR_TOKENS)
-        _forward(model, self._cache, ids[:, :-PAGE_SIZE])
-        _forward(model, self._cache, ids[:, -PAGE_SIZE:])  # demotes what a chunk left near: once, not in every fork
+            self._cache.kv.sparse = Sparse(reader, 2 * ids.shape[1] + near_tokens)
+        _forward(model, self._cache, ids[:, :-page_size])
+        _forward(model, self._cache, ids[:, -page_size:])  # demotes what a chunk left near: once, not in every fork
         layers = [self._cache.kv.layer(i) for i in range(spec.num_layers)] if reader is not None else []
         for layer in layers:
             if layer.num_far_pages:

@@ -1,10 +1,12 @@
 """Who takes part, and every score that was found: kept on disk, so that a run that was stopped goes on."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tandemkv.cache import parse_far_dtype
 from tandemkv.errors import InputError
 from tandemkv.evaluate.answers import NEAR_TOKENS
 from tandemkv.select import Selector, Sparse
@@ -14,10 +16,12 @@ from tandemkv.systems import SYSTEMS
 
 @dataclass(frozen=True)
 class Contestant:
-    """A system with a budget in tokens per KV head; `dense` has none."""
+    """A system with a budget in tokens per KV head; `dense` has none. far_dtype: what its far tokens are kept in, as
+    `TieredCache` takes it; None is the model's dtype."""
 
     system: str
     budget_tokens: int | None = None
+    far_dtype: str | None = None
 
     @property
     def sparse(self) -> Sparse | None:
@@ -31,8 +35,11 @@ class Contestant:
         return None if sparse is None else sparse.observer or sparse.digester
 
 
-def contestants(systems: list[str], budgets: list[int]) -> list[Contestant]:
-    """Every system with every budget, dense first; InputError for unknown names and for budgets that are too small."""
+def contestants(systems: list[str], budgets: list[int], far_dtypes: Sequence[str] = ()) -> list[Contestant]:
+    """Every system with every budget, and dense with every format of far tokens; dense as the model computes first.
+
+    InputError for unknown names and for budgets that are too small.
+    """
     unknown = [name for name in systems if name not in SYSTEMS]
     if unknown:
         raise InputError(f"unknown system {unknown[0]!r}: the known ones are {', '.join(SYSTEMS)}")
@@ -46,6 +53,9 @@ def contestants(systems: list[str], budgets: list[int]) -> list[Contestant]:
     for contestant in found:
         if contestant.sparse is not None:
             contestant.sparse.check(NEAR_TOKENS)
+    for far_dtype in dict.fromkeys(far_dtypes):
+        parse_far_dtype(far_dtype)
+        found.append(Contestant("dense", None, far_dtype))
     return found
 
 
@@ -66,11 +76,12 @@ class Scores:
     digest: str  # of the context and its questions
     share_read: float | None = None
     share_fallbacks: float | None = None
+    far_dtype: str | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """What a run does once."""
-        return self.task, self.form, self.context, self.system, self.budget_tokens
+        return self.task, self.form, self.context, Contestant(self.system, self.budget_tokens, self.far_dtype)
 
 
 @dataclass

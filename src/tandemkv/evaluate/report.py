@@ -222,7 +222,7 @@ def _tables(
     for task, form in [(name, form) for name in tasks for form in (("text",) if name == PERPLEXITY else forms)]:
         found: _Table = {}
         for who in contestants:
-            keys = [(task, form, index, who.system, who.budget_tokens) for index in range(ledger.num_contexts)]
+            keys = [(task, form, index, who) for index in range(ledger.num_contexts)]
             if all(key in ledger.found for key in keys):
                 found[who] = np.array([ledger.found[key].scores for key in keys])
         if len(found) == len(contestants):
@@ -239,7 +239,7 @@ def _row(key: tuple[str, str], who: Contestant, scores: np.ndarray, dense: np.nd
         mean = math.exp(mean)
     else:
         loss = bootstrap((dense - scores).mean(1))
-    return Row(task, form, who, mean, scores.size, loss if who.system != "dense" else None, counts)
+    return Row(task, form, who, mean, scores.size, loss if who != Contestant("dense") else None, counts)
 
 
 def _average(tables: dict[tuple[str, str], _Table], who: Contestant) -> tuple[float, Interval | None]:
@@ -255,7 +255,7 @@ def _average(tables: dict[tuple[str, str], _Table], who: Contestant) -> tuple[fl
 
 def _shares(ledger: Ledger, counted: list[tuple[str, str]], who: Contestant) -> tuple[float, float] | None:
     """Mean shares of tokens read and of fallbacks; None where some or all were not told."""
-    keys = [(*key, index, who.system, who.budget_tokens) for key in counted for index in range(ledger.num_contexts)]
+    keys = [(*key, index, who) for key in counted for index in range(ledger.num_contexts)]
     found = [(ledger.found[key].share_read, ledger.found[key].share_fallbacks) for key in keys]
     if not found or any(read is None for read, _ in found):
         return None
@@ -264,7 +264,7 @@ def _shares(ledger: Ledger, counted: list[tuple[str, str]], who: Contestant) -> 
 
 
 def _name(who: Contestant) -> dict[str, object]:
-    return {"system": who.system, "budget_tokens": who.budget_tokens}
+    return {"system": who.system, "budget_tokens": who.budget_tokens, "far_dtype": who.far_dtype}
 
 
 def _numbers(interval: Interval | None) -> list[float] | None:
@@ -272,7 +272,8 @@ def _numbers(interval: Interval | None) -> list[float] | None:
 
 
 def _label(who: Contestant) -> str:
-    return who.system if who.budget_tokens is None else f"{who.system} {who.budget_tokens}"
+    told = who.system if who.budget_tokens is None else f"{who.system} {who.budget_tokens}"
+    return told if who.far_dtype is None else f"{told}, {who.far_dtype}"
 
 
 def _cell(row: Row | None) -> str:

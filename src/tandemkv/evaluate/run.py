@@ -188,14 +188,14 @@ def _fill(
     ledger: Ledger, model: PreTrainedModel, batch: _Batch, settings: Settings, advance: Callable[[], None]
 ) -> None:
     """What the ledger lacks of a batch; the contexts are prefilled only where something is."""
-    missing: dict[Selector | None, list[tuple[str, Contestant]]] = {}
+    missing: dict[tuple[Selector | None, str | None], list[tuple[str, Contestant]]] = {}
     for form, who in batch.asks(settings):
-        if any((batch.task, form, i, who.system, who.budget_tokens) not in ledger.found for i in batch.places):
-            missing.setdefault(who.reader, []).append((form, who))
+        if any((batch.task, form, i, who) not in ledger.found for i in batch.places):
+            missing.setdefault((who.reader, who.far_dtype), []).append((form, who))
         else:
             advance()
-    for reader, asked in missing.items():
-        shared = SharedContexts(model, batch.ids, batch.num_new_tokens, reader)
+    for (reader, far_dtype), asked in missing.items():
+        shared = SharedContexts(model, batch.ids, batch.num_new_tokens, reader, far_dtype)
         for form, who in asked:
             shared.tally = Tally()
             found = batch.scores(shared, form, who.sparse)
@@ -203,7 +203,8 @@ def _fill(
             shares = (told["share_read"], told["share_fallbacks"]) if shared.tally.num_steps else (None, None)
             for place, scores in zip(batch.places, found, strict=True):
                 digest = batch.contexts[place].digest
-                ledger.add(Scores(batch.task, form, place, who.system, who.budget_tokens, scores, digest, *shares))
+                found_of = Scores(batch.task, form, place, who.system, who.budget_tokens, scores, digest, *shares)
+                ledger.add(replace(found_of, far_dtype=who.far_dtype))
             advance()
         shared.close()
 

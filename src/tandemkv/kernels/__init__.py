@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError
-from tandemkv.types import Arena, PagedKV, Partial, ScoreRule
+from tandemkv.types import AnyArena, Arena, PagedKV, Partial, ScoreRule
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -126,28 +126,40 @@ def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None, *, sink_lo
 
 
 def append(
-    arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: "WorkerPool | None" = None
+    arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: "WorkerPool | None" = None
 ) -> None:
     """Write k and v as tokens `begin...` of the page table's run; on a GPU into an arena of rows.
 
     k: `[num_seqs, num_kv_heads, num_tokens, head_dim]` in the arena's dtype, on its device; v with v_head_dim.
+    InputError for an arena of codes: those are filled a page at a time, by `move_pages`.
     """
     _backend_of(arena).append(arena, page_table, begin, k, v, pool)
 
 
 def gather(
-    arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: "WorkerPool | None" = None
+    arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: "WorkerPool | None" = None
 ) -> None:
-    """Read tokens `begin...` of the page table's run into k and v, shaped as in `append`."""
+    """Read tokens `begin...` of the page table's run into k and v, shaped as in `append`; codes as what they stand for,
+    rounded to the arena's dtype."""
     _backend_of(arena).gather(arena, page_table, begin, k, v, pool)
 
 
 def move_pages(
-    source: Arena, target: Arena, source_slots: list[int], target_slots: list[int], pool: "WorkerPool | None" = None
-) -> None:
-    """Copy whole pages into the slots of an arena in host memory; pages of rows are packed where it holds panels.
+    source: AnyArena,
+    target: AnyArena,
+    source_slots: list[int],
+    target_slots: list[int],
+    pool: "WorkerPool | None" = None,
+    channel_weights: Tensor | None = None,
+) -> dict[int, int]:
+    """Copy whole pages into the slots of an arena in host memory, packed or quantised where it holds panels or codes.
 
-    Both may be one arena. Raises InputError where a target slot is named twice or is a source of the same arena.
+    Both may be one arena. channel_weights: float32 `[num_pages, num_kv_heads, head_dim]`, by which channels of K are
+    kept where some are not: `layout.num_channels` of the highest `weight * sum of k^2` (ThinK's score, squared, where
+    weights are the sums of q^2 over an observation window); None weighs all alike.
+    Returns the pages that cannot become codes, as places in the lists, with their first token whose K or V is not
+    finite (or, of K, too far from the others of its channel for float32); they are not written.
+    Raises InputError where a target slot is named twice or is a source of the same arena.
     """
     from tandemkv.kernels import cpu
 
@@ -155,7 +167,7 @@ def move_pages(
         index = torch.tensor(source_slots, device=source.k.device)
         source = Arena(source.k[index].cpu(), source.v[index].cpu(), source.layout, source.head_dim, source.v_head_dim)
         source_slots = list(range(len(source_slots)))
-    cpu.move_pages(source, target, source_slots, target_slots, pool)
+    return cpu.move_pages(source, target, source_slots, target_slots, pool, channel_weights)
 
 
 def _check_parts(parts: Sequence[Partial]) -> None:
@@ -205,7 +217,7 @@ def _check_dense(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, first_query: 
         )
 
 
-def _backend_of(arena: Arena) -> ModuleType:
+def _backend_of(arena: AnyArena) -> ModuleType:
     if arena.k.device.type == "cpu":
         from tandemkv.kernels import cpu
 

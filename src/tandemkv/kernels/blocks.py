@@ -10,7 +10,7 @@ from torch import Tensor
 from tandemkv import machine
 from tandemkv.errors import InputError
 from tandemkv.kernels import gather
-from tandemkv.types import BLOCK_TOKENS, Arena, PagedKV
+from tandemkv.types import BLOCK_TOKENS, AnyArena, PagedKV
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -42,7 +42,7 @@ class BlockCodes:
         return self.codes.nbytes + (0 if self.steps is None else self.steps.nbytes)
 
 
-def read_keys(arena: Arena, slots: Tensor, pool: "WorkerPool | None" = None) -> Tensor:
+def read_keys(arena: AnyArena, slots: Tensor, pool: "WorkerPool | None" = None) -> Tensor:
     """K of pages, float32 `[num_pages, num_kv_heads, page_size, head_dim]`. slots: int32 `[num_pages]`."""
     shape, dtype = (len(slots), arena.num_kv_heads, arena.layout.page_size), arena.layout.dtype
     k = torch.empty((*shape, arena.head_dim), dtype=dtype, device="cpu")
@@ -59,9 +59,9 @@ def room_for_codes(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     return found
 
 
-def make_bounds(into: BlockCodes, arena: Arena, slots: Tensor, pool: "WorkerPool | None" = None) -> None:
-    """Channel minima and maxima of the blocks of pages of panels, int8 rounded outward. slots: int32 `[num_pages]`."""
-    assert into.kind == "bounds" and into.steps is not None and arena.layout.packing == "panels"
+def make_bounds(into: BlockCodes, arena: AnyArena, slots: Tensor, pool: "WorkerPool | None" = None) -> None:
+    """Channel minima and maxima of the blocks of pages, int8 rounded outward. slots: int32 `[num_pages]`."""
+    assert into.kind == "bounds" and into.steps is not None
     native, num_lines = _native(), into.codes.shape[3]
     where = into.codes.data_ptr(), into.steps.data_ptr()
     status = native.make_bounds(_pool(pool), _isa(None), _arena(arena), slots.tolist(), num_lines, *where)
@@ -71,7 +71,7 @@ def make_bounds(into: BlockCodes, arena: Arena, slots: Tensor, pool: "WorkerPool
 class FarPages(NamedTuple):
     """Far pages of a layer. slots: int32 `[num_seqs, num_pages]`; kv_start: int64 `[num_seqs]`, tokens of padding."""
 
-    arena: Arena
+    arena: AnyArena
     slots: Tensor
     kv_start: Tensor
 
@@ -94,7 +94,7 @@ class ChosenBlocks(NamedTuple):
     run: PagedKV
 
     @staticmethod
-    def allocate(arena: Arena, num_seqs: int, capacity: int) -> "ChosenBlocks":
+    def allocate(arena: AnyArena, num_seqs: int, capacity: int) -> "ChosenBlocks":
         """Room for `capacity` blocks of every sequence and head; nothing chosen yet."""
         shape = (num_seqs, arena.num_kv_heads)
         with torch.inference_mode(False):  # written again, maybe outside of it
@@ -208,7 +208,7 @@ def _native() -> ModuleType:
     return cpu.native
 
 
-def _arena(arena: Arena) -> Any:
+def _arena(arena: AnyArena) -> Any:
     from tandemkv.kernels import cpu
 
     return cpu.native_arena(arena)

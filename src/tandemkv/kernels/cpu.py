@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tandemkv import machine
 from tandemkv.errors import InputError, UnavailableError, UnsupportedError
-from tandemkv.types import MAX_HEAD_DIM, Arena, PagedKV, Partial, ScoreRule
+from tandemkv.types import AnyArena, Arena, Arenas, PagedKV, Partial, ScoreRule
 
 try:
     from tandemkv import _native
@@ -32,7 +32,7 @@ _DTYPES = {
 }
 # What does not change between calls is checked and handed to C++ once, and kept beside its addresses and sizes: the key
 # owns the tensors, but `resize_`, `set_` or `share_memory_` would move what they hold.
-_arenas: WeakKeyDictionary[Arena, tuple[tuple[int, int], _native.Arena]] = WeakKeyDictionary()
+_arenas: WeakKeyDictionary[AnyArena, tuple[tuple[int, ...], _native.Arenas]] = WeakKeyDictionary()
 _runs: WeakKeyDictionary[PagedKV, tuple[tuple[object, ...], _native.Run]] = WeakKeyDictionary()
 
 
@@ -140,6 +140,7 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], rule: Sc
     _check_query(q, runs, True)
     native_rule = _native_rule(rule, True, len(runs))
     runs[-1].arena.check_tokens(q.shape[0], k, v)
+    _refuse_codes(runs[-1].arena)
     if k.shape[2] != q.shape[2]:
         raise InputError(f"q, k and v must be of the same tokens, got {q.shape[2]} of q and {k.shape[2]} of k")
     dense_q, dense_k, dense_v = (_dense(x) for x in (q, k, v))
@@ -171,14 +172,19 @@ def merge(parts: Sequence[Partial], pool: WorkerPool | None = None, sink_logit: 
     return Partial(out, lse)
 
 
-def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
+def append(
+    arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None
+) -> None:
     """See `tandemkv.kernels.append`."""
     _check_rows(arena, page_table, begin, k, v)
+    _refuse_codes(arena)
     k, v = _dense(k), _dense(v)
     _raise_for(_native.append(_pool(pool), resolve_isa(), *_native_tokens(arena, page_table, begin, k, v)))
 
 
-def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None) -> None:
+def gather(
+    arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None
+) -> None:
     """See `tandemkv.kernels.gather`; head_dim of k and v must be contiguous."""
     _check_rows(arena, page_table, begin, k, v)
     if k.stride(3) != 1 or v.stride(3) != 1 or k.is_neg() or v.is_neg():
@@ -187,8 +193,13 @@ def gather(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, p
 
 
 def move_pages(
-    source: Arena, target: Arena, source_slots: list[int], target_slots: list[int], pool: WorkerPool | None = None
-) -> None:
+    source: AnyArena,
+    target: AnyArena,
+    source_slots: list[int],
+    target_slots: list[int],
+    pool: WorkerPool | None = None,
+    channel_weights: Tensor | None = None,
+) -> dict[int, int]:
     """See `tandemkv.kernels.move_pages`; both arenas in host memory."""
     _check_arenas(source, target)
     for slots in (source_slots, target_slots):
@@ -196,8 +207,9 @@ def move_pages(
             raise InputError(f"slots must be a list of whole numbers, got {slots!r}")
     if len(source_slots) != len(target_slots):
         raise InputError(f"{len(source_slots)} source slots and {len(target_slots)} target slots: expected as many")
-    if source.layout.packing not in ("rows", target.layout.packing):
-        raise InputError(f"move_pages packs rows into panels, not {source.layout.packing} into {target.layout.packing}")
+    packings = [{part.layout.packing for part in arena.parts} for arena in (source, target)]
+    if packings != [{"rows"}, {"rows"}] and "rows" in packings[1]:
+        raise InputError(f"move_pages packs, and does not unpack: got {sorted(packings[0])} into {sorted(packings[1])}")
     shapes = [
         (arena.layout.dtype, arena.layout.page_size, arena.num_kv_heads, arena.head_dim, arena.v_head_dim)
         for arena in (source, target)
@@ -205,8 +217,22 @@ def move_pages(
     if shapes[0] != shapes[1]:
         raise InputError(f"arenas differ in more than packing: {shapes[0]} and {shapes[1]}")
     _check_disjoint(source, target, source_slots, target_slots)
+    weights = _channel_weights(channel_weights, (len(source_slots), source.num_kv_heads, source.head_dim))
     arenas = native_arena(source), native_arena(target)
-    _raise_for(_native.move_pages(_pool(pool), resolve_isa(), *arenas, source_slots, target_slots))
+    status, pages, tokens = _native.move_pages(
+        _pool(pool), resolve_isa(), *arenas, source_slots, target_slots, _address(weights)
+    )
+    _raise_for(status)
+    return dict(zip(pages, tokens, strict=True))
+
+
+def _channel_weights(weights: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or weights.shape != shape or weights.dtype != torch.float32:
+        got = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else _types_of(weights)
+        raise InputError(f"channel_weights must be float32 {list(shape)}, got {got}")
+    return weights.cpu().contiguous()
 
 
 def probe_buffer(num_bytes: int) -> Tensor:
@@ -239,35 +265,46 @@ def multiply_adds(group_size: int, isa: str | None = None) -> int:
     return _native.multiply_adds(resolve_isa(isa), group_size)
 
 
-def native_arena(arena: Arena) -> _native.Arena:
+def native_arena(arena: AnyArena) -> _native.Arenas:
     """The view that C++ takes, of an arena that the caller holds; made once."""
-    addresses = arena.k.data_ptr(), arena.v.data_ptr()
+    addresses = _addresses(arena)
     known = _arenas.get(arena)
     if known is not None and known[0] == addresses:
         return known[1]
-    if arena.k.device.type != "cpu":
-        raise InputError(f"the CPU kernel reads arenas in host memory, got {arena.k.device}")
-    for name, dim in (("head_dim", arena.head_dim), ("v_head_dim", arena.v_head_dim)):
-        if not 1 <= dim <= MAX_HEAD_DIM:
-            raise UnsupportedError(f"{name} must be 1 to {MAX_HEAD_DIM}, got {dim}")
-    native = _native.Arena(
-        *addresses,
-        _DTYPES[arena.layout.dtype],
-        _native.Packing[arena.layout.packing],
-        arena.num_slots,
-        arena.num_kv_heads,
-        arena.layout.page_size,
-        arena.head_dim,
-        arena.v_head_dim,
-    )
+    native = _native.Arenas([_native_part(part) for part in arena.parts])
     _arenas[arena] = addresses, native
     return native
+
+
+def _native_part(arena: Arena) -> _native.Arena:
+    if arena.k.device.type != "cpu":
+        raise InputError(f"the CPU kernel reads arenas in host memory, got {arena.k.device}")
+    layout = arena.layout
+    layout.check_dims(arena.head_dim, arena.v_head_dim)
+    return _native.Arena(
+        arena.k.data_ptr(),
+        arena.v.data_ptr(),
+        _DTYPES[layout.dtype],
+        _native.Packing[layout.packing],
+        arena.num_slots,
+        arena.num_kv_heads,
+        layout.page_size,
+        arena.head_dim,
+        arena.v_head_dim,
+        layout.num_channels or 0,
+    )
+
+
+def _addresses(arena: AnyArena) -> tuple[int, ...]:
+    if type(arena) is Arena:
+        return arena.k.data_ptr(), arena.v.data_ptr()
+    return tuple(x.data_ptr() for part in arena.parts for x in (part.k, part.v))
 
 
 def _run_layout(kv: PagedKV) -> tuple[object, ...]:
     """Spelled out, because a loop over the tensors takes twice as long."""
     arena, table, kv_start, kv_len = kv.arena, kv.page_table, kv.kv_start, kv.kv_len
-    addresses = arena.k.data_ptr(), arena.v.data_ptr(), table.data_ptr(), kv_start.data_ptr(), kv_len.data_ptr()
+    addresses = *_addresses(arena), table.data_ptr(), kv_start.data_ptr(), kv_len.data_ptr()
     sizes = arena.k.shape, arena.head_dim, arena.v_head_dim, table.shape, kv_start.shape, kv_len.shape
     dtypes = arena.layout, table.dtype, kv_start.dtype, kv_len.dtype
     counts = None if kv.log_counts is None else (kv.log_counts.data_ptr(), *_layout(kv.log_counts))
@@ -356,7 +393,7 @@ def _types_of(*values: object) -> str:
     return ", ".join(type(value).__name__ for value in values)
 
 
-def _check_table(arena: Arena, page_table: Tensor, num_seqs: int) -> None:
+def _check_table(arena: AnyArena, page_table: Tensor, num_seqs: int) -> None:
     good = page_table.dtype == torch.int32 and page_table.dim() == 3 and page_table.device.type == "cpu"
     if not good or page_table.shape[:2] != (num_seqs, arena.num_kv_heads):
         got = f"{page_table.dtype} {list(page_table.shape)} on {page_table.device}"
@@ -367,24 +404,29 @@ def _check_table(arena: Arena, page_table: Tensor, num_seqs: int) -> None:
         raise InputError("page_table must be contiguous along its pages")
 
 
-def _check_arenas(*arenas: Arena) -> None:
-    if not all(isinstance(arena, Arena) for arena in arenas):
+def _check_arenas(*arenas: AnyArena) -> None:
+    if not all(isinstance(arena, Arena | Arenas) for arena in arenas):
         raise InputError(f"pages lie in an Arena, got {_types_of(*arenas)}")
 
 
-def _check_disjoint(source: Arena, target: Arena, source_slots: list[int], target_slots: list[int]) -> None:
+def _refuse_codes(arena: AnyArena) -> None:
+    if any(part.layout.is_quantised for part in arena.parts):
+        raise InputError("quantised pages are filled whole: append to rows or panels, and move_pages")
+
+
+def _check_disjoint(source: AnyArena, target: AnyArena, source_slots: list[int], target_slots: list[int]) -> None:
     """Pages are copied by several threads, in no order."""
     targets = set(target_slots)
     if len(targets) < len(target_slots):
         raise InputError(f"a page can be written once by a move, got target slots {target_slots}")
-    if source.k.data_ptr() == target.k.data_ptr() and not targets.isdisjoint(source_slots):
+    if _addresses(source) == _addresses(target) and not targets.isdisjoint(source_slots):
         both = sorted(targets & set(source_slots))
         raise InputError(
             f"inside one arena a slot is either read or written by a move, got {both} as source and target"
         )
 
 
-def _check_rows(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> None:
+def _check_rows(arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> None:
     _check_arenas(arena)
     if not isinstance(page_table, Tensor) or not isinstance(begin, int):
         raise InputError(f"expected a page_table tensor and a whole number begin, got {_types_of(page_table, begin)}")
@@ -396,10 +438,10 @@ def _check_rows(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tens
         raise InputError(f"tokens [{begin}, {end}) lie outside a table of {page_table.shape[2]} pages")
 
 
-_NativeTokens = tuple[_native.Arena, int, tuple[int, int], int, _native.Rows, _native.Rows]
+_NativeTokens = tuple[_native.Arenas, int, tuple[int, int], int, _native.Rows, _native.Rows]
 
 
-def _native_tokens(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> _NativeTokens:
+def _native_tokens(arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> _NativeTokens:
     """Rows of tokens, and where they lie in pages; the caller holds the tensors until the call returns."""
     strides = page_table.stride(0), page_table.stride(1)
     return native_arena(arena), page_table.data_ptr(), strides, begin, _rows(k), _rows(v)

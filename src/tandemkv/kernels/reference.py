@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from tandemkv.types import Arena, PagedKV, Partial, ScoreRule
+from tandemkv.types import AnyArena, Arena, PagedKV, Partial, ScoreRule
 
 
 def attend(q: Tensor, kv: PagedKV, *, rule: ScoreRule, causal: bool) -> Partial:
@@ -55,19 +55,29 @@ def _sigmoid_of_difference(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == -math.inf, 1.0, torch.sigmoid(a - b))
 
 
-def read_tokens(arena: Arena, slots: Tensor, head: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+def read_tokens(arena: AnyArena, slots: Tensor, head: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """K `[end - begin, head_dim]` and V `[end - begin, v_head_dim]` of one head, read token by token."""
     size, rows_k, rows_v = arena.layout.page_size, [], []
     for token in range(begin, end):
-        slot, at = int(slots[token // size]), token % size
-        rows_k.append(_token_k(arena, arena.k[slot, head], at))
-        rows_v.append(_token_v(arena, arena.v[slot, head], at))
+        part, slot, at = *_locate(arena, int(slots[token // size])), token % size
+        rows_k.append(_token_k(part, part.k[slot, head], at))
+        rows_v.append(_token_v(part, part.v[slot, head], at))
     if not rows_k:
-        return arena.k.new_empty(0, arena.head_dim), arena.v.new_empty(0, arena.v_head_dim)
-    return torch.stack(rows_k), torch.stack(rows_v)
+        return torch.zeros(0, arena.head_dim), torch.zeros(0, arena.v_head_dim)
+    return torch.stack([row.double() for row in rows_k]), torch.stack([row.double() for row in rows_v])
+
+
+def _locate(arena: AnyArena, slot: int) -> tuple[Arena, int]:
+    for part in arena.parts:
+        if slot < part.num_slots:
+            return part, slot
+        slot -= part.num_slots
+    raise IndexError("a slot outside its arenas")
 
 
 def _token_k(arena: Arena, page: Tensor, at: int) -> Tensor:
+    if arena.layout.is_quantised:
+        return _quantised_k(arena, page, at)
     if arena.layout.packing == "rows":
         return page[at]
     pair = arena.layout.pair
@@ -76,7 +86,66 @@ def _token_k(arena: Arena, page: Tensor, at: int) -> Tensor:
 
 
 def _token_v(arena: Arena, page: Tensor, at: int) -> Tensor:
+    if arena.layout.is_quantised:
+        return _quantised_v(arena, page, at)
     if arena.layout.packing == "rows":
         return page[at]
     pair = arena.layout.pair
     return page.reshape(-1, page.shape[1], pair)[at // pair, :, at % pair][: arena.v_head_dim]
+
+
+def _quantised_k(arena: Arena, page: Tensor, at: int) -> Tensor:
+    """The bytes of `SliceOfK` (csrc/attend.h), one part behind the other."""
+    layout, size, head_dim = arena.layout, arena.layout.page_size, arena.head_dim
+    is_int4, num_kept = layout.packing == "int4", layout.num_channels or head_dim
+    num_channels = -(-num_kept // 16) * 16
+    bytes_of = _Reader(page)
+    if is_int4:  # [block][channel / 8][16 tokens][4 bytes], low halves the first 4 channels
+        words = bytes_of.take(size * num_channels // 2).view(-1, num_channels // 8, 16, 4)[at // 16, :, at % 16]
+        codes = torch.stack([words & 15, words >> 4], 1).reshape(-1).double()
+        scales, zeros = (bytes_of.take(2 * num_channels).view(torch.bfloat16).double() for _ in range(2))
+        k = scales * codes + zeros
+    else:
+        words = bytes_of.take(size * num_channels).view(-1, num_channels // 4, 16, 4)[at // 16, :, at % 16]
+        k = bytes_of.take(2 * num_channels).view(torch.bfloat16).double() * (words.reshape(-1).double() - 128)
+    bytes_of.align()
+    num_exact = head_dim // 64 if is_int4 else 0
+    exact = bytes_of.take(num_exact * size * layout.dtype.itemsize).view(layout.dtype).view(num_exact, size)[:, at]
+    bytes_of.align()
+    row = torch.zeros(head_dim, dtype=torch.float64)
+    index = torch.arange(head_dim) if layout.num_channels is None else bytes_of.take(num_channels)[:num_kept].long()
+    row[index] = k[:num_kept]
+    bytes_of.align()
+    row[bytes_of.take(num_exact).long()] = exact.double()
+    return row
+
+
+def _quantised_v(arena: Arena, page: Tensor, at: int) -> Tensor:
+    """The bytes of `SliceOfV`."""
+    size, v_head_dim, is_int4 = arena.layout.page_size, arena.v_head_dim, arena.layout.packing == "int4"
+    num_dims, num_groups = -(-v_head_dim // 16) * 16, v_head_dim // 64 if is_int4 else 1
+    bytes_of = _Reader(page)
+    if is_int4:  # [token / 8][dim][4 bytes], low halves the first 4 tokens
+        words = bytes_of.take(size * num_dims // 2).view(-1, num_dims, 4)[at // 8, :, at % 4]
+        codes = (words >> 4 if at % 8 >= 4 else words & 15).double()
+        scales, zeros = (bytes_of.take(2 * num_groups * size).view(torch.bfloat16).double() for _ in range(2))
+        of_dims = (x.view(num_groups, size)[:, at].repeat_interleave(64) for x in (scales, zeros))
+        scale, zero = of_dims
+        return scale * codes + zero
+    codes = bytes_of.take(size * num_dims).view(-1, num_dims, 4)[at // 4, :, at % 4].double() - 128
+    return (bytes_of.take(2 * size).view(torch.bfloat16)[at].double() * codes)[:v_head_dim]
+
+
+class _Reader:
+    """Takes bytes from the front."""
+
+    def __init__(self, page: Tensor) -> None:
+        self._page, self._at = page, 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        self._at += num_bytes
+        return self._page[self._at - num_bytes : self._at].clone()
+
+    def align(self) -> None:
+        """To the next line of 64 bytes."""
+        self._at = -(-self._at // 64) * 64

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.kernels.blocks import BlockCodes, ChosenBlocks, FarPages, score_blocks
-from tandemkv.types import BLOCK_TOKENS, Arena, PagedKV
+from tandemkv.types import BLOCK_TOKENS, AnyArena, PagedKV
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -105,13 +105,15 @@ class Observer(Selector, Protocol):
 class Summariser(Selector, Protocol):
     """Scores codes of blocks, which are made when pages become far."""
 
-    def allocate(self, arena: Arena) -> BlockCodes:
+    def allocate(self, arena: AnyArena) -> BlockCodes:
         """Room for the codes of every slot."""
 
-    def begin(self, arena: Arena, slots: Tensor, pool: "WorkerPool | None") -> Any:
+    def begin(self, arena: AnyArena, slots: Tensor, pool: "WorkerPool | None") -> Any:
         """What all codes of a layer are made with, from its first far pages. slots: int32 `[num_pages]`."""
 
-    def summarise(self, arena: Arena, slots: Tensor, basis: Any, into: BlockCodes, pool: "WorkerPool | None") -> None:
+    def summarise(
+        self, arena: AnyArena, slots: Tensor, basis: Any, into: BlockCodes, pool: "WorkerPool | None"
+    ) -> None:
         """Make the codes of the pages in these slots."""
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tandemkv.kernels.blocks import LANE_BLOCKS, BlockCodes, make_bounds, room_for_codes
 from tandemkv.select.base import Summaries
-from tandemkv.types import BLOCK_TOKENS, Arena
+from tandemkv.types import BLOCK_TOKENS, AnyArena
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -24,7 +24,7 @@ class Bounds:
     V in bfloat16 at head_dim 128. The query is rounded to 8 bits too: a weight moves by 0.4 % of the largest.
     """
 
-    def allocate(self, arena: Arena) -> BlockCodes:
+    def allocate(self, arena: AnyArena) -> BlockCodes:
         """See `Summariser`."""
         num_blocks = arena.layout.page_size // BLOCK_TOKENS
         num_units, num_words = -(-num_blocks // LANE_BLOCKS), 2 * -(-arena.head_dim // 4)
@@ -33,10 +33,12 @@ class Bounds:
         steps = room_for_codes(*shape[:2], num_units * LANE_BLOCKS, dtype=torch.float32)
         return BlockCodes("bounds", codes, steps, num_blocks)
 
-    def begin(self, arena: Arena, slots: Tensor, pool: "WorkerPool | None") -> None:
+    def begin(self, arena: AnyArena, slots: Tensor, pool: "WorkerPool | None") -> None:
         """See `Summariser`: nothing is needed."""
 
-    def summarise(self, arena: Arena, slots: Tensor, basis: None, into: BlockCodes, pool: "WorkerPool | None") -> None:
+    def summarise(
+        self, arena: AnyArena, slots: Tensor, basis: None, into: BlockCodes, pool: "WorkerPool | None"
+    ) -> None:
         """See `Summariser`. A key that is no number makes its block's score none: it is chosen, and seen."""
         make_bounds(into, arena, slots, pool)
 

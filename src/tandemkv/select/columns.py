@@ -9,7 +9,7 @@ from torch import Tensor
 from tandemkv.errors import InputError
 from tandemkv.kernels.blocks import BlockCodes, read_keys, room_for_codes
 from tandemkv.select.base import Summaries
-from tandemkv.types import BLOCK_TOKENS, Arena
+from tandemkv.types import BLOCK_TOKENS, AnyArena
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -40,13 +40,13 @@ class Columns:
         if not isinstance(self.num_columns, int) or self.num_columns < 4 or self.num_columns % 4:
             raise InputError(f"num_columns must be a multiple of 4, at least 4, got {self.num_columns!r}")
 
-    def allocate(self, arena: Arena) -> BlockCodes:
+    def allocate(self, arena: AnyArena) -> BlockCodes:
         """See `Summariser`."""
         num_blocks, num_words = arena.layout.page_size // BLOCK_TOKENS, -(-min(self.num_columns, arena.head_dim) // 4)
         shape = (arena.num_kv_heads, arena.num_slots, num_blocks, num_words, 1, BLOCK_TOKENS, 4)
         return BlockCodes("columns", room_for_codes(*shape), None, num_blocks)
 
-    def begin(self, arena: Arena, slots: Tensor, pool: "WorkerPool | None") -> Basis:
+    def begin(self, arena: AnyArena, slots: Tensor, pool: "WorkerPool | None") -> Basis:
         """See `Summariser`: the principal directions of each head's keys."""
         k = read_keys(arena, slots, pool).transpose(0, 1).flatten(1, 2)
         k = k.nan_to_num_(0.0, 0.0, 0.0)
@@ -61,7 +61,9 @@ class Columns:
         steps = steps.clamp_(min=torch.finfo(torch.float32).tiny)
         return Basis(mean, directions, steps, (directions * steps[:, None]).contiguous())
 
-    def summarise(self, arena: Arena, slots: Tensor, basis: Basis, into: BlockCodes, pool: "WorkerPool | None") -> None:
+    def summarise(
+        self, arena: AnyArena, slots: Tensor, basis: Basis, into: BlockCodes, pool: "WorkerPool | None"
+    ) -> None:
         """See `Summariser`."""
         k = read_keys(arena, slots, pool)
         along = (k - basis.mean[:, None]) @ basis.directions  # [page, head, token, column]

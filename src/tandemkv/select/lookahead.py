@@ -10,7 +10,7 @@ from tandemkv.kernels.blocks import BlockCodes
 from tandemkv.select.base import Summaries
 from tandemkv.select.bounds import Bounds
 from tandemkv.select.columns import Basis, Columns
-from tandemkv.types import Arena
+from tandemkv.types import AnyArena
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -37,15 +37,17 @@ class Lookahead:
         if columns is not None and not is_share:
             raise InputError(f"columns must be a share of head_dim, above 0 and at most 1, or None, got {columns!r}")
 
-    def allocate(self, arena: Arena) -> BlockCodes:
+    def allocate(self, arena: AnyArena) -> BlockCodes:
         """See `Summariser`."""
         return self._codes(arena.head_dim).allocate(arena)
 
-    def begin(self, arena: Arena, slots: Tensor, pool: "WorkerPool | None") -> Basis | None:
+    def begin(self, arena: AnyArena, slots: Tensor, pool: "WorkerPool | None") -> Basis | None:
         """See `Summariser`."""
         return self._codes(arena.head_dim).begin(arena, slots, pool)
 
-    def summarise(self, arena: Arena, slots: Tensor, basis: Any, into: BlockCodes, pool: "WorkerPool | None") -> None:
+    def summarise(
+        self, arena: AnyArena, slots: Tensor, basis: Any, into: BlockCodes, pool: "WorkerPool | None"
+    ) -> None:
         """See `Summariser`."""
         self._codes(arena.head_dim).summarise(arena, slots, basis, into, pool)
 
