@@ -395,7 +395,10 @@ BAD_PROMPTS = {
     "no room for new tokens": (b"a" * 8000, "lower --max-new-tokens to 192 or shorten the prompt"),
 }
 BAD_OPTIONS = {
-    "far_bytes too small": (["--far-bytes", "64KiB"], "raise --far-bytes or --near-tokens, give --far-dtype, or shorten the prompt"),
+    "far_bytes too small": (
+        ["--far-bytes", "64KiB"],
+        "raise --far-bytes or --near-tokens, give --far-dtype, or shorten the prompt",
+    ),
     "far_bytes beyond the machine": (["--far-bytes", "900TiB"], "lower --far-bytes"),
     "far_bytes nonsense": (["--far-bytes", "much"], "expected a size such as '16GiB'"),
     "near_tokens too small": (["--near-tokens", "64"], "--near-tokens must be at least two pages, 128, got 64"),

@@ -14,6 +14,9 @@ maxima   H = A + ln n bounds scores, maxima and lse. A score less the maximum, w
 exp      `Rounding.exp`.
 sums     n probabilities, and n products with V, are summed in float32; each tile of 64 tokens may rescale what was
          summed before it (8 roundings): `sum_error(n + n / 8)`.
+codes    attention over codes multiplies whole numbers (csrc/digits.h): weights become multiples of a unit, which is a
+         32639th of their largest, and are off by half of it. `CodeError` bounds what that adds to a score, in absolute
+         terms, and to out; where a score is a sum of scale * code and zero, `magnitude` bounds both for A.
 merges   each weighs, adds and divides (8 u) and rounds two lse (2 H u). A sink's logit is one more part, without a
          value, and counts in H.
 
@@ -57,6 +60,15 @@ def kernel_rounding(kv_dtype: torch.dtype) -> Rounding:
     return SPLIT_BF16 if kv_dtype == torch.bfloat16 else FLOAT32
 
 
+class CodeError(NamedTuple):
+    """Of attention over codes. score `[S, Hq, Q]`: of any score. out `[S, Hq, Q, Dv]`. magnitude `[S, Hq, Q]`: the
+    largest sum of |q_d| times the parts of k_td."""
+
+    score: Tensor
+    out: Tensor
+    magnitude: Tensor
+
+
 class Bound(NamedTuple):
     """Largest allowed |got - reference|, in the shapes of a Partial."""
 
@@ -78,11 +90,13 @@ def attend_bound(
     rule: ScoreRule | float,
     rounding: Rounding = FLOAT32,
     num_merges: int = 0,
+    codes: CodeError | None = None,
 ) -> Bound:
     """Bound for attention of q `[S, Hq, Q, D]` over k, v `[S, Hkv, T, D]` where `visible` `[S, Q, T]` says so.
 
     rule: a number is a scale; a window has to stand in `visible`.
-    num_merges: how often partial results of this attention were merged afterwards.
+    num_merges: how often partial results of this attention were merged afterwards. codes: where k and v are what codes
+        stand for.
     """
     scale, cap = (rule.scale, rule.softcap) if isinstance(rule, ScoreRule) else (rule, None)
     group_size = q.shape[1] // k.shape[1]
@@ -91,6 +105,7 @@ def attend_bound(
     scores = (scale * (q.double() @ k.mT)).masked_fill(hidden, -math.inf)
     magnitude = (abs(scale) * (q.double().abs() @ k.abs().mT)).masked_fill(hidden, 0.0)
     largest = magnitude.amax(-1) if k.shape[2] else torch.zeros(q.shape[:3], dtype=torch.float64)
+    largest = largest if codes is None else torch.maximum(largest, codes.magnitude)
     largest_score = largest
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)  # of hidden ones: -cap, and hidden again
@@ -108,7 +123,8 @@ def attend_bound(
         + sum_error(num_tokens * 1.125)
         + num_merges * (8 * U + height * 2 * U)
     )
-    return _bound(relative, mass, height, rounding)
+    bound = _bound(relative if codes is None else relative + codes.score, mass, height, rounding)
+    return bound if codes is None else bound._replace(out=bound.out + codes.out)
 
 
 def merge_bound(parts: list[Partial], sink_logit: Tensor | None = None) -> Bound:

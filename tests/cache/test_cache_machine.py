@@ -12,13 +12,17 @@ from torch import Tensor
 
 from tandemkv import kernels
 from tandemkv.attention import decode_step, worker_pool
-from tandemkv.cache import CacheSpec, KVCache, LayerKV
+from tandemkv.cache import CacheSpec, KVCache, LayerKV, parse_far_dtype
 from tandemkv.errors import CacheError, CapacityError, InputError
 from tandemkv.types import ScoreRule
 from tests.dense import causal_visible, dense_attention, random_kv
-from tests.tolerances import assert_within, attend_bound, kernel_rounding
+from tests.tolerances import Bound, assert_within, attend_bound, kernel_rounding
 
 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, SCALE = 2, 2, 6, 0.4
+WIDE_HEAD_DIM = 64  # that int4 has groups for
+# Weights of codes are off by half of a 32639th of the largest: of a score in 16 channels with codes of 127, of out in
+# 64 tokens.
+CODE_ERROR = SCALE * 16 * 0.5 * 2 * 6 / 32639 + 64 * 0.5 * 2 / 32639
 MAX_MEMBERS, MAX_SEQS = 3, 4
 
 
@@ -63,18 +67,23 @@ class CacheMachine(RuleBasedStateMachine):
         windows=st.lists(st.none() | st.integers(1, 90), min_size=1, max_size=3),
         num_seqs=st.integers(1, 3),
         with_workers=st.booleans(),
+        far_dtype=st.sampled_from([None, None, "int8", "int4", "model:48,int8", "model:48,int4", "int8:48,int8/16"]),
     )
-    def build(self, dtype: torch.dtype, page_size: int, windows: list[int | None], **counts: Any) -> None:
+    def build(
+        self, dtype: torch.dtype, page_size: int, windows: list[int | None], far_dtype: str | None, **counts: Any
+    ) -> None:
+        self.far_dtype = far_dtype
         spec = CacheSpec(
             num_layers=len(windows),
             num_kv_heads=NUM_KV_HEADS,
-            head_dim=HEAD_DIM,
+            head_dim=HEAD_DIM if far_dtype is None else WIDE_HEAD_DIM,
             dtype=dtype,
             near_tokens=counts["near_pages"] * page_size + counts["near_rest"],
             far_bytes=0,
             page_size=page_size,
             chunk_tokens=counts["chunk_pages"] * page_size,
             windows=tuple(windows),
+            far_formats=parse_far_dtype(far_dtype),
         )
         num_slots = counts["far_pages"] * spec.num_full_layers * counts["num_seqs"]
         self.spec = replace(spec, far_bytes=num_slots * spec.far_page_bytes)
@@ -88,26 +97,43 @@ class CacheMachine(RuleBasedStateMachine):
         return Member(cache, [self.new_tokens(num_seqs, 0) for _ in range(self.spec.num_layers)])
 
     def new_tokens(self, num_seqs: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Where they are quantised, numbers of which codes lose nothing: 0 and the highest code, in 16 channels."""
         self.seed += 1
-        return random_kv(num_seqs, NUM_KV_HEADS, num_tokens, HEAD_DIM, self.spec.dtype, self.seed)
+        k, v = random_kv(num_seqs, NUM_KV_HEADS, num_tokens, self.spec.head_dim, self.spec.dtype, self.seed)
+        if self.far_dtype is None:
+            return k, v
+        highest = 127 / 64 if "int8" in self.far_dtype else 15 / 8
+        k, v = ((x > 0.5).to(x.dtype) * highest for x in (k, v))
+        k[..., 16:] = 0.0
+        return k, v
+
+    @property
+    def code_error(self) -> float:
+        return 0.0 if self.far_dtype is None else CODE_ERROR
 
     def pick(self, index: int) -> Member:
         return self.members[index % len(self.members)]
 
-    def far_pages_short(self, member: Member, num_tokens: int) -> int:
-        """Far pages that a step of so many tokens may take beyond those that are free."""
+    def far_bytes_short(self, member: Member, num_tokens: int) -> int:
+        """Bytes of far pages that a step of so many tokens may take beyond those that are free."""
         last_chunk = (num_tokens - 1) // self.spec.chunk_tokens * self.spec.chunk_tokens
         needed = self.spec.num_far_pages(member.num_seqs, member.seq_len + last_chunk)
-        own = sum(layer.num_far_pages for layer in member.layers) * member.num_seqs
-        used = torch.cat([layer.used_slots()[1] for each in self.members for layer in each.layers])
-        return (
-            sum(needed) - own - (sum(self.spec.num_far_slots) - len(torch.unique(used)))
-        )  # copies that no table has go
+        own = [0] * len(needed)
+        for layer in member.layers:
+            for part, begin, end in self.spec.far_spans(layer.num_far_pages):
+                own[part] += (end - begin) * member.num_seqs
+        more = tuple(max(0, num - has) for num, has in zip(needed, own, strict=True))
+        if not any(more):
+            return 0
+        used = torch.cat([layer.used_slots()[1] for each in self.members for layer in each.layers]).unique()
+        far = member.layers[0]._store.far  # copies that no table has go
+        held = torch.bincount(far.part_of(used), minlength=len(needed)).tolist()
+        return self.spec.far_bytes_of(more) - (far.capacity_bytes - self.spec.far_bytes_of(tuple(held)))
 
     def grow(self, member: Member, num_tokens: int, num_layers: int | None = None) -> None:
         """Append where it fits; where it does not, `begin_step` must say so. Some layers only: a cut-off pass."""
         cache = member.cache
-        if self.far_pages_short(member, num_tokens) > 0:
+        if self.far_bytes_short(member, num_tokens) > 0:
             with pytest.raises(CapacityError, match=r"far tier is full.*raise far_bytes or near_tokens"):
                 cache.begin_step(member.num_seqs, num_tokens)
             return
@@ -145,9 +171,11 @@ class CacheMachine(RuleBasedStateMachine):
     def decode_step_that_fails_and_one_that_works(self, who: int, q_len: int) -> None:
         """Append and attend in one call; the failed one, with NaN in q, leaves neither tokens nor pages behind."""
         member = self.pick(who)
-        if self.far_pages_short(member, q_len) > 0:
+        if self.far_bytes_short(member, q_len) > 0:
             return
-        q, _ = random_kv(member.num_seqs, NUM_KV_HEADS * GROUP_SIZE, q_len, HEAD_DIM, self.spec.dtype, self.seed)
+        q, _ = random_kv(
+            member.num_seqs, NUM_KV_HEADS * GROUP_SIZE, q_len, self.spec.head_dim, self.spec.dtype, self.seed
+        )
         member.cache.begin_step(member.num_seqs, q_len)
         for index, layer in enumerate(member.layers):
             new_k, new_v = self.new_tokens(member.num_seqs, q_len)
@@ -163,6 +191,7 @@ class CacheMachine(RuleBasedStateMachine):
             visible = causal_visible(k.shape[2], q_len, torch.zeros(member.num_seqs, dtype=torch.int64), layer.window)
             bound = attend_bound(q, k, v, visible, SCALE, kernel_rounding(self.spec.dtype), num_merges=2).out
             bound = bound + out.abs().double() * torch.finfo(out.dtype).eps  # the cast to the model's dtype
+            bound = bound + self.code_error
             assert bool(((out.double() - dense_attention(q, k, v, visible, SCALE).out).abs() <= bound).all())
         member.cache.end_step()
 
@@ -234,7 +263,7 @@ class CacheMachine(RuleBasedStateMachine):
         member = self.pick(who)
         far_tokens = max(0, num_tokens - self.spec.near_tokens)
         far_pages = self.spec.num_far_pages(member.num_seqs, num_tokens)
-        if far_pages > self.spec.num_far_slots:
+        if self.spec.far_bytes_of(far_pages) > self.spec.far_bytes:
             with pytest.raises(CapacityError, match=f"{member.num_seqs} x {far_tokens} far.*raise far_bytes"):
                 member.cache.reserve(member.num_seqs, num_tokens)
         elif len(self.members) == 1:
@@ -298,7 +327,7 @@ class CacheMachine(RuleBasedStateMachine):
             q_len = min(q_len, layer.num_near_tokens)
             if q_len == 0 or (layer.window is not None and not layer.can_crop(member.seq_len - q_len)):
                 continue
-            q, _ = random_kv(member.num_seqs, num_q_heads, q_len, HEAD_DIM, self.spec.dtype, self.seed)
+            q, _ = random_kv(member.num_seqs, num_q_heads, q_len, self.spec.head_dim, self.spec.dtype, self.seed)
             layer.set_kv_start(kv_start)
             with layer.hold() as held:
                 score_rule = ScoreRule(SCALE, window=layer.window)
@@ -306,6 +335,7 @@ class CacheMachine(RuleBasedStateMachine):
             layer.set_kv_start(None)
             visible = causal_visible(member.seq_len, q_len, kv_start, layer.window)
             bound = attend_bound(q, k, v, visible, SCALE, kernel_rounding(self.spec.dtype), num_merges=2)
+            bound = Bound(bound.out + self.code_error, bound.lse + self.code_error)
             assert_within(part, dense_attention(q, k, v, visible, SCALE), bound)
 
     @invariant()
@@ -321,7 +351,8 @@ class CacheMachine(RuleBasedStateMachine):
         used = [layer.used_slots() for layer in member.layers]
         num_near, num_far = (len(torch.unique(torch.cat(slots))) for slots in zip(*used, strict=True))
         assert near["used_bytes"] == num_near * self.spec.near_page_bytes <= near["capacity_bytes"]
-        assert num_far * self.spec.far_page_bytes <= far["used_bytes"] <= far["capacity_bytes"]
+        least = min(self.spec.far_page_sizes)
+        assert num_far * least <= far["used_bytes"] <= far["capacity_bytes"]
         if not any(layer.num_far_pages for layer in member.layers):
             assert far["used_bytes"] == 0
 

@@ -118,7 +118,7 @@ class PagePool:
     def part_of(self, slots: Tensor) -> Tensor:
         """Which part each slot belongs to, int64 of the same shape."""
         ends = torch.tensor([part.first + part.num_slots for part in self._parts], device="cpu")
-        return torch.bucketize(slots, ends, right=True)
+        return torch.bucketize(slots.contiguous(), ends, right=True)
 
     def share(self, slots: Tensor) -> None:
         """One more reference for every time a slot appears."""
