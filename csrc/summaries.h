@@ -27,7 +27,18 @@ struct alignas(kLineBytes) LineSum {
 // sum[row].words[lane] = codes[line][lane] . weights[row][line][lane], over all lines.
 template <int kRows>
 inline void dot_lines(const uint8_t* codes, int64_t num_lines, const int8_t* weights, int64_t row_bytes, LineSum* sum) {
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+  __m512i acc[kRows];
+  for (int r = 0; r < kRows; ++r) acc[r] = _mm512_setzero_si512();
+  for (int64_t line = 0; line < num_lines; ++line) {
+    __builtin_prefetch(codes + line * kLineBytes + kCodesAhead);
+    const __m512i x = _mm512_loadu_si512(codes + line * kLineBytes);
+    for (int r = 0; r < kRows; ++r) {
+      acc[r] = _mm512_dpbusd_epi32(acc[r], x, _mm512_loadu_si512(weights + r * row_bytes + line * kLineBytes));
+    }
+  }
+  for (int r = 0; r < kRows; ++r) _mm512_store_si512(sum + r, acc[r]);
+#elif defined(__AVX2__)
   // Even and odd codes as 16-bit numbers, of which an instruction adds neighbouring products.
   constexpr int kHalves = kLineBytes / 32;
   const __m256i low = _mm256_set1_epi16(0xFF);
@@ -67,35 +78,12 @@ inline void dot_lines(const uint8_t* codes, int64_t num_lines, const int8_t* wei
 #endif
 }
 
-#if defined(__AVX512F__)
-// The same in one instruction for a line and row. Not every processor with AVX-512 has it.
-template <int kRows>
-__attribute__((target("avx512vnni"))) inline void dot_lines_vnni(const uint8_t* codes, int64_t num_lines,
-                                                                 const int8_t* weights, int64_t row_bytes,
-                                                                 LineSum* sum) {
-  __m512i acc[kRows];
-  for (int r = 0; r < kRows; ++r) acc[r] = _mm512_setzero_si512();
-  for (int64_t line = 0; line < num_lines; ++line) {
-    __builtin_prefetch(codes + line * kLineBytes + kCodesAhead);
-    const __m512i x = _mm512_loadu_si512(codes + line * kLineBytes);
-    for (int r = 0; r < kRows; ++r) {
-      acc[r] = _mm512_dpbusd_epi32(acc[r], x, _mm512_loadu_si512(weights + r * row_bytes + line * kLineBytes));
-    }
-  }
-  for (int r = 0; r < kRows; ++r) _mm512_store_si512(sum + r, acc[r]);
-}
-#endif
-
 using DotLines = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, LineSum*);
 
 // For 1, 2, 3 and 4 rows.
 inline const DotLines* dots() {
-  static constexpr DotLines kPlain[] = {dot_lines<1>, dot_lines<2>, dot_lines<3>, dot_lines<4>};
-#if defined(__AVX512F__)
-  static constexpr DotLines kVnni[] = {dot_lines_vnni<1>, dot_lines_vnni<2>, dot_lines_vnni<3>, dot_lines_vnni<4>};
-  if (__builtin_cpu_supports("avx512vnni")) return kVnni;
-#endif
-  return kPlain;
+  static constexpr DotLines kDots[] = {dot_lines<1>, dot_lines<2>, dot_lines<3>, dot_lines<4>};
+  return kDots;
 }
 
 // The same for any number of rows, of which `visit(row, sum)` sees one after the other.

@@ -243,6 +243,7 @@ def test_the_read_probe_reads() -> None:
 OF_ONE_INSTRUCTION = {
     "avx512_bf16": 32,
     "amx_bf16": 16,
+    "avx512_vnni": 16,
     "avx512": 16,
     "avx2": 8,
     "neon_bf16": 8,
