@@ -58,7 +58,8 @@ def test_json_schema(report: doctor.Report) -> None:
     assert set(data["gpus"]) == {"devices", "missing"}
     assert isinstance(data["warnings"], list)
     assert shape["huge_pages"] == {"enabled": str, "num_bytes": int}
-    assert len(data) == 12
+    assert shape["far_formats"] == [{"far_dtype": str, "token_bytes": float, "num_tokens": int}]
+    assert len(data) == 13
 
 
 def test_the_isa_in_use_is_the_one_that_attend_takes(report: doctor.Report) -> None:
@@ -174,6 +175,7 @@ def test_the_printed_report_holds_every_subject(report: doctor.Report) -> None:
             memory=machine.Memory(64 * GIB, 60 * GIB, cgroup),
             available=machine.Available(5 * GIB, "cgroup limit"),
             huge_pages=machine.HugePages("madvise", 2 << 20),
+            far_formats=doctor._far_formats(machine.Available(5 * GIB, "cgroup limit")),
             numa_nodes=(cxl,),
             gpus=doctor.Gpus((), "driver [too] old"),
             warnings=("mend [this]",),
@@ -187,7 +189,16 @@ def test_the_printed_report_holds_every_subject(report: doctor.Report) -> None:
         "transparent of 2.00 MiB, enabled: madvise; used by pools in host memory",
         "128.00 GiB, memory only (CXL or HBM), distances 0:50 1:10, 28 GB/s by firmware, 250 ns by firmware",
         f"{report.read_bandwidth.speeds[0].read_gbps:.1f} GB/s over 256.00 MiB",
+        "far_dtype int4  37.25 KiB a token, 140,",
         "driver [too] old",
         "warning: mend [this]",
     ):
         assert part in text
+
+
+def test_far_tokens_are_counted_in_every_format() -> None:
+    """Llama-3-8B: 128 KiB a token in bf16; 24 GiB hold 3.4 times as many tokens in int4 as in bf16."""
+    wide, int8, int4 = doctor._far_formats(machine.Available(24 * GIB, "physical memory"))
+    assert (wide.far_dtype, wide.token_bytes, wide.num_tokens) == ("model", 131072, 24 * GIB // 131072)
+    assert int8.num_tokens >= 1.9 * wide.num_tokens
+    assert int4.num_tokens >= 3.4 * wide.num_tokens

@@ -23,8 +23,12 @@ try:
 except ImportError as error:
     raise UnavailableError(f"torch cannot be imported ({error}): install it again") from error
 
+from tandemkv.cache import FAR_PACKINGS
 from tandemkv.kernels import torch_ops
-from tandemkv.types import ScoreRule, format_bytes
+from tandemkv.types import PageLayout, ScoreRule, format_bytes
+
+FAR_SHAPE = 32, 8, 128
+"""Layers, KV heads and head_dim for which far tokens are counted: Llama-3-8B."""
 
 PROBE_BYTES = 1 << 30
 _LEAST_PROBE_BYTES = 256 << 20
@@ -90,6 +94,18 @@ class Gpus:
 
 
 @dataclass(frozen=True)
+class FarFormat:
+    """What far tokens cost in a format, as `far_dtype` names it, for a model of `FAR_SHAPE`.
+
+    num_tokens: that the memory available now would hold.
+    """
+
+    far_dtype: str
+    token_bytes: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class Report:
     """All that doctor knows. `warnings` are what a user should mend, each with the way to do it."""
 
@@ -99,6 +115,7 @@ class Report:
     threads: Threads
     memory: machine.Memory
     available: machine.Available
+    far_formats: tuple[FarFormat, ...]
     huge_pages: machine.HugePages
     numa_nodes: tuple[machine.NumaNode, ...]
     read_bandwidth: ReadBandwidth
@@ -125,6 +142,7 @@ def collect(probe_bytes: int = PROBE_BYTES) -> Report:
         threads=threads,
         memory=memory,
         available=memory.available,
+        far_formats=_far_formats(memory.available),
         huge_pages=machine.huge_pages(),
         numa_nodes=machine.numa_nodes(),
         read_bandwidth=_read_bandwidth(cpu, native_missing, threads.default_threads, probe_bytes, memory.available),
@@ -132,6 +150,16 @@ def collect(probe_bytes: int = PROBE_BYTES) -> Report:
         backends=backends,
         warnings=tuple(_warnings(threads, native_missing)),
     )
+
+
+def _far_formats(available: machine.Available) -> tuple[FarFormat, ...]:
+    num_layers, num_kv_heads, head_dim = FAR_SHAPE
+    found = []
+    for name, packing in FAR_PACKINGS.items():
+        layout = PageLayout(torch.bfloat16, packing=packing)
+        token_bytes = num_layers * layout.page_bytes(num_kv_heads, head_dim, head_dim) / layout.page_size
+        found.append(FarFormat(name, token_bytes, int(available.num_bytes / token_bytes)))
+    return tuple(found)
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -285,6 +313,7 @@ def _sections(report: Report) -> dict[str, list[tuple[str, str]]]:
         ],
         "Threads": _thread_rows(report.threads),
         "Memory": _memory_rows(report),
+        "Far tokens": _far_rows(report.far_formats),
         "Read bandwidth": _bandwidth_rows(report.read_bandwidth),
         "GPU": [
             (gpu.name, f"{format_bytes(gpu.total_bytes)}, compute capability {gpu.compute_capability}")
@@ -329,6 +358,18 @@ def _huge_page_text(huge_pages: machine.HugePages) -> str:
     size = f" of {format_bytes(huge_pages.num_bytes)}" if huge_pages.num_bytes else ""
     use = "used by pools in host memory" if huge_pages.used else "not used by pools"
     return f"transparent{size}, enabled: {huge_pages.enabled}; {use}"
+
+
+def _far_rows(formats: tuple[FarFormat, ...]) -> list[tuple[str, str]]:
+    layers, heads, dim = FAR_SHAPE
+    rows = [
+        (
+            "bfloat16" if each.far_dtype == "model" else f"far_dtype {each.far_dtype}",
+            f"{format_bytes(each.token_bytes)} a token, {each.num_tokens:,} in the memory available now",
+        )
+        for each in formats
+    ]
+    return [("counted for", f"{layers} layers, {heads} KV heads x {dim} (Llama-3-8B)"), *rows]
 
 
 def _node_row(node: machine.NumaNode) -> tuple[str, str]:

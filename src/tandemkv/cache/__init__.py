@@ -2,10 +2,11 @@
 
 from tandemkv.cache.layer import Held, LayerKV
 from tandemkv.cache.pool import PagePool
-from tandemkv.cache.spec import CacheSpec, FarFormat, parse_far_dtype
+from tandemkv.cache.spec import FAR_PACKINGS, CacheSpec, FarFormat, parse_far_dtype
 from tandemkv.cache.tiered import KVCache, Moment, TierUse
 
 __all__ = [
+    "FAR_PACKINGS",
     "CacheSpec",
     "FarFormat",
     "Held",

@@ -1,0 +1,392 @@
+"""Decode attention over quantised KV on this machine's CPU: ours in int8 and int4 beside ours in bf16, and llama.cpp's.
+
+how to read it:
+  read      the limit: GB/s of plain loads over 512 MiB, on as many threads
+  share     of the limit: the format's own bytes at that speed, over the time it took
+  times     as fast as ours in bf16 over as many tokens
+  logits    how far q.k / sqrt(head_dim) of the stored keys lies from that of the exact ones in float64: the root of the
+            mean square, beside the deviation of the logits themselves, which is 2
+  out       how far the output lies from exact attention in float64, as a share of its own norm: what the format costs
+  kernel    the same, but from attention over what is stored: what the kernel adds to that
+  q8_0, q4_0
+            llama.cpp's flash attention over quantised KV, where llama-cpp-python is installed
+
+One query token, 32 query heads on 8 KV heads of 128; keys differ in width from channel to channel. Everything is
+checked against float64 before it is timed. All take turns in one run, over copies in rotation (1 GiB of each format),
+so that nothing comes from a cache. Numbers are medians. Then what quantising costs: a step behind 32K tokens that
+demotes a page in its layer, beside one that demotes none.
+
+A full run takes some 4 minutes and 8 GiB, and appends to benchmarks/results/quantised.csv.
+
+examples:
+  python -m benchmarks.quantised --quick           32K tokens, 2 threads: under 45 seconds
+  python -m benchmarks.quantised --quick --json    the same for a script: the last line is one JSON object
+  python -m benchmarks.quantised                   32K and 128K tokens, 1 and 2 threads
+"""
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.common import (
+    RESULTS,
+    WrongResultError,
+    append_rows,
+    argument_parser,
+    in_ms,
+    medians_in_turn,
+    print_json,
+    this_run,
+)
+from tandemkv.attention import extend_and_attend, use_threads
+from tandemkv.cache import CacheSpec, KVCache, parse_far_dtype
+from tandemkv.kernels import cpu
+from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
+
+NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 64
+LENGTHS = 32768, 131072
+ROTATE_BYTES = 1 << 30
+PROBE_BYTES = 512 << 20
+LAYOUTS = {
+    "bf16": PageLayout(torch.bfloat16, PAGE_SIZE, "panels"),
+    "int8": PageLayout(torch.bfloat16, PAGE_SIZE, "int8"),
+    "int4": PageLayout(torch.bfloat16, PAGE_SIZE, "int4"),
+    "int8/96": PageLayout(torch.bfloat16, PAGE_SIZE, "int8", 96),
+    "int4/96": PageLayout(torch.bfloat16, PAGE_SIZE, "int4", 96),
+}
+RULE = ScoreRule(HEAD_DIM**-0.5)
+KERNEL_TOLERANCE = 2e-3  # of the norm of out; a wrong code or scale is far above
+
+
+@dataclass(frozen=True)
+class Row:
+    """One format at one length with one number of threads. Errors are None for peers."""
+
+    kv_len: int
+    num_threads: int
+    contestant: str
+    kv_bytes: int
+    ms: float
+    read_gbps: float
+    times_bf16: float
+    logit_error: float | None = None
+    out_error: float | None = None
+    kernel_error: float | None = None
+
+    @property
+    def share_of_read(self) -> float:
+        """How much of the speed of memory it reaches with the bytes of its own format."""
+        return self.kv_bytes / (self.ms * 1e6) / self.read_gbps
+
+
+@dataclass(frozen=True)
+class DemotionRow:
+    """A step of one layer behind 32K tokens. share: by how much the mean of the steps of a page is longer."""
+
+    far_dtype: str
+    step_ms: float
+    demoting_step_ms: float
+
+    @property
+    def share(self) -> float:
+        """A page is demoted once in PAGE_SIZE steps, in the step that fills the near tier."""
+        return self.demoting_step_ms / self.step_ms - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """q, and K and V `[num_kv_heads, kv_len, head_dim]`, bf16."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @staticmethod
+    def random(kv_len: int) -> "Tokens":
+        generator = torch.Generator().manual_seed(0)
+        width = 0.2 + 2 * torch.rand((NUM_KV_HEADS, 1, HEAD_DIM), generator=generator) ** 2
+        k = torch.randn((NUM_KV_HEADS, kv_len, HEAD_DIM), generator=generator) * width
+        v = torch.randn((NUM_KV_HEADS, kv_len, HEAD_DIM), generator=generator)
+        q = torch.randn((1, NUM_Q_HEADS, 1, HEAD_DIM), generator=generator)
+        deviation = float((width**2).mean().sqrt())
+        return Tokens((2 / deviation * q).bfloat16(), k.bfloat16(), v.bfloat16())
+
+    def attend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[num_kv_heads, group, kv_len]` and out of every head in float64, the first two KV heads alone."""
+        q = self.q.view(NUM_KV_HEADS, -1, HEAD_DIM)[:2].double()
+        logits = (q @ k[:2].double().mT) * RULE.scale
+        return logits, logits.softmax(-1) @ v[:2].double()
+
+
+class Pages:
+    """A sequence in the pages of a layout, many times over."""
+
+    def __init__(self, sequence: Tokens, layout: PageLayout) -> None:
+        self.kv_len = sequence.k.shape[1]
+        num_pages = self.kv_len // PAGE_SIZE
+        self.num_bytes = num_pages * layout.page_bytes(NUM_KV_HEADS, HEAD_DIM, HEAD_DIM)
+        num_copies = max(2, math.ceil(ROTATE_BYTES / self.num_bytes))
+        self.arena = Arena.allocate(layout, num_copies * num_pages, NUM_KV_HEADS, HEAD_DIM)
+        self._fill(sequence, num_pages)
+        for x in (self.arena.k, self.arena.v):
+            for copy in range(1, num_copies):
+                x[copy * num_pages : (copy + 1) * num_pages] = x[:num_pages]
+        slots = torch.arange(num_copies * num_pages, dtype=torch.int32).view(num_copies, 1, 1, num_pages)
+        self.runs = [self._run(table.expand(1, NUM_KV_HEADS, num_pages)) for table in slots]
+
+    def _fill(self, sequence: Tokens, num_pages: int) -> None:
+        rows = Arena.allocate(PageLayout(torch.bfloat16, PAGE_SIZE), num_pages, NUM_KV_HEADS, HEAD_DIM)
+        slots = list(range(num_pages))
+        table = torch.tensor(slots, dtype=torch.int32).expand(1, NUM_KV_HEADS, num_pages)
+        cpu.append(rows, table, 0, sequence.k[None], sequence.v[None])
+        cpu.move_pages(rows, self.arena, slots, slots, cpu.WorkerPool(2))
+
+    def _run(self, table: Tensor) -> PagedKV:
+        return PagedKV(self.arena, table, torch.tensor([0]), torch.tensor([self.kv_len]))
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """K and V as float64, of float32 rows where they are codes."""
+        layout = self.arena.layout
+        exact = (
+            Arena(self.arena.k, self.arena.v, layout, HEAD_DIM, HEAD_DIM)
+            if not layout.is_quantised
+            else _as_float32(self.arena)
+        )
+        k, v = (torch.empty((1, NUM_KV_HEADS, self.kv_len, HEAD_DIM), dtype=exact.layout.dtype) for _ in range(2))
+        cpu.gather(exact, self.runs[0].page_table, 0, k, v, cpu.WorkerPool(2))
+        return k[0].double(), v[0].double()
+
+    def calls(self, q: Tensor, pool: cpu.WorkerPool) -> Callable[[], Tensor]:
+        """Attention over the next copy."""
+        turns = cycle(self.runs)
+        return lambda: cpu.attend(q, [next(turns)], rule=RULE, causal=False, pool=pool).out
+
+
+def _as_float32(arena: Arena) -> Arena:
+    """The same codes, given back without rounding. Exact channels are in bf16 there: int4 is rounded instead."""
+    if arena.layout.packing == "int4":
+        return arena
+    layout = PageLayout(torch.float32, PAGE_SIZE, arena.layout.packing, arena.layout.num_channels)
+    return Arena(arena.k, arena.v, layout, HEAD_DIM, HEAD_DIM)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print, save; the exit status."""
+    parser = argument_parser("benchmarks.quantised", __doc__ or "")
+    options = parser.parse_args(arguments)
+    lengths, threads = ((LENGTHS[0],), (2,)) if options.quick else (LENGTHS, (1, 2))
+    run = this_run("benchmarks.quantised", arguments)
+    try:
+        rows = [row for kv_len in lengths for row in measure(kv_len, threads, 3.0 if options.quick else 12.0)]
+    except WrongResultError as error:
+        print(f"our result is wrong, so nothing is timed: {error}", file=sys.stderr)
+        return 1
+    demotions = [demotion(name, 2.0 if options.quick else 10.0) for name in ("model", "int8", "int4")]
+    print(run)
+    show(rows, demotions)
+    if options.save or not options.quick:
+        append_rows(RESULTS / "quantised.csv", [_csv(row) for row in rows], run)
+        append_rows(RESULTS / "quantised-demotion.csv", [_demotion_csv(row) for row in demotions], run)
+    if options.json:
+        told = {"rows": [asdict(row) for row in rows], "demotions": [asdict(row) for row in demotions]}
+        print_json(asdict(run) | told)
+    return 0
+
+
+def measure(kv_len: int, threads: Sequence[int], budget_s: float) -> list[Row]:
+    """All formats and peers at one length."""
+    sequence = Tokens.random(kv_len)
+    exact_logits, exact_out = sequence.attend(sequence.k, sequence.v)
+    pages, errors = {}, {}
+    for name, layout in LAYOUTS.items():
+        pages[name] = Pages(sequence, layout)
+        logits, out = sequence.attend(*pages[name].stored())
+        got = cpu.attend(sequence.q, [pages[name].runs[0]], rule=RULE, causal=False).out[0, :, 0].double()
+        got = got.view(NUM_KV_HEADS, -1, HEAD_DIM)[:2]
+        kernel = float((got - out).norm() / out.norm())
+        # Rows of int4 are rounded to bf16, 2^-9, before they are compared.
+        if not kernel <= KERNEL_TOLERANCE + (2.0**-9 if layout.packing == "int4" else 0):
+            raise WrongResultError(f"{name} at {kv_len}: off by {kernel:.1e} of what is stored")
+        logit = float((logits - exact_logits).square().mean().sqrt())
+        errors[name] = logit, float((got - exact_out).norm() / exact_out.norm()), kernel
+    peers = _peers(sequence, exact_out)
+    rows = []
+    for num_threads in threads:
+        pool = cpu.WorkerPool(num_threads)
+        buffer = cpu.probe_buffer(PROBE_BYTES)
+        calls = {name: in_ms(each.calls(sequence.q, pool)) for name, each in pages.items()}
+        calls |= {name: in_ms(make(num_threads)) for name, (make, _) in peers.items()}
+        probe = {"read": lambda pool=pool, buffer=buffer: cpu.read_gbps(pool, buffer)}
+        medians = medians_in_turn(calls | probe, budget_s, min_rounds=5)
+        print(f"{kv_len} tokens, {num_threads} threads: {medians['int8']:.2f} ms in int8", file=sys.stderr)
+        for name in calls:
+            num_bytes = pages[name].num_bytes if name in pages else peers[name][1]
+            found = (
+                kv_len,
+                num_threads,
+                name,
+                num_bytes,
+                medians[name],
+                medians["read"],
+                medians["bf16"] / medians[name],
+            )
+            rows.append(Row(*found, *errors.get(name, (None, None, None))))
+    return rows
+
+
+def _peers(sequence: Tokens, exact_out: Tensor) -> dict[str, tuple[Callable[[int], Callable[[], Tensor]], int]]:
+    """llama.cpp's, by name: a call for so many threads, and the bytes that it reads."""
+    try:
+        from benchmarks import ggml
+    except (ImportError, OSError) as error:
+        print(f"llama.cpp takes no part ({error}): pip install '.[peers]'", file=sys.stderr)
+        return {}
+    found: dict[str, tuple[Callable[[int], Callable[[], Tensor]], int]] = {}
+    q, dense = sequence.q.float(), torch.stack([sequence.k, sequence.v])[:, None].float()
+    for kind in ggml.QUANTISED:
+        codes = ggml.quantise(dense, kind)
+        num_copies = max(2, math.ceil(ROTATE_BYTES / codes.nbytes))
+        copies = codes.expand(num_copies, *codes.shape).contiguous()
+
+        def make(num_threads: int, copies: Tensor = copies, kind: str = kind) -> Callable[[], Tensor]:
+            return ggml.FlashAttention(q, copies, RULE.scale, num_threads, kind)
+
+        out = make(2)()[0].flatten().view(NUM_KV_HEADS, -1, HEAD_DIM)[:2].double()
+        off = float((out - exact_out).norm() / exact_out.norm())
+        if not off < 0.5:
+            print(f"llama.cpp's {kind} takes no part: off by {off:.1e}", file=sys.stderr)
+            continue
+        found[f"ggml {kind}"] = make, codes.nbytes
+    return found
+
+
+def demotion(far_dtype: str, budget_s: float) -> DemotionRow:
+    """Steps behind 32K tokens, of one layer; each PAGE_SIZE-th demotes a page, as does that step in every layer."""
+    use_threads(None)
+    spec = CacheSpec(
+        num_layers=1,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=HEAD_DIM,
+        dtype=torch.bfloat16,
+        near_tokens=2048,
+        far_bytes=1 << 30,
+        far_formats=parse_far_dtype(far_dtype),
+    )
+    cache = KVCache(spec)
+    sequence = Tokens.random(LENGTHS[0])
+    with torch.inference_mode():
+        _fill(cache, sequence)
+        plain: list[float] = []
+        demoting: list[float] = []
+        start = time.perf_counter()
+        while time.perf_counter() - start < budget_s or len(demoting) < 5:
+            moved, begin = cache.use()[1].moved_bytes, time.perf_counter()
+            _extend(cache, sequence.k[None, :, :1], sequence.v[None, :, :1], sequence.q)
+            took = (time.perf_counter() - begin) * 1e3
+            (demoting if cache.use()[1].moved_bytes > moved else plain).append(took)
+            if cache.seq_len > LENGTHS[0] + 4096:
+                cache.crop(LENGTHS[0])
+    return DemotionRow(far_dtype, statistics.median(plain), statistics.median(demoting))
+
+
+def _fill(cache: KVCache, sequence: Tokens) -> None:
+    """As a prompt would, but for its attention."""
+    cache.begin_step(1, LENGTHS[0])
+    layer = cache.layer(0)
+    for begin in range(0, LENGTHS[0], layer.chunk_tokens):
+        layer.evict()
+        tokens = slice(begin, begin + layer.chunk_tokens)
+        layer.append(sequence.k[None, :, tokens], sequence.v[None, :, tokens])
+    cache.end_step()
+
+
+def _extend(cache: KVCache, k: Tensor, v: Tensor, q: Tensor) -> None:
+    cache.begin_step(1, k.shape[2])
+    extend_and_attend(q, k, v, cache.layer(0), RULE)
+    cache.end_step()
+
+
+def show(rows: Sequence[Row], demotions: Sequence[DemotionRow]) -> None:
+    """Two tables."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    title = f"Decode attention, {NUM_Q_HEADS}:{NUM_KV_HEADS}x{HEAD_DIM}, one query; medians"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in (
+        "tokens",
+        "threads",
+        "KV",
+        "MiB",
+        "ms",
+        "GB/s",
+        "read GB/s",
+        "share",
+        "times bf16",
+        "logits",
+        "out",
+        "kernel",
+    ):
+        table.add_column(name, justify="left" if name == "KV" else "right")
+    for row in rows:
+        table.add_row(
+            f"{row.kv_len}",
+            str(row.num_threads),
+            row.contestant,
+            f"{row.kv_bytes / 2**20:.0f}",
+            f"{row.ms:.2f}",
+            f"{row.kv_bytes / row.ms / 1e6:.1f}",
+            f"{row.read_gbps:.1f}",
+            f"{row.share_of_read:.2f}",
+            f"{row.times_bf16:.2f}",
+            *("-" if error is None else f"{error:.1e}" for error in (row.logit_error, row.out_error, row.kernel_error)),
+        )
+    console.print(table)
+    table = Table(title="A step of a layer behind 32K tokens, ms", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("far tokens", "step", "step that demotes a page", "longer by"):
+        table.add_column(name, justify="left" if name == "far tokens" else "right")
+    for each in demotions:
+        table.add_row(each.far_dtype, f"{each.step_ms:.2f}", f"{each.demoting_step_ms:.2f}", f"{each.share:.1%}")
+    console.print(table)
+
+
+def _csv(row: Row) -> dict[str, object]:
+    return {
+        "kv_len": row.kv_len,
+        "num_threads": row.num_threads,
+        "contestant": row.contestant,
+        "kv_bytes": row.kv_bytes,
+        "ms": f"{row.ms:.4f}",
+        "read_gbps": f"{row.read_gbps:.2f}",
+        "share_of_read": f"{row.share_of_read:.3f}",
+        "times_bf16": f"{row.times_bf16:.3f}",
+        **{
+            name: "" if error is None else f"{error:.2e}"
+            for name, error in (
+                ("logit_error", row.logit_error),
+                ("out_error", row.out_error),
+                ("kernel_error", row.kernel_error),
+            )
+        },
+    }
+
+
+def _demotion_csv(row: DemotionRow) -> dict[str, object]:
+    return {
+        "far_dtype": row.far_dtype,
+        "step_ms": f"{row.step_ms:.4f}",
+        "demoting_step_ms": f"{row.demoting_step_ms:.4f}",
+        "longer_by": f"{row.share:.4f}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
