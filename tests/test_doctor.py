@@ -189,7 +189,7 @@ def test_the_printed_report_holds_every_subject(report: doctor.Report) -> None:
         "transparent of 2.00 MiB, enabled: madvise; used by pools in host memory",
         "128.00 GiB, memory only (CXL or HBM), distances 0:50 1:10, 28 GB/s by firmware, 250 ns by firmware",
         f"{report.read_bandwidth.speeds[0].read_gbps:.1f} GB/s over 256.00 MiB",
-        "far_dtype int4  37.25 KiB a token, 140,",
+        "far_dtype int4    37.25 KiB a token, ",
         "driver [too] old",
         "warning: mend [this]",
     ):
