@@ -49,12 +49,7 @@ def test_a_run_keeps_every_score_and_asks_nothing_twice(
 ) -> None:
     ledger = asked_of(model, settings(tmp_path))
     forms = [("needle", "requests"), ("needle", "turns"), ("perplexity", "text")]
-    expected = {
-        (task, form, i, who.system, who.budget_tokens)
-        for task, form in forms
-        for i in range(3)
-        for who in (DENSE, WINDOW)
-    }
+    expected = {(task, form, i, who) for task, form in forms for i in range(3) for who in (DENSE, WINDOW)}
     assert set(ledger.found) == expected
     assert all(len(scores.scores) == (2 if scores.task == "needle" else 1) for scores in ledger.found.values())
     monkeypatch.setattr(run, "SharedContexts", None)  # nothing is left to ask
@@ -209,7 +204,7 @@ def test_what_a_promise_cost_stands_in_the_report(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path, table)
     shares = {"needle": (0.2, 0.4, 0.2, 0.4), "kv": (0.6, 0.8, 0.6, 0.8)}
     for task, context in product(shares, range(4)):
-        key, share = (task, "requests", context, verified.system, 410), shares[task][context]
+        key, share = (task, "requests", context, verified), shares[task][context]
         ledger.found[key] = replace(ledger.found[key], share_read=share, share_fallbacks=share / 10)
     report = make_report(ledger, [DENSE, verified, other], ("needle", "kv"), ("requests",))
     assert report.shares == {verified: pytest.approx((0.5, 0.05))}
@@ -352,3 +347,21 @@ def test_a_text_that_is_too_short(model: Any, tmp_path: Path) -> None:
     long = settings(tmp_path, length=59_900, tasks=("perplexity",))
     with pytest.raises(InputError, match="the text has 60000 tokens, a context asks for 60157: give a longer text"):
         asked_of(model, long)
+
+
+def test_formats_of_far_tokens_take_part_beside_dense(model: Any, tmp_path: Path) -> None:
+    """Each reads the contexts into a cache of its own; scores are kept by format, and a second run asks nothing."""
+    found = contestants(["dense"], [], ["int8", "model:64,int8", "int8"])
+    int8, mixed = Contestant("dense", None, "int8"), Contestant("dense", None, "model:64,int8")
+    assert found == [DENSE, int8, mixed]
+    some = replace(settings(tmp_path), contestants=tuple(found), tasks=("perplexity",))
+    ledger = asked_of(model, some)
+    assert {who for *_, who in ledger.found} == {DENSE, int8, mixed}
+    losses = {who: [ledger.found["perplexity", "text", i, who].scores[0] for i in range(3)] for who in found}
+    assert losses[int8] != losses[DENSE] != losses[mixed]
+    assert losses[int8] == pytest.approx(losses[DENSE], rel=0.01)
+    report = make_report(asked_of(model, some), found, ("perplexity",), ("requests",))
+    assert [row.contestant for row in report.rows] == found
+    assert [row.loss is None for row in report.rows] == [True, False, False]
+    with pytest.raises(InputError, match="expected far_dtype as model, int8, int4"):
+        contestants(["dense"], [], ["int5"])
