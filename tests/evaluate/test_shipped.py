@@ -153,6 +153,38 @@ def test_docs_say_what_sparse_systems_answered() -> None:
         assert numbers(cells[2]) == pytest.approx(told(lost), abs=0.05 + 1e-9)
 
 
+def test_docs_say_what_far_formats_answered() -> None:
+    """Every number of the table of far formats, for every format that was asked everything."""
+    root = Path(__file__).parents[2]
+    found: dict[str, dict[tuple[str, int], list[float]]] = {}
+    for line in (root / "benchmarks/results/eval-quantised/scores.jsonl").read_text().splitlines()[1:]:
+        row = json.loads(line)
+        found.setdefault(row["far_dtype"] or "model", {})[row["task"], row["context"]] = row["scores"]
+    whole = {
+        name: {task: np.array([scores[task, i] for i in range(20)]) for task in (*SPARSE_TASKS, PERPLEXITY)}
+        for name, scores in found.items()
+        if len(scores) == 20 * (1 + len(SPARSE_TASKS))
+    }
+    docs = (root / "docs/far-formats.md").read_text()
+    answers = table_of(
+        docs, "| far_dtype | needle | needle_uuid | needle_multiquery | kv | mqar | mean | lost | perplexity | more |"
+    )
+    assert set(answers) == set(whole)
+    dense = whole["model"]
+    for name, cells in answers.items():
+        means = [100 * float(whole[name][task].mean()) for task in SPARSE_TASKS]
+        assert [float(cell) for cell in cells[:6]] == pytest.approx([*means, sum(means) / 5], abs=0.05 + 1e-9)
+        assert float(cells[7]) == pytest.approx(math.exp(whole[name][PERPLEXITY].mean()), abs=0.005 + 1e-9)
+        if name == "model":
+            continue
+        lost = bootstrap(np.array([(dense[task] - whole[name][task]).mean(1) for task in SPARSE_TASKS]))
+        more = bootstrap((whole[name][PERPLEXITY] - dense[PERPLEXITY]).mean(1))
+        for cell, interval, form, digits in ((cells[6], lost, float, 1), (cells[8], more, math.expm1, 2)):
+            told = [100 * form(x) for x in (interval.mean, interval.low, interval.high)]
+            numbers = [float(x) for x in re.findall(r"[+-]?\d+\.\d+", cell)]
+            assert numbers == pytest.approx(told, abs=0.5 * 10**-digits + 1e-9)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors", "pytorch_model.bin"])
 def test_models_are_told_apart_by_every_file_of_weights(tmp_path: Path, name: str) -> None:
     """Else scores of one would be taken for the other's."""
