@@ -410,11 +410,11 @@ def test_a_short_evaluation_of_every_system(tmp_path: Path) -> None:
     asked = Settings(("perplexity",), everybody, 700, text, tmp_path, num_contexts=2, num_questions=1)
     prompts = write_prompts(models.byte_tokenizer(), asked, model.config, Console(quiet=True))
     found = evaluate(model, "tiny", prompts, asked, Console(quiet=True)).found
-    losses: dict[str, list[float]] = {str(key[3]): [] for key in found}
+    losses: dict[str, list[float]] = {name: [] for name in SYSTEMS}
     for context in range(2):
         for name in SYSTEMS:
             budget = None if name == "dense" else 160
-            losses[name].append(found["perplexity", "text", context, name, budget].scores[0])
+            losses[name].append(found["perplexity", "text", context, Contestant(name, budget)].scores[0])
     assert set(losses) == NAMES
     assert all(math.isfinite(loss) for each in losses.values() for loss in each)
     assert losses["hgca"] == pytest.approx(losses["dense"], abs=1e-4)

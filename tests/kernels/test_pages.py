@@ -265,7 +265,7 @@ def test_move_pages_refuses_unlike_arenas(differs_in: str) -> None:
 
 def test_move_pages_refuses_to_unpack_and_uneven_slots() -> None:
     panels = repacked(ARENA, "panels")
-    with pytest.raises(InputError, match="packs rows into panels, not panels into rows"):
+    with pytest.raises(InputError, match=r"packs, and does not unpack: got \['panels'\] into \['rows'\]"):
         cpu.move_pages(panels, ARENA, [0], [0])
     with pytest.raises(InputError, match="1 source slots and 2 target slots: expected as many"):
         cpu.move_pages(ARENA, panels, [0], [0, 1])
