@@ -162,10 +162,8 @@ class LayerKV:
         leaving = self._map.near_slots[:, :num_pages]
         assert (num_older + num_pages) * self._page_size <= seq_len, "only sealed pages leave"
         if self.window is None:
-            parts = [
-                span.part for span in self._spec.far_spans(num_older + num_pages) for _ in range(span.begin, span.end)
-            ]
-            far = self._told(self._store.demote(leaving, parts[num_older:], self.channel_weights), leaving, num_older)
+            parts = self._spec.far_parts(num_older, num_older + num_pages, num_older + num_pages)
+            far = self._told(self._store.demote(leaving, parts, self.channel_weights), leaving, num_older)
             self._code_pages(self._sparse, far, num_older)
             slots = torch.cat([slots[:, :num_older], far, slots[:, num_older + num_pages :]], 1)
         self._map = PageMap(slots, num_older + num_pages, seq_len, owns)

@@ -157,6 +157,13 @@ class CacheSpec:
             end = begin
         return Span(0, 0, end), *reversed(spans)
 
+    def far_parts(self, begin: int, end: int, num_pages: int) -> list[int]:
+        """The part that each of the far pages [begin, end) of num_pages belongs in."""
+        found = []
+        for part, first, last in self.far_spans(num_pages):
+            found += [part] * max(0, min(last, end) - max(first, begin))
+        return found
+
     @property
     def weighs_channels(self) -> bool:
         """Whether some far pages leave channels of K out."""
