@@ -160,7 +160,8 @@ inline void put_channels(const Arena& arena, const SliceOfK& k, char* slice, con
       scores[d] = page.square[d] * (channel_weights == nullptr ? 1.0f : channel_weights[d]);
     }
     highest(scores, dim, num_kept, page.kept);
-    for (int64_t i = 0; i < k.num_channels; ++i) slice[k.index + i] = static_cast<char>(i < num_kept ? page.kept[i] : 0);
+    for (int64_t i = 0; i < k.num_channels; ++i)
+      slice[k.index + i] = static_cast<char>(i < num_kept ? page.kept[i] : 0);
   }
   for (int64_t i = 0; i < num_kept; ++i) scores[i] = page.high[page.kept[i]] - page.low[page.kept[i]];
   const int64_t num_exact = min64(k.num_exact, num_kept);

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ class CacheSpec:
         """Rows, as the model writes them and a GPU's kernels read them; panels where the CPU kernel attends."""
         return PageLayout(self.dtype, self.page_size, "panels" if self.device.type == "cpu" else "rows")
 
-    @property
+    @cached_property
     def far_layouts(self) -> tuple[PageLayout, ...]:
         """Of each part of the far pool: panels, as the CPU kernel reads them, then every other format."""
         packed = [(each.packing, each.num_channels) for each in self.far_formats]
@@ -131,7 +132,7 @@ class CacheSpec:
         """K and V of one near page."""
         return self._page_bytes(self.near_layout)
 
-    @property
+    @cached_property
     def far_page_sizes(self) -> tuple[int, ...]:
         """Bytes of K and V of one page in each part of the far pool."""
         return tuple(self._page_bytes(layout) for layout in self.far_layouts)
@@ -178,7 +179,7 @@ class CacheSpec:
             order[0] = -1  # pages that could not be quantised
         return torch.tensor(order, device="cpu")[parts] < order[part]
 
-    @property
+    @cached_property
     def _parts(self) -> list[int]:
         """Of each format."""
         kinds = [(layout.packing, layout.num_channels) for layout in self.far_layouts]
