@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from benchmarks import attend, common, contest, coverage, decode, plot, prefill, tradeoff
+from benchmarks import attend, capacity, common, contest, coverage, decode, plot, prefill, quantised, tradeoff
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
 from tandemkv import kernels
 from tandemkv.demo import speed as demo
@@ -414,3 +415,37 @@ def test_a_count_below_one_is_refused(argument: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
     assert "expected a whole number of at least 1, got" in done.stderr
+
+
+def test_quantised_rows_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every format, with its errors; a kernel that is off is told, and nothing is timed."""
+    monkeypatch.setattr(quantised, "ROTATE_BYTES", 1 << 20)
+    monkeypatch.setattr(quantised, "PROBE_BYTES", 1 << 22)
+    monkeypatch.setattr(quantised, "_peers", lambda *_: {})
+    rows = quantised.measure(1024, (1,), 0.0)
+    assert [row.contestant for row in rows] == list(quantised.LAYOUTS)
+    by_name = {row.contestant: row for row in rows}
+    assert by_name["bf16"].times_bf16 == 1
+    assert by_name["bf16"].kv_bytes > 1.9 * by_name["int8"].kv_bytes
+    assert by_name["bf16"].kv_bytes > 3.4 * by_name["int4"].kv_bytes
+    errors = [by_name[name].logit_error or 0.0 for name in ("bf16", "int8", "int4")]
+    assert errors[0] == 0 < errors[1] < 0.02 < errors[2] < 0.3
+    attended = cpu.attend
+    monkeypatch.setattr(cpu, "attend", lambda *a, **k: Partial(attended(*a, **k).out * 1.01, torch.zeros(1)))
+    with pytest.raises(common.WrongResultError, match="bf16 at 1024: off by"):
+        quantised.measure(1024, (1,), 0.0)
+
+
+def test_a_step_that_demotes_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "LENGTHS", (4096, 4096))
+    row = quantised.demotion("int8", 0.0)
+    assert row.share == pytest.approx(row.demoting_step_ms / row.step_ms - 1)
+    assert row.step_ms > 0
+
+
+def test_a_context_is_held_and_decoded() -> None:
+    found = capacity.hold(16_384, "int4", Console(quiet=True))
+    assert found.bf16_bytes == 16_384 * 8192
+    assert found.far_bytes < found.bf16_bytes / 3
+    assert found.refusal == ""
+    assert 0 < found.error < capacity.ERROR_TOLERANCE
