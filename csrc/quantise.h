@@ -90,11 +90,43 @@ inline Steps16 steps_of(bool is_int4, float low, float high) {
   return {scale, scale > 0.0f ? 1.0f / scale : 0.0f, 0.0f};
 }
 
-inline uint8_t code_of(bool is_int4, float x, float inverse, float zero) {
+// kLanes codes.
+template <bool kIsInt4>
+inline void put_codes(Vec x, Vec inverse, Vec zero, uint8_t* to) {
   // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits.
-  const float shifted = (x - zero) * inverse + 12582912.0f;
-  const int32_t code = static_cast<int32_t>(bits_of(shifted)) - 0x4B400000;
-  return static_cast<uint8_t>(is_int4 ? (code < 0 ? 0 : code > 15 ? 15 : code) : code + 128);
+  IVec code = (IVec)((x - zero) * inverse + 12582912.0f) - 0x4B400000;
+  if constexpr (kIsInt4) {
+    code = code < 0 ? IVec{} : code;
+    code = code > 15 ? IVec{} + 15 : code;
+  } else {
+    code += 128;
+  }
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  const Bytes bytes = __builtin_convertvector(code, Bytes);
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+
+// The smallest and the largest of [num] numbers.
+struct Range {
+  float low, high;
+};
+
+inline Range range_of(const float* x, int64_t num) {
+  Range range{x[0], x[0]};
+  int64_t i = 0;
+  if (num >= kLanes) {
+    Vec high = load(x), low = -high;
+    for (; i + kLanes <= num; i += kLanes) {
+      high = max(load(x + i), high);
+      low = max(-load(x + i), low);
+    }
+    range = {-reduce_max(low), reduce_max(high)};
+  }
+  for (; i < num; ++i) {
+    range.low = x[i] < range.low ? x[i] : range.low;
+    range.high = x[i] > range.high ? x[i] : range.high;
+  }
+  return range;
 }
 
 // ---- K -------------------------------------------------------------------------------------------------------------
@@ -182,16 +214,19 @@ inline void put_channels(const Arena& arena, const SliceOfK& k, char* slice, con
 }
 
 // Codes of a block of rows whose channels are gathered.
+template <bool kIsInt4>
 inline void put_k_codes(const SliceOfK& k, const ChannelsOfPage& page, const BlockRows& rows, char* to) {
-  const bool is_int4 = k.bits == 4;
   alignas(64) uint8_t codes[kBlockTokens][kMaxHeadDim];
   for (int64_t t = 0; t < kBlockTokens; ++t) {
-    for (int64_t i = 0; i < k.num_channels; ++i) {
-      codes[t][i] = code_of(is_int4, rows.x[t][i], page.inverse[i], page.zero[i]);
+    for (int64_t i = 0; i < k.num_channels; i += kLanes) {
+      put_codes<kIsInt4>(load(rows.x[t] + i), load(page.inverse + i), load(page.zero + i), codes[t] + i);
     }
-    for (int64_t i = 0; is_int4 && i < k.num_channels; i += 8) {  // [8 channels] -> their 4 bytes, in place
-      for (int64_t j = 0; j < 4; ++j)
-        codes[t][i / 2 + j] = static_cast<uint8_t>(codes[t][i + j] | codes[t][i + 4 + j] << 4);
+    for (int64_t i = 0; kIsInt4 && i < k.num_channels; i += 8) {  // 8 channels -> their 4 bytes, in place
+      uint32_t first, last;
+      std::memcpy(&first, codes[t] + i, 4);
+      std::memcpy(&last, codes[t] + i + 4, 4);
+      const uint32_t word = first | last << 4;
+      std::memcpy(codes[t] + i / 2, &word, 4);
     }
   }
   Word* const words = reinterpret_cast<Word*>(to);
@@ -214,7 +249,9 @@ inline void quantise_k(const Arena& arena, const TokenRun& from, ChannelsOfPage&
         for (int64_t i = 0; i < num_kept; ++i) gathered.x[t][i] = rows.x[t][page.kept[i]];
       }
     }
-    put_k_codes(k, page, num_kept < arena.head_dim ? gathered : rows, slice + token / kBlockTokens * k.block_bytes());
+    const BlockRows& kept = num_kept < arena.head_dim ? gathered : rows;
+    char* const to = slice + token / kBlockTokens * k.block_bytes();
+    k.bits == 4 ? put_k_codes<true>(k, page, kept, to) : put_k_codes<false>(k, page, kept, to);
     for (int64_t e = 0; e < k.num_exact; ++e) {
       const int64_t channel = static_cast<uint8_t>(slice[k.exact_index + e]);
       for (int64_t t = 0; t < kBlockTokens; ++t) {
@@ -254,25 +291,27 @@ inline void dequantise_k(const Arena& arena, const char* slice, int64_t token, B
 // ---- V -------------------------------------------------------------------------------------------------------------
 
 // Codes of 16 rows: [16][dims], then 4 (or 8) tokens of a dim side by side.
+template <bool kIsInt4>
 inline void put_v_codes(const SliceOfV& v, const uint8_t (*codes)[kMaxHeadDim], char* to) {
-  const int64_t step = v.bits == 4 ? 8 : 4;
-  for (int64_t t = 0; t < kBlockTokens; t += step, to += v.num_dims * 4) {
+  constexpr int64_t kStep = kIsInt4 ? 8 : 4;
+  for (int64_t t = 0; t < kBlockTokens; t += kStep, to += v.num_dims * 4) {
     Word* const words = reinterpret_cast<Word*>(to);
     for (int64_t d = 0; d < v.num_dims; ++d) {
-      uint32_t word = 0;
-      for (int64_t i = 0; i < 4; ++i) {
-        const uint32_t high = v.bits == 4 ? static_cast<uint32_t>(codes[t + 4 + i][d]) << 4 : 0;
-        word |= (codes[t + i][d] | high) << (8 * i);
+      uint32_t word =
+          codes[t][d] | codes[t + 1][d] << 8 | codes[t + 2][d] << 16 | static_cast<uint32_t>(codes[t + 3][d]) << 24;
+      if constexpr (kIsInt4) {
+        word |= codes[t + 4][d] << 4 | codes[t + 5][d] << 12 | codes[t + 6][d] << 20 |
+                static_cast<uint32_t>(codes[t + 7][d]) << 28;
       }
       words[d] = word;
     }
   }
 }
 
-inline void quantise_v(const Arena& arena, const TokenRun& from, char* slice) {
+template <bool kIsInt4>
+void quantise_v(const Arena& arena, const TokenRun& from, char* slice) {
   const SliceOfV v = arena.slice_of_v();
-  const bool is_int4 = v.bits == 4;
-  const int64_t group_dims = is_int4 ? kGroupDims : v.num_dims;
+  const int64_t group_dims = kIsInt4 ? kGroupDims : v.num_dims;
   BlockRows rows;
   alignas(64) uint8_t codes[kBlockTokens][kMaxHeadDim];
   for (int64_t token = 0; token < arena.page_size; token += kBlockTokens) {
@@ -280,18 +319,16 @@ inline void quantise_v(const Arena& arena, const TokenRun& from, char* slice) {
     for (int64_t t = 0; t < kBlockTokens; ++t) {
       for (int64_t group = 0, d = 0; group < v.num_groups; ++group) {
         const int64_t end = min64(d + group_dims, v.num_dims), last = min64(end, arena.v_head_dim);
-        float low = rows.x[t][d], high = low;
-        for (int64_t i = d; i < last; ++i) {
-          low = rows.x[t][i] < low ? rows.x[t][i] : low;
-          high = rows.x[t][i] > high ? rows.x[t][i] : high;
-        }
-        const Steps16 steps = steps_of(is_int4, low, high);
+        const Range range = range_of(rows.x[t] + d, last - d);
+        const Steps16 steps = steps_of(kIsInt4, range.low, range.high);
         put_bf16(slice + v.scales, group * arena.page_size + token + t, steps.scale);
-        if (is_int4) put_bf16(slice + v.zeros, group * arena.page_size + token + t, steps.zero);
-        for (; d < end; ++d) codes[t][d] = code_of(is_int4, rows.x[t][d], steps.inverse, steps.zero);
+        if (kIsInt4) put_bf16(slice + v.zeros, group * arena.page_size + token + t, steps.zero);
+        for (; d < end; d += kLanes) {
+          put_codes<kIsInt4>(load(rows.x[t] + d), splat(steps.inverse), splat(steps.zero), codes[t] + d);
+        }
       }
     }
-    put_v_codes(v, codes, slice + token / kBlockTokens * v.block_bytes());
+    put_v_codes<kIsInt4>(v, codes, slice + token / kBlockTokens * v.block_bytes());
   }
 }
 
@@ -332,7 +369,7 @@ int64_t quantise(const Arena& arena, HeadSlice to, const TokenRun& from) {
   const int64_t bad_k = measure_k(arena, from, page), bad_v = measure_v(arena, from);
   if (bad_k >= 0 || bad_v >= 0) return bad_k >= 0 && (bad_v < 0 || bad_k < bad_v) ? bad_k : bad_v;
   quantise_k(arena, from, page, to.k);
-  quantise_v(arena, from, to.v);
+  arena.packing == Packing::kInt4 ? quantise_v<true>(arena, from, to.v) : quantise_v<false>(arena, from, to.v);
   return -1;
 }
 
