@@ -91,7 +91,7 @@ class Row:
 
 @dataclass(frozen=True)
 class DemotionRow:
-    """A step of one layer behind 32K tokens. share: by how much the mean of the steps of a page is longer."""
+    """A step of one layer behind 32K tokens, and one that also demotes a page, which is one in PAGE_SIZE. Medians."""
 
     far_dtype: str
     step_ms: float
@@ -99,7 +99,7 @@ class DemotionRow:
 
     @property
     def share(self) -> float:
-        """A page is demoted once in PAGE_SIZE steps, in the step that fills the near tier."""
+        """By how much the second is longer."""
         return self.demoting_step_ms / self.step_ms - 1
 
 
@@ -155,13 +155,8 @@ class Pages:
         return PagedKV(self.arena, table, torch.tensor([0]), torch.tensor([self.kv_len]))
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """K and V as float64, of float32 rows where they are codes."""
-        layout = self.arena.layout
-        exact = (
-            Arena(self.arena.k, self.arena.v, layout, HEAD_DIM, HEAD_DIM)
-            if not layout.is_quantised
-            else _as_float32(self.arena)
-        )
+        """K and V as float64."""
+        exact = _as_float32(self.arena)
         k, v = (torch.empty((1, NUM_KV_HEADS, self.kv_len, HEAD_DIM), dtype=exact.layout.dtype) for _ in range(2))
         cpu.gather(exact, self.runs[0].page_table, 0, k, v, cpu.WorkerPool(2))
         return k[0].double(), v[0].double()
@@ -173,8 +168,8 @@ class Pages:
 
 
 def _as_float32(arena: Arena) -> Arena:
-    """The same codes, given back without rounding. Exact channels are in bf16 there: int4 is rounded instead."""
-    if arena.layout.packing == "int4":
+    """The same codes of int8, given back without rounding. int4 is rounded to bf16, in which its exact channels are."""
+    if arena.layout.packing != "int8":
         return arena
     layout = PageLayout(torch.float32, PAGE_SIZE, arena.layout.packing, arena.layout.num_channels)
     return Arena(arena.k, arena.v, layout, HEAD_DIM, HEAD_DIM)

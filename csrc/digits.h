@@ -252,10 +252,10 @@ struct ScoresOfPage {
 template <int kBits>
 inline void weigh_channels(const ScoresOfPage& page, const SliceOfK& k, const float* q, int64_t q_stride,
                            int64_t num_rows, Ahead& ahead, int row_lines, WholeScratch& s) {
-  constexpr bool is_int4 = kBits == 4;
+  constexpr bool kIsInt4 = kBits == 4;
   const bool keeps_all = page.arena.num_channels == 0;
   widen_steps(page.slice + k.scales, k.num_channels, s.scales);
-  if (is_int4) widen_steps(page.slice + k.zeros, k.num_channels, s.zeros);
+  if (kIsInt4) widen_steps(page.slice + k.zeros, k.num_channels, s.zeros);
   const uint8_t* const index = reinterpret_cast<const uint8_t*>(page.slice) + k.index;
   for (int64_t r = 0; r < num_rows; ++r) {
     ahead.ask(row_lines);
@@ -269,10 +269,10 @@ inline void weigh_channels(const ScoresOfPage& page, const SliceOfK& k, const fl
     for (int64_t i = 0; i < k.num_channels; i += kLanes) {
       const Vec x = load(from + i);
       store(s.x + i, x * load(s.scales + i));
-      if (is_int4) shift += x * load(s.zeros + i);
+      if (kIsInt4) shift += x * load(s.zeros + i);
     }
-    put_whole<!is_int4>(s.x, k.num_channels, s.rows[r]);
-    s.rows[r].shift = is_int4 ? reduce_add(shift) : 0.0f;
+    put_whole<!kIsInt4>(s.x, k.num_channels, s.rows[r]);
+    s.rows[r].shift = kIsInt4 ? reduce_add(shift) : 0.0f;
   }
 }
 

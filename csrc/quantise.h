@@ -73,7 +73,7 @@ inline int64_t first_not_finite(const BlockRows& rows, int64_t dim) {
   return kBlockTokens;
 }
 
-// How numbers become codes: round((x - zero) * inverse) in [0, highest], with `offset` added.
+// How numbers become codes: round((x - zero) * inverse), in int8 with 128 added.
 struct Steps16 {
   float scale, inverse, zero;
 };

@@ -89,9 +89,9 @@ def stored(kv: PagedKV, num_tokens: int) -> tuple[Tensor, Tensor]:
 def code_error(case: Quantised, rule: ScoreRule) -> CodeError:
     """From the scales that are stored; see `tolerances`.
 
-    A weight is off by half a unit at most, of either sign: the sum of n such errors times codes c_i is below
-    6 sqrt(sum c_i^2 / 12) units but once in 1e8 sums (Hoeffding: exp(-36 / 6) would be the worst case; the errors are
-    spread evenly), where the unit is the largest weight / 32639. Codes are at most 128 (int8) or 15 (int4).
+    A weight is off by half a unit at most, of either sign, where the unit is the largest weight / 32639. Errors that
+    are spread evenly have a deviation of 1 / sqrt(12): times codes c_i, at most 128 (int8) or 15 (int4), their sum is
+    taken to be below 6 deviations, 1.75 sqrt(sum c_i^2) units.
     """
     arena = case.kv.arena.parts[0]
     highest = 15 if arena.layout.packing == "int4" else 128
@@ -127,11 +127,11 @@ def scales(case: Quantised) -> tuple[Tensor, Tensor, Tensor]:
             slot, tokens = int(kv.page_table[seq, head, page]), slice(page * size, (page + 1) * size)
             codes = size * num_channels * bits // 8
             steps = arena.k[slot, head, codes : codes + 4 * num_channels].clone().view(torch.bfloat16).double()
-            # A bound needs no more than the widest channel and the largest zero.
-            k_scale[seq, head, tokens] = steps[:num_channels].amax()
-            k_zero[seq, head, tokens] = case.k[seq, head, tokens].abs().amax(0) + (
-                15 * steps[:num_channels].amax() if bits == 4 else 0
-            )
+            # Where channels are left out, the widest step stands for all.
+            keeps_all, of_channels = layout.num_channels is None, steps[:num_channels]
+            k_scale[seq, head, tokens] = of_channels[: arena.head_dim] if keeps_all else of_channels.amax()
+            widest = 15 * k_scale[seq, head, tokens] if bits == 4 else 0
+            k_zero[seq, head, tokens] = case.k[seq, head, tokens].abs().amax(0) + widest
             codes = size * (-(-arena.v_head_dim // 16) * 16) * bits // 8
             num_groups = arena.v_head_dim // 64 if bits == 4 else 1
             v_steps = arena.v[slot, head, codes : codes + 2 * num_groups * size].clone().view(torch.bfloat16).double()

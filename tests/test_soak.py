@@ -41,7 +41,7 @@ def test_pages_that_outlive_their_family_are_noticed() -> None:
         garden.step()
     store = garden.sequences[0].cache.kv._store
     assert store is not None
-    view = store.near.arena.v[0]
+    view = store.near.arena.parts[0].v[0]
     del store
     with pytest.raises(AssertionError, match="1 arenas are alive that no cache uses"):
         clear(garden)

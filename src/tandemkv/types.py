@@ -290,11 +290,6 @@ class Arenas:
         return self.parts[0].k
 
     @property
-    def v(self) -> Tensor:
-        """Of the first."""
-        return self.parts[0].v
-
-    @property
     def num_slots(self) -> int:
         """Pages that fit, in all together."""
         return sum(part.num_slots for part in self.parts)

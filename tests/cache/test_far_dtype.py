@@ -273,7 +273,8 @@ def test_codes_of_a_selector_are_of_the_stored_keys() -> None:
     feed(cache, *(torch.cat([x, x[:, :, :60]], 2) for x in (k, v)))
     layer = cache.layer(0)
     far = layer.far
-    book = layer._store.codes_of(layer.sparse.summariser)  # type: ignore[union-attr, arg-type]
+    assert layer.sparse is not None and layer.sparse.summariser is not None
+    book = layer._store.codes_of(layer.sparse.summariser)
     for slot in far.slots.flatten().tolist():
         keys = read_keys(far.arena, torch.tensor([slot], dtype=torch.int32))[0]
         for head in range(NUM_KV_HEADS):

@@ -327,7 +327,7 @@ def test_append_at_100k_tokens_touches_one_row_and_makes_nothing_long() -> None:
     layer = cache.layer(0)
     arena = layer._store.near.arena
     arena.k.fill_(math.pi)
-    arena.v.fill_(math.pi)
+    arena.parts[0].v.fill_(math.pi)
     layer._map = PageMap(layer._store.near.take(100_000 // 16)[None], 0, 100_000)
     one = torch.ones(1, 2, 1, 16)
     for num_new, table_bytes in ((1, 4 * 6251), (2, 0)):  # a new page, with a table of 4 bytes a page; a place in it
@@ -337,7 +337,7 @@ def test_append_at_100k_tokens_touches_one_row_and_makes_nothing_long() -> None:
             with layer.hold():
                 pass
         assert allocated.largest <= max(table_bytes, 1024)
-        for half in (arena.k, arena.v):
+        for half in (arena.k, arena.parts[0].v):
             changed = (half != torch.tensor(math.pi)).flatten(1).sum(1)
             assert changed.nonzero().tolist() == [[6250]]
             assert changed[6250] == num_new * one.numel()

@@ -123,16 +123,18 @@ def test_instruction_sets_agree_on_scores(packing: Packing) -> None:
     assert bool(((found - found[0]).abs() <= allowed).all())
 
 
+@pytest.mark.parametrize("half", ["k", "v"])
 @pytest.mark.parametrize("packing", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_lost_unit_is_seen(dtype: torch.dtype, packing: Packing) -> None:
-    """The bound is no cover for a wrong code: one code of 128 tokens is one off, and attention is out of bounds."""
+def test_the_bound_sees_a_lost_bit(dtype: torch.dtype, packing: Packing, half: str) -> None:
+    """The lowest bit of the codes of one page of two, in K or in V: then attention is out of bounds."""
     shape = Shape(64, 1, 2, 64, kv_len=(128,), kv_start=(0,))
     case, truth, bound = expected(shape, dtype, packing)
     arena = case.kv.arena.parts[0]
     spoilt = Arena(arena.k.clone(), arena.v.clone(), arena.layout, arena.head_dim, arena.v_head_dim)
-    slot = int(case.kv.page_table[0, 0, 0])
-    spoilt.k[slot, 0, : 64 * 16] ^= 0x40 if packing == "int8" else 0x44
+    slot, num_bytes = int(case.kv.page_table[0, 0, 0]), 64 * 64 if packing == "int8" else 64 * 32
+    codes = (spoilt.k if half == "k" else spoilt.v)[slot, 0, :num_bytes]
+    codes &= 0xFE if packing == "int8" else 0xEE
     got = attend(case.q, PagedKV(spoilt, case.kv.page_table, case.kv.kv_start, case.kv.kv_len), rule=shape.rule)
     assert excess(got, truth, bound) > 1
 

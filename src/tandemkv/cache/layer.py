@@ -163,8 +163,9 @@ class LayerKV:
         assert (num_older + num_pages) * self._page_size <= seq_len, "only sealed pages leave"
         if self.window is None:
             parts = self._spec.far_parts(num_older, num_older + num_pages, num_older + num_pages)
-            far = self._told(self._store.demote(leaving, parts, self.channel_weights), leaving, num_older)
-            self._code_pages(self._sparse, far, num_older)
+            pages = list(range(num_older, num_older + num_pages))
+            far = self._told(self._store.demote(leaving, parts, self.channel_weights), leaving, pages)
+            self._code_pages(self._sparse, far, pages)
             slots = torch.cat([slots[:, :num_older], far, slots[:, num_older + num_pages :]], 1)
         self._map = PageMap(slots, num_older + num_pages, seq_len, owns)
         self._store.drop_near(leaving)
@@ -180,19 +181,19 @@ class LayerKV:
             is_wider = self._spec.is_wider(self._store.far.part_of(slots), span.part).any(0)
             if not bool(is_wider.any()):
                 continue
-            columns = (ageing.start + is_wider.nonzero().flatten()).tolist()
-            old, changed = self._map.slots[:, columns], self._map.slots.clone()
-            copied = self._store.narrow(old, [span.part] * len(columns), self.channel_weights)
-            changed[:, columns] = self._told(copied, old, columns[0])
-            self._code_pages(self._sparse, changed[:, columns], columns[0])
+            pages = (ageing.start + is_wider.nonzero().flatten()).tolist()
+            old, changed = self._map.slots[:, pages], self._map.slots.clone()
+            copied = self._store.narrow(old, [span.part] * len(pages), self.channel_weights)
+            changed[:, pages] = self._told(copied, old, pages)
+            self._code_pages(self._sparse, changed[:, pages], pages)
             self._map = self._map._replace(slots=changed)
             self._store.drop_far(old)
 
-    def _told(self, copied: Copied, slots: Tensor, first_page: int) -> Tensor:
-        """Its slots; the user hears of pages that cannot be quantised."""
+    def _told(self, copied: Copied, slots: Tensor, pages: list[int]) -> Tensor:
+        """Its slots, copied from these, which hold `pages`; the user hears of those that cannot be quantised."""
         for slot, token in copied.refused.items():
-            seq, page = (slots == slot).nonzero()[0].tolist()
-            begin = (first_page + page) * self._page_size
+            seq, column = (slots == slot).nonzero()[0].tolist()
+            begin = pages[column] * self._page_size
             warnings.warn(
                 f"layer {self.index}, token {begin + token} of sequence {seq}: K or V is not finite, or too large for "
                 f"a scale; its page of {self._page_size} tokens stays in {self._spec.dtype}",
@@ -397,7 +398,7 @@ class LayerKV:
 
     def make_codes(self, sparse: Sparse | None) -> None:
         """Codes of the far pages, where the selector of this mode scores codes."""
-        self._code_pages(sparse, self._map.slots[:, : self.num_far_pages], 0)
+        self._code_pages(sparse, self._map.slots[:, : self.num_far_pages], list(range(self.num_far_pages)))
 
     @property
     def far(self) -> FarPages:
@@ -438,11 +439,11 @@ class LayerKV:
             told = told._replace(digest=digest)
         return told
 
-    def _code_pages(self, sparse: Sparse | None, slots: Tensor, first_page: int) -> None:
-        """The same of far slots `[num_seqs, num_pages]` alone, which hold the pages from `first_page` on."""
+    def _code_pages(self, sparse: Sparse | None, slots: Tensor, pages: list[int]) -> None:
+        """The same of far slots `[num_seqs, num_pages]` alone, which hold these pages."""
         summariser = None if sparse is None else sparse.summariser
         if slots.numel() and summariser is not None:
-            begins = (first_page + torch.arange(slots.shape[1], device="cpu")) * self._page_size
+            begins = torch.tensor(pages, device="cpu") * self._page_size
             is_real = begins >= self._kv_start[:, None]
             self._store.codes_of(summariser).add(self.index, slots, is_real, self._store.workers)
 
