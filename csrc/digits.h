@@ -35,19 +35,18 @@ struct FourCodes {
   explicit FourCodes(IVec x) : bytes((__m512i)x) {}
   __m512i bytes;
 };
+// Spelled out: of the intrinsic g++ 12 makes a move for every product, and spills.
+inline void multiply_bytes(__m512i& sum, __m512i codes, __m512i weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
+}
 struct Sum {
   __m512i high, low;
-  static Sum of(int32_t high, int32_t low) { return {_mm512_set1_epi32(high), _mm512_set1_epi32(low)}; }
-  // Spelled out: of the intrinsic g++ 12 makes a move for every product, and spills.
-  static void multiply(__m512i& sum, __m512i codes, uint32_t weights) {
-    const __m512i w = _mm512_set1_epi32(static_cast<int32_t>(weights));
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(w));
-  }
+  static Sum of(int32_t start) { return {__m512i{}, _mm512_set1_epi32(start)}; }
   void add(FourCodes x, uint32_t first, uint32_t second) {
-    multiply(high, x.bytes, first);
-    multiply(low, x.bytes, second);
+    multiply_bytes(high, x.bytes, _mm512_set1_epi32(static_cast<int32_t>(first)));
+    multiply_bytes(low, x.bytes, _mm512_set1_epi32(static_cast<int32_t>(second)));
   }
-  Vec value() const { return (Vec)_mm512_cvtepi32_ps(high) * 256.0f + (Vec)_mm512_cvtepi32_ps(low); }
+  Vec value() const { return (Vec)_mm512_cvtepi32_ps((__m512i)(((IVec)high << 8) + (IVec)low)); }
 };
 #else
 struct FourCodes {
@@ -61,8 +60,7 @@ struct FourCodes {
 };
 struct Sum {
   IVec sum;
-  // Of digits as VNNI has them; together at most 128 * 256 * 32639, less than 2^30.
-  static Sum of(int32_t high, int32_t low) { return {IVec{} + (high * 256 + low)}; }
+  static Sum of(int32_t start) { return {IVec{} + start}; }
   void add(FourCodes x, uint32_t first, uint32_t second) {
 #if defined(__AVX512F__)
     const __m512i w02 = _mm512_set1_epi32(static_cast<int32_t>(first)),
@@ -82,12 +80,11 @@ struct Sum {
 };
 #endif
 
-// One row of weights as whole numbers: x = unit * (256 high + low). start: what sums begin with where codes count from
-// -128.
+// One row of weights as whole numbers, in units. Sums stay below 2^31: kMaxHeadDim codes of 255, times 32639.
 struct WholeRow {
-  uint32_t words[2][kMaxHeadDim / 4];
+  alignas(64) uint32_t words[2][kMaxHeadDim / 4];
   float unit, shift;  // shift: what is added to every product
-  int32_t start_high, start_low;
+  int32_t start;      // what sums begin with where codes count from -128
 };
 
 inline int32_t sum_of(IVec x) {
@@ -100,38 +97,95 @@ inline int32_t sum_of(IVec x) {
 #endif
 }
 
-// x [num] -> row; num is a multiple of 16.
-template <bool kFrom128>
-inline void put_whole(const float* x, int64_t num, WholeRow& row) {
-  Vec largest{};
-  for (int64_t i = 0; i < num; i += kLanes) {
-    const Vec v = load(x + i);
-    largest = max(max(v, -v), largest);
+// Weights [0, num) of a row, x(i) for i and the lanes behind it -> its words; num is a multiple of 16. 128 times their
+// sum.
+template <bool kSums, class X>
+TANDEM_INLINE int32_t put_words(int64_t num, const X& x, WholeRow& row) {
+  IVec sum{};
+#if defined(TANDEM_VNNI)
+  // Packing works in quarters of a register: 4 vectors of numbers, and what came of them is put in order.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i byte = _mm512_set1_epi16(255), half = _mm512_set1_epi16(128), all128 = _mm512_set1_epi8(-128);
+  __m512i high_sum{}, low_sum{};
+  for (int64_t i = 0; i < num; i += 64) {
+    __m512i w[4] = {};
+    for (int n = 0; n < 4 && i + n * 16 < num; ++n) w[n] = _mm512_cvtps_epi32((__m512)x(i + n * 16));
+    const __m512i first = _mm512_packs_epi32(w[0], w[1]), second = _mm512_packs_epi32(w[2], w[3]);
+    const __m512i high = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(first, half), 8),
+                                            _mm512_srai_epi16(_mm512_add_epi16(second, half), 8));
+    const __m512i low = _mm512_packus_epi16(_mm512_and_si512(first, byte), _mm512_and_si512(second, byte));
+    _mm512_store_si512(row.words[0] + i / 4, _mm512_permutexvar_epi32(order, high));
+    _mm512_store_si512(row.words[1] + i / 4, _mm512_permutexvar_epi32(order, low));
+    if (kSums) {
+      multiply_bytes(high_sum, all128, high);
+      multiply_bytes(low_sum, all128, low);
+    }
   }
-  const float most = reduce_max(largest), inverse = most > kLeastWeight ? kMostWeight / most : 0.0f;
-  row.unit = most < INFINITY ? most / kMostWeight : NAN;
-  IVec high_sum{}, low_sum{};
+  if (kSums) sum = ((IVec)high_sum << 8) + (IVec)low_sum;
+#else
   for (int64_t i = 0; i < num; i += kLanes) {
     // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits.
-    const IVec w = (IVec)(load(x + i) * inverse + 12582912.0f) - 0x4B400000, high = (w + 128) >> 8;
-    if (kFrom128) {
-      high_sum += high;
-      low_sum += w - (high << 8);
-    }
-#if defined(TANDEM_VNNI)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(row.words[0] + i / 4), _mm512_cvtepi32_epi8((__m512i)high));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(row.words[1] + i / 4), _mm512_cvtepi32_epi8((__m512i)w));
-#else
+    const IVec w = (IVec)(x(i) + 12582912.0f) - 0x4B400000;
+    if (kSums) sum += w << 7;
     int32_t whole[kLanes];
     std::memcpy(whole, &w, sizeof whole);
     for (int n = 0; n < kLanes; n += 4) {
       row.words[0][(i + n) / 4] = (whole[n] & 0xFFFF) | static_cast<uint32_t>(whole[n + 2]) << 16;
       row.words[1][(i + n) / 4] = (whole[n + 1] & 0xFFFF) | static_cast<uint32_t>(whole[n + 3]) << 16;
     }
-#endif
   }
-  row.start_high = kFrom128 ? -128 * sum_of(high_sum) : 0;
-  row.start_low = kFrom128 ? -128 * sum_of(low_sum) : 0;
+#endif
+  return kSums ? sum_of(sum) : 0;
+}
+
+// Rows of numbers, and what every number is multiplied by: the scale of the codes that it meets; their zeros add up.
+struct Scaled {
+  const float* x;  // rows, `stride` apart
+  int64_t stride, num;
+  const float *scales, *zeros;
+};
+
+// kRows rows as whole numbers: one, or 4, whose chains of dependent instructions overlap. Asks for `row_lines` lines
+// with each.
+template <int kBits, int kRows>
+TANDEM_INLINE void put_whole(const Scaled& from, int row_lines, Ahead& ahead, WholeRow* rows) {
+  Vec largest[kRows] = {}, shift[kRows] = {};
+  for (int64_t i = 0; i < from.num; i += kLanes) {
+    const Vec scale = load(from.scales + i);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = load(from.x + r * from.stride + i), weight = x * scale;
+      largest[r] = max(max(weight, -weight), largest[r]);
+      if (kBits == 4) shift[r] += x * load(from.zeros + i);
+    }
+  }
+  float most[kRows], shifts[kRows] = {};
+  if constexpr (kRows == 4) {
+    reduce4<Max4>(largest, most);
+    if (kBits == 4) reduce4<Sum4>(shift, shifts);
+  } else {
+    for (int r = 0; r < kRows; ++r) {
+      most[r] = reduce_max(largest[r]);
+      if (kBits == 4) shifts[r] = reduce_add(shift[r]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    ahead.ask(row_lines);
+    const float inverse = most[r] > kLeastWeight ? kMostWeight / most[r] : 0.0f;
+    const float* const x = from.x + r * from.stride;
+    const auto weight = [&](int64_t i) { return load(x + i) * load(from.scales + i) * inverse; };
+    const int32_t sum = put_words<kBits == 8>(from.num, weight, rows[r]);
+    rows[r].start = -sum;
+    rows[r].unit = most[r] < INFINITY ? most[r] / kMostWeight : NAN;
+    rows[r].shift = shifts[r];
+  }
+}
+
+template <int kBits>
+inline void put_rows(const Scaled& from, int64_t num_rows, int row_lines, Ahead& ahead, WholeRow* rows) {
+  int64_t r = 0;
+  const auto rest = [&] { return Scaled{from.x + r * from.stride, from.stride, from.num, from.scales, from.zeros}; };
+  for (; r + 4 <= num_rows; r += 4) put_whole<kBits, 4>(rest(), row_lines, ahead, rows + r);
+  for (; r < num_rows; ++r) put_whole<kBits, 1>(rest(), row_lines, ahead, rows + r);
 }
 
 // How many rows, and blocks of 16 lanes, are multiplied at once: their sums stay in registers.
@@ -143,14 +197,13 @@ constexpr int kWholeRows = 3, kWholeBlocks = 1;
 constexpr int kWholeRows = 2, kWholeBlocks = 1;
 #endif
 
-// put(row, lane of the panel, products with unit and shift) for kRows rows and kBlocks blocks of a panel of codes.
-template <int kBits, int kRows, int kBlocks, class Put>
-TANDEM_INLINE void whole_product(const Panel& panel, int64_t block, const WholeRow* rows, Ahead& ahead,
-                                 const Put& put) {
+// acc_R[block * 16 ...] += products of kBlocks blocks of a panel of codes with kRows rows.
+template <int kBits, int kRows, int kBlocks, class Acc>
+TANDEM_INLINE void whole_product(const Panel& panel, int64_t block, const WholeRow* rows, Acc acc, Ahead& ahead) {
   constexpr int kVecs = kBlocks * kVecsPerBlock;
   Sum sum[kRows][kVecs];
   for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kVecs; ++n) sum[r][n] = Sum::of(rows[r].start_high, rows[r].start_low);
+    for (int n = 0; n < kVecs; ++n) sum[r][n] = Sum::of(rows[r].start);
   }
   Steps steps(ahead, panel.num_weights(), panel.at[0]);
   for (int64_t part = 0, word = 0; part < panel.num_parts; ++part) {
@@ -173,37 +226,42 @@ TANDEM_INLINE void whole_product(const Panel& panel, int64_t block, const WholeR
   }
   steps.give_back(ahead);
   for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kVecs; ++n) put(r, block * 16 + n * kLanes, sum[r][n].value() * rows[r].unit + rows[r].shift);
+    float* const first = acc.data + r * acc.stride + block * 16;
+    const float unit = rows[r].unit, shift = rows[r].shift;
+    for (int n = 0; n < kVecs; ++n) {
+      const Vec x = sum[r][n].value() * unit + shift;
+      store(first + n * kLanes, Acc::kIsEmpty ? x : load(first + n * kLanes) + x);
+    }
   }
 }
 
-template <int kBits, int kRows, class Put>
-void whole_rows(const Panel& panel, const WholeRow* rows, Ahead& ahead, const Put& put) {
+template <int kBits, int kRows, class Acc>
+void whole_rows(const Panel& panel, const WholeRow* rows, Acc acc, Ahead& ahead) {
   int64_t block = 0;
   for (; block + kWholeBlocks <= panel.num_blocks; block += kWholeBlocks) {
-    whole_product<kBits, kRows, kWholeBlocks>(panel, block, rows, ahead, put);
+    whole_product<kBits, kRows, kWholeBlocks>(panel, block, rows, acc, ahead);
   }
-  for (; block < panel.num_blocks; ++block) whole_product<kBits, kRows, 1>(panel, block, rows, ahead, put);
+  for (; block < panel.num_blocks; ++block) whole_product<kBits, kRows, 1>(panel, block, rows, acc, ahead);
 }
 
 // All rows, while some `ahead_bytes` are asked for.
-template <int kBits, class Put>
-void whole_products(const Panel& panel, const WholeRow* rows, int64_t num_rows, int64_t ahead_bytes, Ahead& ahead,
-                    const Put& put) {
+template <int kBits, class Acc>
+void whole_products(const Panel& panel, const WholeRow* rows, int64_t num_rows, Acc acc, int64_t ahead_bytes,
+                    Ahead& ahead) {
   const int64_t num_passes = (num_rows + kWholeRows - 1) / kWholeRows;
   const int64_t num_panels = panel.num_blocks / kWholeBlocks + panel.num_blocks % kWholeBlocks;
   ahead.pace(ahead_bytes, num_passes * num_panels * panel.num_weights());
   for (int64_t pass = 0, r = 0; pass < num_passes; ++pass) {
     const int64_t num = (num_rows - r + num_passes - pass - 1) / (num_passes - pass);
-    const auto put_row = [&](int row, int64_t lane, Vec x) { put(r + row, lane, x); };
+    const Acc a{acc.data + r * acc.stride, acc.stride};
     switch (num) {
-      case 1: whole_rows<kBits, 1>(panel, rows + r, ahead, put_row); break;
-      case 2: whole_rows<kBits, 2>(panel, rows + r, ahead, put_row); break;
+      case 1: whole_rows<kBits, 1>(panel, rows + r, a, ahead); break;
+      case 2: whole_rows<kBits, 2>(panel, rows + r, a, ahead); break;
 #if TANDEM_LANES >= 8
-      case 3: whole_rows<kBits, 3>(panel, rows + r, ahead, put_row); break;
+      case 3: whole_rows<kBits, 3>(panel, rows + r, a, ahead); break;
 #endif
 #if TANDEM_LANES >= 16
-      case 4: whole_rows<kBits, 4>(panel, rows + r, ahead, put_row); break;
+      case 4: whole_rows<kBits, 4>(panel, rows + r, a, ahead); break;
 #endif
     }
     r += num;
@@ -213,7 +271,7 @@ void whole_products(const Panel& panel, const WholeRow* rows, int64_t num_rows, 
 // Of the next tile's lines, what is asked for in each step of this one, in percent; p . v asks for the rest. They
 // follow from what each step takes (from L2, 4 rows): asked for in the products alone, as with panels, a call from
 // memory was 12 % slower, because codes leave less time for each line.
-constexpr int64_t kWeighPercent = 12, kScorePercent = 28, kSoftmaxPercent = 15;
+constexpr int64_t kWeighPercent = 6, kScorePercent = 30, kSoftmaxPercent = 14;
 
 // Of some percent of these bytes, the lines of each of num_asks.
 inline int lines_each(int64_t num_bytes, int64_t percent, int64_t num_asks) {
@@ -235,7 +293,7 @@ struct alignas(64) WholeScratch {
   float scales[kMaxHeadDim], zeros[kMaxHeadDim];  // of the channels of a page
   float token_scales[kMaxHeadDim / kGroupDims][64], token_zeros[kMaxHeadDim / kGroupDims][64];  // of V, of a tile
   float exact[kMaxHeadDim / kGroupDims][64];  // channels of K as they are
-  float x[kMaxHeadDim];
+  float kept[kMaxHeadRows][kMaxHeadDim];      // of the queries, the channels that a page keeps
   WholeRow rows[kMaxHeadRows];
 };
 
@@ -252,28 +310,18 @@ struct ScoresOfPage {
 template <int kBits>
 inline void weigh_channels(const ScoresOfPage& page, const SliceOfK& k, const float* q, int64_t q_stride,
                            int64_t num_rows, Ahead& ahead, int row_lines, WholeScratch& s) {
-  constexpr bool kIsInt4 = kBits == 4;
-  const bool keeps_all = page.arena.num_channels == 0;
   widen_steps(page.slice + k.scales, k.num_channels, s.scales);
-  if (kIsInt4) widen_steps(page.slice + k.zeros, k.num_channels, s.zeros);
-  const uint8_t* const index = reinterpret_cast<const uint8_t*>(page.slice) + k.index;
-  for (int64_t r = 0; r < num_rows; ++r) {
-    ahead.ask(row_lines);
-    const float* from = q + r * q_stride;
-    float gathered[kMaxHeadDim];
-    if (!keeps_all) {
-      for (int64_t i = 0; i < k.num_channels; ++i) gathered[i] = from[index[i]];
-      from = gathered;
+  if (kBits == 4) widen_steps(page.slice + k.zeros, k.num_channels, s.zeros);
+  Scaled from{q, q_stride, k.num_channels, s.scales, s.zeros};
+  if (page.arena.num_channels != 0) {
+    const uint8_t* const index = reinterpret_cast<const uint8_t*>(page.slice) + k.index;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      for (int64_t i = 0; i < k.num_channels; ++i) s.kept[r][i] = q[r * q_stride + index[i]];
     }
-    Vec shift{};
-    for (int64_t i = 0; i < k.num_channels; i += kLanes) {
-      const Vec x = load(from + i);
-      store(s.x + i, x * load(s.scales + i));
-      if (kIsInt4) shift += x * load(s.zeros + i);
-    }
-    put_whole<!kIsInt4>(s.x, k.num_channels, s.rows[r]);
-    s.rows[r].shift = kIsInt4 ? reduce_add(shift) : 0.0f;
+    from.x = s.kept[0];
+    from.stride = kMaxHeadDim;
   }
+  put_rows<kBits>(from, num_rows, row_lines, ahead, s.rows);
 }
 
 // score_RT += what channels that are kept as they are add.
@@ -300,8 +348,8 @@ void score_page(const ScoresOfPage& page, const float* q, int64_t q_stride, int6
   weigh_channels<kBits>(page, k, q, q_stride, num_rows, ahead, lines_each(ahead_bytes, kWeighPercent, num_rows), s);
   Panel panel{{}, 64, k.num_channels * kBits / 32, page.num_blocks, 0, 1};
   for (int64_t i = 0; i < page.num_blocks; ++i) panel.at[i] = page.at[i];
-  whole_products<kBits>(panel, s.rows, num_rows, ahead_bytes * kScorePercent / 100, ahead,
-                        [&](int64_t r, int64_t lane, Vec x) { store(score_RT + r * 64 + lane, x); });
+  whole_products<kBits>(panel, s.rows, num_rows, Accumulators<true>{score_RT, 64}, ahead_bytes * kScorePercent / 100,
+                        ahead);
   add_exact(page, k, q, q_stride, num_rows, score_RT, s);
 }
 

@@ -282,19 +282,8 @@ void add_values(const Tile& tile, int64_t num_tokens, const HeadRows& rows, Scra
       widen_steps(slice + v.scales + at, kBlockTokens, scales + i * kBlockTokens);
       if (kBits == 4) widen_steps(slice + v.zeros + at, kBlockTokens, zeros + i * kBlockTokens);
     }
-    for (int64_t r = 0; r < rows.num; ++r) {
-      s.ahead.ask(s.row_lines);
-      const uint32_t* const p = s.p_RT + r * kTileTokens;
-      Vec shift{};
-      for (int64_t t = 0; t < num_tokens; t += kLanes) {
-        Vec x;
-        std::memcpy(&x, p + t, sizeof x);
-        store(whole.x + t, x * load(scales + t));
-        if (kBits == 4) shift += x * load(zeros + t);
-      }
-      put_whole<kBits == 8>(whole.x, num_tokens, whole.rows[r]);
-      whole.rows[r].shift = kBits == 4 ? reduce_add(shift) : 0.0f;
-    }
+    const float* const p = reinterpret_cast<const float*>(s.p_RT);  // as Float32 puts them; read as bytes, by `load`
+    put_rows<kBits>({p, kTileTokens, num_tokens, scales, zeros}, rows.num, s.row_lines, s.ahead, whole.rows);
     const int64_t first = group * group_blocks, num = min64(group_blocks, v.num_dims / 16 - first);
     Panel panel{{}, v.num_dims * 4, kBlockTokens * kBits / 32, num, 64, tile.num_blocks()};
     if (tile.num_in_page(0) == tile.num_blocks()) {
@@ -302,10 +291,8 @@ void add_values(const Tile& tile, int64_t num_tokens, const HeadRows& rows, Scra
       panel.num_parts = 1;
     }
     for (int64_t i = 0; i < tile.num_blocks(); ++i) panel.at[i] = tile.blocks[i].v + first * 64;
-    whole_products<kBits>(panel, whole.rows, rows.num, ahead_bytes, s.ahead, [&](int64_t r, int64_t lane, Vec x) {
-      float* const out = rows.out_RD + r * v.num_dims + first * 16 + lane;
-      store(out, load(out) + x);
-    });
+    const Accumulators<false> out{rows.out_RD + first * 16, v.num_dims};
+    whole_products<kBits>(panel, whole.rows, rows.num, out, ahead_bytes, s.ahead);
   }
 }
 
