@@ -81,12 +81,13 @@ struct Steps16 {
 // Of numbers in [low, high]. int8: of both signs around 0. Not below 2^-126, of which there is no inverse.
 inline Steps16 steps_of(bool is_int4, float low, float high) {
   constexpr float kLeast = 1.17549435e-38f;
+  const auto larger = [](float a, float b) { return a > b ? a : b; };  // std::fmax is a call: 4 % of a move
   if (is_int4) {
     const float zero = bf16_below(low), range = high - zero;
-    const float scale = bf16_above(range > 0.0f ? std::fmax(range / 15.0f, kLeast) : 0.0f);
+    const float scale = bf16_above(range > 0.0f ? larger(range / 15.0f, kLeast) : 0.0f);
     return {scale, scale > 0.0f ? 1.0f / scale : 0.0f, zero};
   }
-  const float most = std::fmax(high, -low), scale = bf16_above(most > 0.0f ? std::fmax(most / 127.0f, kLeast) : 0.0f);
+  const float most = larger(high, -low), scale = bf16_above(most > 0.0f ? larger(most / 127.0f, kLeast) : 0.0f);
   return {scale, scale > 0.0f ? 1.0f / scale : 0.0f, 0.0f};
 }
 

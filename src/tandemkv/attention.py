@@ -95,9 +95,9 @@ def extend_and_attend(
     """
     num_seqs, num_q_heads, q_len, _ = q.shape
     if q_len <= _max_step(q, layer):
-        worker_pool().rouse()  # they wake while this thread makes room
         weigh_channels(q, layer)
         layer.evict()
+        worker_pool().rouse()  # they wake while this thread adds the new tokens
         return decode_step(q, k, v, layer, rule, sink_logit)
     if layer.sparse is not None and q_len <= MAX_SELECT_QUERIES:  # on a device a step is one token, and picks for it
         tokens = [slice(i, i + 1) for i in range(q_len)]

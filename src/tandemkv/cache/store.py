@@ -101,7 +101,7 @@ class PageStore:
             seq_of = {slot: i // slots.shape[1] for i, slot in enumerate(wanted)}
             weights = weights[[seq_of[slot] for slot in fresh]]
         taken, refused = self._write(source, fresh, [part_of[slot] for slot in fresh], weights)
-        if len(fresh) == len(wanted) and max(source.counts(slots.flatten()), default=1) == 1:
+        if len(fresh) == len(wanted) and source.are_owned(wanted):
             return Copied(_tensor(taken).view(slots.shape), refused)
         copies = records | dict(zip(fresh, taken, strict=True))
         found = _tensor(copies[slot] for slot in wanted).view(slots.shape)
@@ -113,16 +113,18 @@ class PageStore:
         self, source: PagePool, slots: list[int], parts: list[int], weights: Tensor | None
     ) -> tuple[list[int], dict[int, int]]:
         """Far slots that pages were written to, and which were refused; these are in the first part."""
+        if self.workers is not None:
+            self.workers.rouse()  # they wake while this thread makes room
         self.far.require([parts.count(part) for part in range(len(self.far.num_used))])
         taken = [0] * len(slots)
         for part in set(parts):
             places = [i for i, its in enumerate(parts) if its == part]
-            for place, slot in zip(places, self.far.take(len(places), part).tolist(), strict=True):
+            for place, slot in zip(places, self.far.take(len(places), part), strict=True):
                 taken[place] = slot
         self._forget_codes(taken)
         refused = kernels.move_pages(source.arena, self.far.arena, slots, taken, self.workers, weights)
         if refused:
-            exact = self.far.take(len(refused)).tolist()
+            exact = self.far.take(len(refused))
             self.far.drop(_tensor(taken[i] for i in refused))
             for place, slot in zip(refused, exact, strict=True):
                 taken[place] = slot
@@ -165,7 +167,7 @@ class PageStore:
                 copied.append(seq)
         owned = slots.clone()
         if copied:
-            owned[copied] = self.near.take(len(copied))
+            owned[copied] = _tensor(self.near.take(len(copied)))
             arena = self.near.arena
             kernels.move_pages(arena, arena, slots[copied].tolist(), owned[copied].tolist(), self.workers)
         if self._far_copies:  # what is written to is no copy of anything
