@@ -14,9 +14,10 @@ how to read it:
 One query token, 32 query heads on 8 KV heads of 128; keys differ in width from channel to channel. Everything is
 checked against float64 before it is timed. All take turns in one run, over copies in rotation (1 GiB of each format),
 so that nothing comes from a cache. Numbers are medians. Then what quantising costs: a step behind 32K tokens that
-demotes a page in its layer, beside one that demotes none.
+demotes a page in every layer, beside steps that demote none, both of a layer's attention alone and (in a full run) of
+a Llama with layers of that shape: two, as wide as Llama-3-8B's, of random weights.
 
-A full run takes some 4 minutes and 8 GiB, and appends to benchmarks/results/quantised.csv.
+A full run takes some 6 minutes and 9 GiB, and appends to benchmarks/results/quantised.csv.
 
 examples:
   python -m benchmarks.quantised --quick           32K tokens, 2 threads: under 45 seconds
@@ -37,7 +38,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import tandemkv.integrations.transformers as tandem
 from benchmarks.common import (
     RESULTS,
     WrongResultError,
@@ -64,6 +67,8 @@ LAYOUTS = {
     "int8/96": PageLayout(torch.bfloat16, PAGE_SIZE, "int8", 96),
     "int4/96": PageLayout(torch.bfloat16, PAGE_SIZE, "int4", 96),
 }
+DEMOTED = "model", "int8", "int4"
+NEAR_TOKENS, DECODED = 2048, 8
 RULE = ScoreRule(HEAD_DIM**-0.5)
 KERNEL_TOLERANCE = 2e-3  # of the norm of out; a wrong code or scale is far above
 
@@ -91,8 +96,12 @@ class Row:
 
 @dataclass(frozen=True)
 class DemotionRow:
-    """A step of one layer behind 32K tokens, and one that also demotes a page, which is one in PAGE_SIZE. Medians."""
+    """A step behind 32K tokens, and one that also demotes a page in every layer, which is one in PAGE_SIZE. Medians.
 
+    of: attention of one layer, or a model.
+    """
+
+    of: str
     far_dtype: str
     step_ms: float
     demoting_step_ms: float
@@ -186,7 +195,10 @@ def main(arguments: Sequence[str]) -> int:
     except WrongResultError as error:
         print(f"our result is wrong, so nothing is timed: {error}", file=sys.stderr)
         return 1
-    demotions = [demotion(name, 2.0 if options.quick else 10.0) for name in ("model", "int8", "int4")]
+    demotions = [demotion(LayerSteps(name), 2.0 if options.quick else 10.0) for name in DEMOTED]
+    if not options.quick:
+        model = wide_model()
+        demotions += [demotion(ModelSteps(model, name), 30.0) for name in DEMOTED]
     print(run)
     show(rows, demotions)
     if options.save or not options.quick:
@@ -201,42 +213,40 @@ def main(arguments: Sequence[str]) -> int:
 def measure(kv_len: int, threads: Sequence[int], budget_s: float) -> list[Row]:
     """All formats and peers at one length."""
     sequence = Tokens.random(kv_len)
-    exact_logits, exact_out = sequence.attend(sequence.k, sequence.v)
-    pages, errors = {}, {}
-    for name, layout in LAYOUTS.items():
-        pages[name] = Pages(sequence, layout)
-        logits, out = sequence.attend(*pages[name].stored())
-        got = cpu.attend(sequence.q, [pages[name].runs[0]], rule=RULE, causal=False).out[0, :, 0].double()
-        got = got.view(NUM_KV_HEADS, -1, HEAD_DIM)[:2]
-        kernel = float((got - out).norm() / out.norm())
-        # Rows of int4 are rounded to bf16, 2^-9, before they are compared.
-        if not kernel <= KERNEL_TOLERANCE + (2.0**-9 if layout.packing == "int4" else 0):
-            raise WrongResultError(f"{name} at {kv_len}: off by {kernel:.1e} of what is stored")
-        logit = float((logits - exact_logits).square().mean().sqrt())
-        errors[name] = logit, float((got - exact_out).norm() / exact_out.norm()), kernel
-    peers = _peers(sequence, exact_out)
+    exact = sequence.attend(sequence.k, sequence.v)
+    pages = {name: Pages(sequence, layout) for name, layout in LAYOUTS.items()}
+    errors = {name: _errors(name, sequence, each, exact) for name, each in pages.items()}
+    peers = _peers(sequence, exact[1])
+    num_bytes = {name: each.num_bytes for name, each in pages.items()} | {
+        name: size for name, (_, size) in peers.items()
+    }
     rows = []
     for num_threads in threads:
-        pool = cpu.WorkerPool(num_threads)
-        buffer = cpu.probe_buffer(PROBE_BYTES)
+        pool, buffer = cpu.WorkerPool(num_threads), cpu.probe_buffer(PROBE_BYTES)
         calls = {name: in_ms(each.calls(sequence.q, pool)) for name, each in pages.items()}
         calls |= {name: in_ms(make(num_threads)) for name, (make, _) in peers.items()}
         probe = {"read": lambda pool=pool, buffer=buffer: cpu.read_gbps(pool, buffer)}
         medians = medians_in_turn(calls | probe, budget_s, min_rounds=5)
         print(f"{kv_len} tokens, {num_threads} threads: {medians['int8']:.2f} ms in int8", file=sys.stderr)
         for name in calls:
-            num_bytes = pages[name].num_bytes if name in pages else peers[name][1]
-            found = (
-                kv_len,
-                num_threads,
-                name,
-                num_bytes,
-                medians[name],
-                medians["read"],
-                medians["bf16"] / medians[name],
-            )
+            times = medians["bf16"] / medians[name]
+            found = kv_len, num_threads, name, num_bytes[name], medians[name], medians["read"], times
             rows.append(Row(*found, *errors.get(name, (None, None, None))))
     return rows
+
+
+def _errors(name: str, sequence: Tokens, pages: Pages, exact: tuple[Tensor, Tensor]) -> tuple[float, float, float]:
+    """Of logits, out and the kernel, as `Row` has them; WrongResultError where the kernel's is not small."""
+    exact_logits, exact_out = exact
+    logits, out = sequence.attend(*pages.stored())
+    got = cpu.attend(sequence.q, [pages.runs[0]], rule=RULE, causal=False).out[0, :, 0].double()
+    got = got.view(NUM_KV_HEADS, -1, HEAD_DIM)[:2]
+    kernel = float((got - out).norm() / out.norm())
+    # Rows of int4 are rounded to bf16, 2^-9, before they are compared.
+    if not kernel <= KERNEL_TOLERANCE + (2.0**-9 if LAYOUTS[name].packing == "int4" else 0):
+        raise WrongResultError(f"{name} at {pages.kv_len}: off by {kernel:.1e} of what is stored")
+    logit = float((logits - exact_logits).square().mean().sqrt())
+    return logit, float((got - exact_out).norm() / exact_out.norm()), kernel
 
 
 def _peers(sequence: Tokens, exact_out: Tensor) -> dict[str, tuple[Callable[[int], Callable[[], Tensor]], int]]:
@@ -265,49 +275,100 @@ def _peers(sequence: Tokens, exact_out: Tensor) -> dict[str, tuple[Callable[[int
     return found
 
 
-def demotion(far_dtype: str, budget_s: float) -> DemotionRow:
-    """Steps behind 32K tokens, of one layer; each PAGE_SIZE-th demotes a page, as does that step in every layer."""
-    use_threads(None)
-    spec = CacheSpec(
-        num_layers=1,
-        num_kv_heads=NUM_KV_HEADS,
+class LayerSteps:
+    """Attention of one layer behind 32K tokens."""
+
+    of = "attention"
+
+    def __init__(self, far_dtype: str) -> None:
+        self.far_dtype = far_dtype
+        spec = CacheSpec(
+            num_layers=1,
+            num_kv_heads=NUM_KV_HEADS,
+            head_dim=HEAD_DIM,
+            dtype=torch.bfloat16,
+            near_tokens=NEAR_TOKENS,
+            far_bytes=1 << 30,
+            far_formats=parse_far_dtype(far_dtype),
+        )
+        self.cache, self._sequence = KVCache(spec), Tokens.random(LENGTHS[0])
+
+    def step(self) -> None:
+        """One token."""
+        self.cache.begin_step(1, 1)
+        sequence = self._sequence
+        extend_and_attend(sequence.q, sequence.k[None, :, :1], sequence.v[None, :, :1], self.cache.layer(0), RULE)
+        self.cache.end_step()
+
+
+def wide_model(hidden_size: int = NUM_Q_HEADS * HEAD_DIM, intermediate_size: int = 14336) -> LlamaForCausalLM:
+    """Two layers of Llama-3-8B's shape, 872 MB of random weights; next to no vocabulary."""
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=2,
+        num_attention_heads=NUM_Q_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
         head_dim=HEAD_DIM,
+        max_position_embeddings=2 * LENGTHS[0],
         dtype=torch.bfloat16,
-        near_tokens=2048,
-        far_bytes=1 << 30,
-        far_formats=parse_far_dtype(far_dtype),
     )
-    cache = KVCache(spec)
+    torch.manual_seed(0)
+    return tandem.attach(LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval())
+
+
+class ModelSteps:
+    """A whole model behind 32K tokens."""
+
+    of = "model"
+
+    def __init__(self, model: LlamaForCausalLM, far_dtype: str) -> None:
+        self.far_dtype, self._model = far_dtype, model
+        self._tiered = tandem.TieredCache(model.config, NEAR_TOKENS, 1 << 30, far_dtype=far_dtype)
+        self._token = torch.zeros((1, 1), dtype=torch.int64)
+
+    @property
+    def cache(self) -> KVCache:
+        """Under the model's."""
+        return self._tiered.kv
+
+    def step(self) -> None:
+        """One token."""
+        self._model(self._token, past_key_values=self._tiered)
+
+
+@torch.inference_mode()
+def demotion(steps: LayerSteps | ModelSteps, budget_s: float) -> DemotionRow:
+    """Of every PAGE_SIZE tokens the last few are decoded and timed, one of which demotes a page in every layer."""
+    use_threads(None)
     sequence = Tokens.random(LENGTHS[0])
-    with torch.inference_mode():
-        _fill(cache, sequence)
-        plain: list[float] = []
-        demoting: list[float] = []
-        start = time.perf_counter()
-        while time.perf_counter() - start < budget_s or len(demoting) < 5:
-            moved, begin = cache.use()[1].moved_bytes, time.perf_counter()
-            _extend(cache, sequence.k[None, :, :1], sequence.v[None, :, :1], sequence.q)
+    _add(steps.cache, sequence, LENGTHS[0])
+    plain: list[float] = []
+    demoting: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < budget_s or len(demoting) < 5:
+        _add(steps.cache, sequence, PAGE_SIZE - DECODED)
+        for _ in range(DECODED):
+            moved, begin = steps.cache.use()[1].moved_bytes, time.perf_counter()
+            steps.step()
             took = (time.perf_counter() - begin) * 1e3
-            (demoting if cache.use()[1].moved_bytes > moved else plain).append(took)
-            if cache.seq_len > LENGTHS[0] + 4096:
-                cache.crop(LENGTHS[0])
-    return DemotionRow(far_dtype, statistics.median(plain), statistics.median(demoting))
+            (demoting if steps.cache.use()[1].moved_bytes > moved else plain).append(took)
+        if steps.cache.seq_len > LENGTHS[0] + 4096:
+            steps.cache.crop(LENGTHS[0])
+    steps.cache.close()
+    return DemotionRow(steps.of, steps.far_dtype, statistics.median(plain), statistics.median(demoting))
 
 
-def _fill(cache: KVCache, sequence: Tokens) -> None:
-    """As a prompt would, but for its attention."""
-    cache.begin_step(1, LENGTHS[0])
-    layer = cache.layer(0)
-    for begin in range(0, LENGTHS[0], layer.chunk_tokens):
-        layer.evict()
-        tokens = slice(begin, begin + layer.chunk_tokens)
-        layer.append(sequence.k[None, :, tokens], sequence.v[None, :, tokens])
-    cache.end_step()
-
-
-def _extend(cache: KVCache, k: Tensor, v: Tensor, q: Tensor) -> None:
-    cache.begin_step(1, k.shape[2])
-    extend_and_attend(q, k, v, cache.layer(0), RULE)
+def _add(cache: KVCache, sequence: Tokens, num_tokens: int) -> None:
+    """Tokens, as a prompt would, but for its attention."""
+    cache.begin_step(1, num_tokens)
+    for index in range(cache.spec.num_layers):
+        layer = cache.layer(index)
+        for begin in range(0, num_tokens, layer.chunk_tokens):
+            layer.evict()
+            tokens = slice(begin, min(begin + layer.chunk_tokens, num_tokens))
+            layer.append(sequence.k[None, :, tokens], sequence.v[None, :, tokens])
     cache.end_step()
 
 
@@ -345,11 +406,13 @@ def show(rows: Sequence[Row], demotions: Sequence[DemotionRow]) -> None:
             *("-" if error is None else f"{error:.1e}" for error in (row.logit_error, row.out_error, row.kernel_error)),
         )
     console.print(table)
-    table = Table(title="A step of a layer behind 32K tokens, ms", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("far tokens", "step", "step that demotes a page", "longer by"):
-        table.add_column(name, justify="left" if name == "far tokens" else "right")
+    table = Table(title="A step behind 32K tokens, ms", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("of", "far tokens", "step", "step that demotes a page", "longer by"):
+        table.add_column(name, justify="left" if name in ("of", "far tokens") else "right")
     for each in demotions:
-        table.add_row(each.far_dtype, f"{each.step_ms:.2f}", f"{each.demoting_step_ms:.2f}", f"{each.share:.1%}")
+        table.add_row(
+            each.of, each.far_dtype, f"{each.step_ms:.2f}", f"{each.demoting_step_ms:.2f}", f"{each.share:.1%}"
+        )
     console.print(table)
 
 
@@ -376,6 +439,7 @@ def _csv(row: Row) -> dict[str, object]:
 
 def _demotion_csv(row: DemotionRow) -> dict[str, object]:
     return {
+        "of": row.of,
         "far_dtype": row.far_dtype,
         "step_ms": f"{row.step_ms:.4f}",
         "demoting_step_ms": f"{row.demoting_step_ms:.4f}",

@@ -436,9 +436,27 @@ def test_quantised_rows_are_checked_before_they_are_timed(monkeypatch: pytest.Mo
         quantised.measure(1024, (1,), 0.0)
 
 
-def test_a_step_that_demotes_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", ["attention", "model"])
+def test_a_step_that_demotes_is_told_apart(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of those that are decoded of every 64 tokens, in every layer."""
     monkeypatch.setattr(quantised, "LENGTHS", (4096, 4096))
-    row = quantised.demotion("int8", 0.0)
+    is_model = of == "model"
+    steps = quantised.ModelSteps(quantised.wide_model(64, 64), "int8") if is_model else quantised.LayerSteps("int8")
+    demoted: list[bool] = []
+    decode = steps.step
+
+    def counted() -> None:
+        before = [layer.num_far_pages for layer in map(steps.cache.layer, range(steps.cache.spec.num_layers))]
+        decode()
+        after = [layer.num_far_pages for layer in map(steps.cache.layer, range(steps.cache.spec.num_layers))]
+        assert len({now - then for now, then in zip(after, before, strict=True)}) == 1
+        demoted.append(after[0] > before[0])
+
+    monkeypatch.setattr(steps, "step", counted)
+    row = quantised.demotion(steps, 0.0)
+    assert row.of == of
+    assert len(demoted) == 5 * quantised.DECODED
+    assert demoted.count(True) == 5
     assert row.share == pytest.approx(row.demoting_step_ms / row.step_ms - 1)
     assert row.step_ms > 0
 
