@@ -29,9 +29,9 @@ import tandemkv.integrations.transformers as tandem
 from benchmarks.common import RESULTS, WrongResultError, append_rows, argument_parser, positive, print_json, this_run
 from tandemkv import machine
 from tandemkv.attention import use_threads, worker_pool
-from tandemkv.cache import LayerKV
+from tandemkv.cache import CacheSpec, LayerKV, parse_far_dtype
 from tandemkv.demo.speed import demo_config, kv_bytes, next_logits
-from tandemkv.errors import CapacityError
+from tandemkv.errors import CapacityError, InputError, UnsupportedError
 from tandemkv.kernels import attend, cpu
 from tandemkv.types import ScoreRule
 
@@ -67,6 +67,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=positive, default=None, help="of the context, 4194304 where left out")
     parser.add_argument("--far-dtype", default="int4", help="as TieredCache takes it")
     options = parser.parse_args(arguments)
+    try:
+        check_format(options.far_dtype)
+    except (InputError, UnsupportedError) as error:
+        parser.error(f"--far-dtype: {error}")
     use_threads(None)
     run = this_run("benchmarks.capacity", arguments)
     tokens = options.tokens or (QUICK_TOKENS if options.quick else FULL_TOKENS)
@@ -88,6 +92,13 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         print_json(asdict(run) | asdict(found))
     return 0
+
+
+def check_format(far_dtype: str) -> None:
+    """InputError or UnsupportedError where the demo's model cannot keep far tokens so."""
+    config, formats = demo_config(), parse_far_dtype(far_dtype)
+    heads = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    CacheSpec(*heads, torch.bfloat16, NEAR_TOKENS, 0, far_formats=formats)
 
 
 @torch.inference_mode()

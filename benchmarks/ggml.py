@@ -69,12 +69,8 @@ class FlashAttention:
     """
 
     def __init__(self, q: Tensor, dense: Tensor, scale: float, num_threads: int, kind: str | None = None) -> None:
-        self._kind, self._q, self._dense, self._out = (
-            kind,
-            q,
-            dense,
-            torch.empty_like(q),
-        )  # ggml keeps addresses, not tensors
+        self._kind = kind
+        self._q, self._dense, self._out = q, dense, torch.empty_like(q)  # ggml keeps addresses, not tensors
         self._owned = ExitStack()
         weakref.finalize(self, self._owned.close)
         self._backend = _backend()

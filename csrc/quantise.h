@@ -351,12 +351,19 @@ inline void dequantise_v(const Arena& arena, const char* slice, int64_t token, B
   }
 }
 
-// The first token whose V is not finite; -1 for none.
+// The first token whose V is not finite, or in int4 a group of it too wide for a scale; -1 for none.
 inline int64_t measure_v(const Arena& arena, const TokenRun& from) {
   BlockRows rows;
+  const SliceOfV v = arena.slice_of_v();
   for (int64_t token = 0; token < arena.page_size; token += kBlockTokens) {
     widen_block(arena.dtype, from.v + token * from.v_stride, from.v_stride, arena.v_head_dim, rows);
     const int64_t bad = first_not_finite(rows, arena.v_head_dim);
+    for (int64_t t = 0; v.bits == 4 && t < bad; ++t) {
+      for (int64_t d = 0; d < arena.v_head_dim; d += kGroupDims) {
+        const Range range = range_of(rows.x[t] + d, min64(kGroupDims, arena.v_head_dim - d));
+        if (!(range.high - bf16_below(range.low) < INFINITY)) return token + t;
+      }
+    }
     if (bad < kBlockTokens) return token + bad;
   }
   return -1;

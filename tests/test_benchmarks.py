@@ -441,24 +441,30 @@ def test_a_step_that_demotes_is_told_apart(of: str, monkeypatch: pytest.MonkeyPa
     """One of those that are decoded of every 64 tokens, in every layer."""
     monkeypatch.setattr(quantised, "LENGTHS", (4096, 4096))
     is_model = of == "model"
-    steps = quantised.ModelSteps(quantised.wide_model(64, 64), "int8") if is_model else quantised.LayerSteps("int8")
+    steps = quantised.ModelSteps(quantised.wide_model(64, 64), "int8") if is_model else quantised.LayerSteps("int8", 2)
     demoted: list[bool] = []
     decode = steps.step
 
     def counted() -> None:
-        before = [layer.num_far_pages for layer in map(steps.cache.layer, range(steps.cache.spec.num_layers))]
+        before = [layer.num_far_pages for layer in map(steps.cache.layer, range(2))]
         decode()
-        after = [layer.num_far_pages for layer in map(steps.cache.layer, range(steps.cache.spec.num_layers))]
+        after = [layer.num_far_pages for layer in map(steps.cache.layer, range(2))]
         assert len({now - then for now, then in zip(after, before, strict=True)}) == 1
         demoted.append(after[0] > before[0])
 
     monkeypatch.setattr(steps, "step", counted)
-    row = quantised.demotion(steps, 0.0)
-    assert row.of == of
-    assert len(demoted) == 5 * quantised.DECODED
-    assert demoted.count(True) == 5
-    assert row.share == pytest.approx(row.demoting_step_ms / row.step_ms - 1)
+    (row,) = quantised.demote_in_turn([steps], 0.0)
+    assert demoted == [index % quantised.DECODED == 5 for index in range(5 * quantised.DECODED)]
+    assert row.of == ("model" if is_model else "attention x 2")
+    assert row.longer_by_least <= row.longer_by <= row.longer_by_most
     assert row.step_ms > 0
+
+
+@pytest.mark.parametrize("far_dtype", ["fp8", "int8/96"])
+def test_a_capacity_of_no_format_is_refused(far_dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        capacity.main(["--quick", "--far-dtype", far_dtype])
+    assert "error: --far-dtype: " in capsys.readouterr().err
 
 
 def test_a_context_is_held_and_decoded() -> None:

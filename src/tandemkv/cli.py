@@ -49,7 +49,8 @@ FarBytes = Annotated[
 FarDtype = Annotated[
     str | None,
     typer.Option(
-        help="What older tokens are kept in: int8, int4, or by age, as int8:8192,int4.",
+        help="What older tokens are kept in: int8, int4, model (its dtype), by age as int8:8192,int4, fewer channels "
+        "of keys as int8/96.",
         show_default="the model's dtype",
     ),
 ]

@@ -116,7 +116,10 @@ class PageLayout:
                     "int8"
                 )
         if self.num_channels is not None and self.num_channels > head_dim:
-            raise InputError(f"cannot keep {self.num_channels} channels of keys that have {head_dim}")
+            raise InputError(
+                f"cannot keep {self.num_channels} channels of keys that have {head_dim} "
+                f"(far_dtype {self.packing}/{self.num_channels}): at most {head_dim}"
+            )
 
     def stored_dim(self, head_dim: int) -> int:
         """Elements that one token of one head takes, in rows and panels."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tandemkv import kernels
 from tandemkv.attention import decode_step, worker_pool
-from tandemkv.cache import CacheSpec, KVCache, LayerKV, parse_far_dtype
+from tandemkv.cache import CacheSpec, KVCache, LayerKV, parse_far_dtype, pool
 from tandemkv.errors import CacheError, CapacityError, InputError
 from tandemkv.types import ScoreRule
 from tests.dense import causal_visible, dense_attention, random_kv
@@ -24,6 +24,7 @@ WIDE_HEAD_DIM = 64  # that int4 has groups for
 # 64 tokens.
 CODE_ERROR = SCALE * 16 * 0.5 * 2 * 6 / 32639 + 64 * 0.5 * 2 / 32639
 MAX_MEMBERS, MAX_SEQS = 3, 4
+FEW = pool._FEW
 
 
 @dataclass
@@ -67,12 +68,15 @@ class CacheMachine(RuleBasedStateMachine):
         windows=st.lists(st.none() | st.integers(1, 90), min_size=1, max_size=3),
         num_seqs=st.integers(1, 3),
         with_workers=st.booleans(),
-        far_dtype=st.sampled_from([None, None, "int8", "int4", "model:48,int8", "model:48,int4", "int8:48,int8/16"]),
+        far_dtype=st.sampled_from([None, None, "int8", "int4", "model:48,int8", "int8:48,int4", "int8:48,int8/16"]),
+        few=st.sampled_from([2, pool._FEW]),
     )
     def build(
         self, dtype: torch.dtype, page_size: int, windows: list[int | None], far_dtype: str | None, **counts: Any
     ) -> None:
-        self.far_dtype = far_dtype
+        self.far_dtype, pool._FEW = far_dtype, counts["few"]  # in small tables, many slots are three
+        if far_dtype == "int8:48,int4":
+            dtype = torch.float32  # in which a number exists that neither loses
         spec = CacheSpec(
             num_layers=len(windows),
             num_kv_heads=NUM_KV_HEADS,
@@ -97,12 +101,15 @@ class CacheMachine(RuleBasedStateMachine):
         return Member(cache, [self.new_tokens(num_seqs, 0) for _ in range(self.spec.num_layers)])
 
     def new_tokens(self, num_seqs: int, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Where they are quantised, numbers of which codes lose nothing: 0 and the highest code, in 16 channels."""
+        """Where they are quantised, numbers of which codes lose nothing: 0 and the highest code, in 16 channels.
+
+        127 and 15 times a bf16 number for both formats, which has 11 bits.
+        """
         self.seed += 1
         k, v = random_kv(num_seqs, NUM_KV_HEADS, num_tokens, self.spec.head_dim, self.spec.dtype, self.seed)
         if self.far_dtype is None:
             return k, v
-        highest = 127 / 64 if "int8" in self.far_dtype else 15 / 8
+        highest = {"int4": 15 / 8, "int8:48,int4": 127 * 15 / 1024}.get(self.far_dtype, 127 / 64)
         k, v = ((x > 0.5).to(x.dtype) * highest for x in (k, v))
         k[..., 16:] = 0.0
         return k, v
@@ -366,6 +373,7 @@ class CacheMachine(RuleBasedStateMachine):
                     assert torch.equal(got_v, v[:, :, layer.first_token :])
 
     def teardown(self) -> None:
+        pool._FEW = FEW
         for member in getattr(self, "members", []):
             member.cache.close()
             with pytest.raises(CacheError, match="closed"):

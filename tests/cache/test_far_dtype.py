@@ -1,5 +1,6 @@
 """Caches whose far tokens are quantised: who is in which format, what is attended, what it costs, what is refused."""
 
+import copy
 import math
 import re
 import warnings
@@ -91,7 +92,7 @@ def test_a_mixture_is_one_argument(text: str | None, formats: tuple[FarFormat, .
 
 
 @pytest.mark.parametrize(
-    "text", ["", "int7", "int8,", "int8:64", "int8,int4", "int8:x,int4", "model/16", "int8/", 8, "fp8"]
+    "text", ["", "int7", "int8,", "int8:64", "int8,int4", "int8:x,int4", "model/16", "int8/", 8, "fp8", "int8/4٨"]
 )
 def test_what_it_may_not_be(text: str) -> None:
     with pytest.raises(InputError, match=r"expected far_dtype as model, int8, int4, or by age as 'int8:8192,int4'"):
@@ -104,9 +105,9 @@ def test_a_width_that_cannot_be_quantised_is_refused_before_anything_is_held() -
     replace(spec_of("int8"), head_dim=80)
     with pytest.raises(InputError, match="cannot keep 96 channels of keys that have 64"):
         spec_of("int8/96")
-    with pytest.raises(InputError, match="num_channels must be a multiple of 16"):
+    with pytest.raises(InputError, match="a multiple of 16 channels, got 'int8/40'"):
         spec_of("int8/40")
-    with pytest.raises(InputError, match="far tokens may be kept in 4 ways"):
+    with pytest.raises(InputError, match="at most 4 ways, the model's dtype among them, got 'int8:"):
         spec_of("int8:16,int4:16,int8/16:16,int4/16")
 
 
@@ -156,7 +157,7 @@ def test_what_is_cropped_does_not_become_wider() -> None:
     k, v = random_kv(2, NUM_KV_HEADS, 180, HEAD_DIM, torch.float32, 4)
     feed(cache, k, v)
     cache.check()
-    assert parts_of(layer) == [[0, *[2] * 6, *[1] * 2]] * 2 or parts_of(layer)[0][-3:] == [1, 1, 1]
+    assert parts_of(layer) == [[0, *[2] * 5, *[1] * 3]] * 2
     assert torch.equal(stored(layer)[0][:, :, :96], before[:, :, :96])
 
 
@@ -285,19 +286,61 @@ def test_codes_of_a_selector_are_of_the_stored_keys() -> None:
 
 
 def test_channels_follow_the_newest_queries() -> None:
-    """A channel that no query has weighed is the first to be left out."""
+    """A channel that no query has weighed is the first to be left out, of each sequence by its own queries."""
     cache = KVCache(spec_of("int8/32"))
     k, v = random_kv(2, NUM_KV_HEADS, 150, HEAD_DIM, torch.float32, 3)
     q, _ = random_kv(2, 2 * NUM_KV_HEADS, 150, HEAD_DIM, torch.float32, 4)
-    q[..., 10:42] = 0.0
+    q[0, ..., 10:42] = 0.0
+    q[1, ..., 32:] = 0.0
     feed(cache, k, v, q)
     held, _ = stored(cache.layer(0))
-    assert bool((held[:, :, 16:96, 10:42] == 0).all())
-    assert bool((held[:, :, 16:96, :10] != 0).any())
+    assert bool((held[0, :, 16:96, 10:42] == 0).all())
+    assert bool((held[1, :, 16:96, 32:] == 0).all())
+    for seq, kept in ((0, [*range(10), *range(42, 64)]), (1, range(32))):
+        assert bool((held[seq, :, 16:96, list(kept)] != 0).any(1).all())
     fork = cache.fork()
     fork.select(torch.tensor([1]))
     weights, its = cache.layer(0).channel_weights, fork.layer(0).channel_weights
     assert weights is not None and its is not None and torch.equal(its, weights[1:])
+
+
+def test_a_channels_weight_is_the_sum_of_squares_of_its_newest_queries() -> None:
+    """Of 64, those of a KV head together; a step later each counts a 64th less."""
+    cache = KVCache(spec_of("int8/32"))
+    k, v = random_kv(2, NUM_KV_HEADS, 101, HEAD_DIM, torch.float32, 3)
+    q, _ = random_kv(2, 2 * NUM_KV_HEADS, 101, HEAD_DIM, torch.float32, 4)
+    feed(cache, k[:, :, :100], v[:, :, :100], q[:, :, :100])
+    # A prompt comes in chunks of 32, and each takes half of what was there.
+    squares = q.square().view(2, NUM_KV_HEADS, 2, 101, HEAD_DIM).sum(2)
+    chunks = [squares[:, :, begin : min(begin + 32, 100)].sum(2) for begin in range(0, 100, 32)]
+    expected = ((chunks[0] / 2 + chunks[1]) / 2 + chunks[2]) * (1 - 4 / 64) + chunks[3]
+    weights = cache.layer(0).channel_weights
+    assert weights is not None and torch.allclose(weights, expected)
+    feed(cache, k, v, q[:, :, 100:])
+    weights = cache.layer(0).channel_weights
+    assert weights is not None and torch.allclose(weights, expected * (63 / 64) + squares[:, :, 100])
+
+
+def test_a_copy_is_a_fork() -> None:
+    cache, _, _ = grown("int8:48,int4", 120)
+    before = stored(cache.layer(0))
+    twin = copy.deepcopy(cache)
+    k, v = random_kv(2, NUM_KV_HEADS, 150, HEAD_DIM, torch.float32, 5)
+    feed(twin, k, v)
+    twin.check()
+    cache.check()
+    assert all(torch.equal(mine, was) for mine, was in zip(stored(cache.layer(0)), before, strict=True))
+    twin.close()
+    cache.check()
+
+
+def test_moved_bytes_are_of_pages_that_became_far() -> None:
+    """Once, in the format that they came in; not again where they become narrower."""
+    cache, _, _ = grown("int8:48,int4", 200)
+    sizes = cache.spec.far_page_sizes
+    num_first = 2 * 2  # of each sequence and layer, in the model's dtype
+    num_far = sum(len(row) for layer in map(cache.layer, range(2)) for row in parts_of(layer))
+    assert cache.use()[1].moved_bytes == num_first * sizes[0] + (num_far - num_first) * sizes[1]
 
 
 # ---- What it costs ----

@@ -79,7 +79,11 @@ def test_every_group_size(group_size: int, packing: Packing, isa: str) -> None:
 def test_keys_of_fewer_channels(num_channels: int, packing: Packing, isa: str) -> None:
     shape = Shape(48, 2, 3, 128, kv_len=(100,), kv_start=(7,))
     case, truth, bound = expected(shape, torch.bfloat16, packing, num_channels)
-    assert int((case.k[0, 0] != 0).any(0).sum()) <= 3 * num_channels  # three pages choose for themselves
+    kept = (
+        (case.k[0, :, :96] != 0).view(2, 2, 48, 128).any(2).sum(2)
+    )  # of each head and page, which choose for themselves
+    assert bool((kept <= num_channels).all())
+    assert int(kept.max()) == num_channels
     assert_within(attend(case.q, case.kv, rule=shape.rule, isa=isa), truth, bound)
 
 
@@ -235,8 +239,11 @@ def test_numbers_of_no_width(packing: Packing) -> None:
     k[..., 5] = torch.linspace(-1e-38, 1e-38, 64)
     arena, refused = pages_of(k, k, PageLayout(torch.float32, 64, packing))
     assert refused == {}
-    got_k, _ = stored(run_of(arena, 1), 64)
+    got_k, got_v = stored(run_of(arena, 1), 64)
     assert bool(got_k.isfinite().all())
+    assert bool(got_v.isfinite().all())
+    steps = 2 * k.double().abs().amax(3, keepdim=True) / (127 if packing == "int8" else 15)
+    assert bool(((got_v - k.double()).abs() <= 1e-36 + steps).all())
     assert float((got_k - k.double()).abs()[..., 1].max()) <= 3.0 / 127
     assert bool(((got_k - k.double()).abs() <= 1e-36 + k.double().abs() / 120).all())
 
@@ -264,6 +271,21 @@ def test_keys_too_far_apart_for_float32_are_refused() -> None:
     k[..., 9, 3], k[..., 50, 3] = -3e38, 3e38
     for packing in FORMATS:
         assert pages_of(k, torch.zeros_like(k), PageLayout(torch.float32, 64, packing))[1] == {0: 0}
+
+
+def test_values_too_far_apart_for_float32_are_refused() -> None:
+    """In int4, whose groups of a token have a range of their own; int8 has a scale for both signs."""
+    v = torch.zeros(1, 1, 64, 128)
+    v[..., 9, 66], v[..., 9, 67] = -3e38, 3e38
+    k = torch.zeros_like(v)
+    assert pages_of(k, v, PageLayout(torch.float32, 64, "int4"))[1] == {0: 9}
+    arena, refused = pages_of(k, v, PageLayout(torch.float32, 64, "int8"))
+    assert refused == {}
+    _, got = stored(run_of(arena, 1), 64)
+    assert float((got - v.double()).abs().max()) <= 3e38 / 127
+    v[..., 9, 67], v[..., 9, 127] = 0.0, 3e38  # within reach of a float, though in one token
+    v[..., 9, 66] = 0.0
+    assert pages_of(k, v, PageLayout(torch.float32, 64, "int4"))[1] == {}
 
 
 # ---- Formats side by side ----

@@ -151,7 +151,8 @@ class LayerKV:
 
     def evict(self) -> None:
         """Demote the oldest pages, or let a window leave them behind, until at most near_tokens (and, with a window,
-        less than a page more) are near. CapacityError, nothing moved, if far is full."""
+        less than a page more) are near. CapacityError, none of them moved, if far is full; older pages may have
+        become narrower."""
         num_pages = self.pages_to_evict()
         if not num_pages:
             return

@@ -1,6 +1,6 @@
 """Pages in one arena, or in several that count their slots on, with free lists and a count of references to each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -58,7 +58,7 @@ class PagePool:
             page_bytes = one.layout.page_bytes(one.num_kv_heads, one.head_dim, one.v_head_dim)
             self._parts.append(_Part(sum(part.num_slots for part in self._parts), one.num_slots, page_bytes))
         self.capacity_bytes = arena.num_slots * self._parts[0].page_bytes if max_bytes is None else max_bytes
-        self.moved_bytes = 0  # of every page that was ever handed out
+        self.moved_bytes = 0  # of every page that ever came from the tier above
         self.views: WeakKeyDictionary[object, Any] = WeakKeyDictionary()  # of this arena, kept for those who read it
         self._keep(torch.zeros(arena.num_slots, dtype=torch.int32, device="cpu"))
 
@@ -100,13 +100,16 @@ class PagePool:
         if num_touched > taking.num_slots:
             self._grow(num_touched)
         taken = taking.take(num_pages)
-        self.moved_bytes += num_pages * taking.page_bytes
         if num_pages <= _FEW:
             for slot in taken:
                 self._count_of[slot] = 1
         else:
             self._counts[torch.tensor(taken, device="cpu")] = 1
         return taken
+
+    def bytes_of(self, slots: Iterable[int]) -> int:
+        """Of pages in these slots."""
+        return sum(self._part_with(slot).page_bytes for slot in slots)
 
     def has(self, num_pages: Sequence[int]) -> bool:
         """Whether so many pages of each part are free."""

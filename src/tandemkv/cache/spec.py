@@ -14,6 +14,9 @@ from tandemkv.types import Packing, PageLayout
 FAR_PACKINGS: dict[str, Packing] = {"model": "panels", "int8": "int8", "int4": "int4"}
 """What far tokens may be kept in, by name; "model" is the dtype that the model computes in."""
 
+MAX_LAYOUTS = 4
+"""Arenas of the far pool; the first holds what stays in the model's dtype."""
+
 
 class FarFormat(NamedTuple):
     """How some far tokens are kept. num_tokens: so many, the newest that no format before has; None for all that are
@@ -46,15 +49,19 @@ def parse_far_dtype(text: str | None) -> tuple[FarFormat, ...]:
         raise InputError(f"{expected}, got {text!r}")
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)(?:/(\d+))?(?::(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\w+)(?:/(\d+))?(?::(\d+))?\s*", part, re.ASCII)
         if match is None or match[1] not in FAR_PACKINGS:
             raise InputError(f"{expected}, got {text!r}")
         channels, tokens = (None if group is None else int(group) for group in (match[2], match[3]))
         if match[1] == "model" and channels is not None:
             raise InputError(f"{expected}: tokens in the model's dtype keep all channels, got {text!r}")
+        if channels is not None and (channels < 16 or channels % 16):
+            raise InputError(f"{expected}: a multiple of 16 channels, got {text!r}")
         found.append(FarFormat(FAR_PACKINGS[match[1]], tokens, channels))
     if any(each.num_tokens is None for each in found[:-1]) or found[-1].num_tokens is not None:
         raise InputError(f"{expected}: every format but the last has a number of tokens, got {text!r}")
+    if len({each[::2] for each in found} | {("panels", None)}) > MAX_LAYOUTS:
+        raise InputError(f"{expected}: at most {MAX_LAYOUTS} ways, the model's dtype among them, got {text!r}")
     return () if found == [FarFormat("panels")] else tuple(found)
 
 
@@ -68,9 +75,9 @@ class CacheSpec:
     chunk_tokens: the longest run of tokens that is appended at once.
     windows: one per layer, tokens that its queries see, or None for all; none at all where every layer is full.
         Layers with a window have no far tokens, and near_tokens does not concern them.
-    far_formats: how far tokens are kept, the newest first, see `parse_far_dtype`; none: in `dtype`. The first page of
-        every sequence, which attention sinks are in, is kept in `dtype` whatever they say, and so is a page with a
-        number that is not finite.
+    far_formats: how far tokens are kept, the newest first, see `parse_far_dtype`; none: in `dtype`. The first page,
+        which attention sinks are in (behind no padding), is kept in `dtype` whatever they say, and so is a page that
+        cannot be quantised; `reserve` does not foresee these.
     """
 
     num_layers: int
@@ -89,8 +96,9 @@ class CacheSpec:
     def __post_init__(self) -> None:
         for layout in (self.near_layout, *self.far_layouts):
             layout.check_dims(self.head_dim, self.v_width)
-        if len(self.far_layouts) > 4:
-            raise InputError(f"far tokens may be kept in 4 ways, the model's dtype among them, got {self.far_formats}")
+        if len(self.far_layouts) > MAX_LAYOUTS:
+            ways = f"{MAX_LAYOUTS} ways, the model's dtype among them"
+            raise InputError(f"far tokens may be kept in {ways}, got {self.far_formats}")
         if self.num_layers < 1 or self.num_kv_heads < 1:
             raise InputError(
                 f"a cache is for at least one layer and KV head, got {self.num_layers} layers of {self.num_kv_heads}"

@@ -83,7 +83,8 @@ class PageStore:
 
         slots: `[num_seqs, num_pages]`; parts: of the far pool, for every page. weights: float32 `[num_seqs,
         num_kv_heads, head_dim]`, by which channels of K are kept where a part leaves some out.
-        CapacityError, nothing moved, where the far pool lacks room.
+        CapacityError, nothing moved, where the far pool lacks room. Only where a page cannot be quantised may it come
+        after some were: then the books list pages that no table has, until they are recounted.
         """
         return self._copy(self.near, slots, parts, weights, self._far_copies)
 
@@ -101,6 +102,8 @@ class PageStore:
             seq_of = {slot: i // slots.shape[1] for i, slot in enumerate(wanted)}
             weights = weights[[seq_of[slot] for slot in fresh]]
         taken, refused = self._write(source, fresh, [part_of[slot] for slot in fresh], weights)
+        if source is self.near:
+            self.far.moved_bytes += self.far.bytes_of(taken)
         if len(fresh) == len(wanted) and source.are_owned(wanted):
             return Copied(_tensor(taken).view(slots.shape), refused)
         copies = records | dict(zip(fresh, taken, strict=True))

@@ -334,6 +334,9 @@ class KVCache:
                 twin._join(self._store, [layer.fork() for layer in self._layers])
         return twin
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "KVCache":
+        return self.fork()
+
     def reset(self) -> None:
         """Forget everything; the next use may have another batch size."""
         store = self._store
