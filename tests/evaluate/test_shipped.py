@@ -153,21 +153,25 @@ def test_docs_say_what_sparse_systems_answered() -> None:
         assert numbers(cells[2]) == pytest.approx(told(lost), abs=0.05 + 1e-9)
 
 
-def test_docs_say_what_far_formats_answered() -> None:
-    """Every number of the table of far formats, for every format that was asked everything."""
+@pytest.mark.parametrize(
+    ("folder", "first", "num_contexts"),
+    [("eval-quantised", "far_dtype", 20), ("eval-quantised-40", "far_dtype, 40 contexts", 40)],
+)
+def test_docs_say_what_far_formats_answered(folder: str, first: str, num_contexts: int) -> None:
+    """Every number of the tables of far formats, for every format that was asked everything."""
     root = Path(__file__).parents[2]
     found: dict[str, dict[tuple[str, int], list[float]]] = {}
-    for line in (root / "benchmarks/results/eval-quantised/scores.jsonl").read_text().splitlines()[1:]:
+    for line in (root / "benchmarks/results" / folder / "scores.jsonl").read_text().splitlines()[1:]:
         row = json.loads(line)
         found.setdefault(row["far_dtype"] or "model", {})[row["task"], row["context"]] = row["scores"]
     whole = {
-        name: {task: np.array([scores[task, i] for i in range(20)]) for task in (*SPARSE_TASKS, PERPLEXITY)}
+        name: {task: np.array([scores[task, i] for i in range(num_contexts)]) for task in (*SPARSE_TASKS, PERPLEXITY)}
         for name, scores in found.items()
-        if len(scores) == 20 * (1 + len(SPARSE_TASKS))
+        if len(scores) == num_contexts * (1 + len(SPARSE_TASKS))
     }
     docs = (root / "docs/far-formats.md").read_text()
     answers = table_of(
-        docs, "| far_dtype | needle | needle_uuid | needle_multiquery | kv | mqar | mean | lost | perplexity | more |"
+        docs, f"| {first} | needle | needle_uuid | needle_multiquery | kv | mqar | mean | lost | perplexity | more |"
     )
     assert set(answers) == set(whole)
     dense = whole["model"]
