@@ -328,7 +328,7 @@ def test_append_at_100k_tokens_touches_one_row_and_makes_nothing_long() -> None:
     arena = layer._store.near.arena
     arena.k.fill_(math.pi)
     arena.parts[0].v.fill_(math.pi)
-    layer._map = PageMap(layer._taken_near(100_000 // 16), 0, 100_000)
+    layer._map = PageMap(layer._store.take_near(1, 100_000 // 16), 0, 100_000)
     one = torch.ones(1, 2, 1, 16)
     for num_new, table_bytes in ((1, 4 * 6251), (2, 0)):  # a new page, with a table of 4 bytes a page; a place in it
         with AllocatedBytes() as allocated:

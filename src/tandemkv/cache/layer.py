@@ -223,7 +223,7 @@ class LayerKV:
             self._copy_open_page()
         num_new = -(-(before + num_tokens) // self._page_size) - self._map.slots.shape[1]
         if num_new > 0:
-            new = self._taken_near(num_new)
+            new = self._store.take_near(self.num_seqs, num_new)
             self._map = self._map._replace(slots=torch.cat([self._map.slots, new], 1), owns_open_page=True)
         self._map = self._map._replace(seq_len=before + num_tokens)
         self._is_held = True
@@ -236,10 +236,6 @@ class LayerKV:
             self.let_go()
             self.crop(before)
             raise
-
-    def _taken_near(self, num_pages: int) -> Tensor:
-        slots = self._store.near.take(num_pages * self.num_seqs)
-        return torch.tensor(slots, dtype=torch.int32, device="cpu").view(self.num_seqs, num_pages)
 
     def _copy_open_page(self) -> None:
         """Copy on write: what is appended goes into pages that only one sequence has."""
@@ -284,7 +280,7 @@ class LayerKV:
     def _reopened(self, page: int, num_tokens: int) -> Tensor:
         """Near slots `[num_seqs, 1]` with the first tokens of a far page."""
         k, v = self.read(page * self._page_size, page * self._page_size + num_tokens)
-        slots, near = self._taken_near(1), self._store.near.arena
+        slots, near = self._store.take_near(self.num_seqs, 1), self._store.near.arena
         kernels.append(near, self._table(near.num_kv_heads, slots), 0, k, v, self._store.workers)
         return slots
 

@@ -145,6 +145,10 @@ class PageStore:
             self._forget_idle_copies()
         self.far.require(num_pages)
 
+    def take_near(self, num_seqs: int, num_pages: int) -> Tensor:
+        """Near slots `[num_seqs, num_pages]`, one reference to each."""
+        return _tensor(self.near.take(num_seqs * num_pages)).view(num_seqs, num_pages)
+
     def drop_near(self, slots: Tensor) -> None:
         """One reference less to each; with the last one, the record of a far copy goes too."""
         freed = self.near.drop(slots)
