@@ -1,7 +1,7 @@
 """One decode step and one prefill chunk: the only place where queries meet pages."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, gather, merge
-from tandemkv.lanes import LANES, PendingPartial
+from tandemkv.lanes import LANES, Task, TorchRig, drive
 from tandemkv.select import MAX_SELECT_QUERIES
 from tandemkv.selection import (
     is_verified,
@@ -48,6 +48,8 @@ def decode_step(
     newer than itself. sink_logit: float32 `[num_q_heads]`, an extra logit without a value (GPT-OSS).
     Returns `[num_seqs, q_len, num_q_heads, v_head_dim]` in q's dtype, contiguous.
     """
+    if layer.crew is not None:
+        return _decode_in_lanes(q, k, v, layer, rule, sink_logit)
     if q.device.type != "cpu":
         return _decode_on_device(q, k, v, layer, rule, sink_logit)
     pool = worker_pool()
@@ -145,30 +147,42 @@ def _max_step(q: Tensor, layer: LayerKV) -> int:
     return MAX_DECODE_QUERIES if layer.sparse is None else MAX_SELECT_QUERIES
 
 
+def _decode_in_lanes(
+    q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None
+) -> Tensor:
+    """`decode_step` on a rig: its scheduler splits the far tokens, every processor attends to what it has."""
+    crew = layer.crew
+    assert crew is not None
+    with layer.extended(q.shape[2]) as held:
+        layer.write(k, v)
+        part = crew.attend(q, held.near, taking_part(q, layer, held, crew.rig.host.pool), rule)
+        if sink_logit is not None:
+            part = merge([part], sink_logit=sink_logit)
+    return part.out.transpose(1, 2).to(q.dtype).contiguous()
+
+
 def _decode_on_device(
     q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None = None
 ) -> Tensor:
     if bool(q.isnan().any()):  # torch's kernels may hide it
         raise InputError("q contains NaN: a layer before this attention produced it")
+    rig = _torch_rig(os.getpid())
     with layer.extended(q.shape[2]) as held:
         layer.write(k, v)
-        with _lanes_started(q, taking_part(q, layer, held, worker_pool()), rule) as far:
-            near = _attend_near(q, held.near, rule)  # the device works while the lanes do
-            part = merge([*(pending.result() for pending in far), near], sink_logit=sink_logit)
+        far = taking_part(q, layer, held, worker_pool())
+        works = {f"attend {i}": LANES["attend"](Task(q, rule, rig), run) for i, run in enumerate(far)}
+        outcome = drive(lambda: _attend_near(q, held.near, rule), works, rig)  # the device works while the host does
+        for error in outcome.failed.values():
+            raise error
+        parts = [Partial(*(x.to(q.device) for x in outcome.parts[name])) for name in works]
+        part = merge([*parts, outcome.parts["near"]], sink_logit=sink_logit)
     return part.out.transpose(1, 2).to(q.dtype).contiguous()
 
 
-@contextmanager
-def _lanes_started(q: Tensor, far: tuple[PagedKV, ...], rule: ScoreRule) -> Iterator[list[PendingPartial]]:
-    """A lane for every far run; on leaving, whatever happened, none of them reads pages any more."""
-    pending: list[PendingPartial] = []
-    try:
-        for run in far:
-            pending.append(LANES["attend"](q, run, rule=rule, workers=worker_pool()))
-        yield pending
-    finally:
-        for part in pending:
-            part.wait()
+@cache
+def _torch_rig(pid: int) -> TorchRig:
+    """Of this process: threads do not survive a fork."""
+    return TorchRig(worker_pool())
 
 
 def _attend_near(q: Tensor, near: PagedKV, rule: ScoreRule) -> Partial:

@@ -5,9 +5,12 @@ TandemError
 ├── CapacityError     it would not fit: needed, available, and the knob to turn (also a MemoryError)
 ├── UnsupportedError  right, but not supported here: a model family, a keyword (also a NotImplementedError)
 ├── UnavailableError  this machine or installation lacks it: an instruction set, the native module
-└── CacheError        a cache used against its rules: closed, held, or fed by a model that is not attached
+├── CacheError        a cache used against its rules: closed, held, or fed by a model that is not attached
+└── LaneError         no way is left by which far tokens could take part in a step
 
 PrecisionWarning: some tokens are kept in full precision, because they cannot be quantised.
+
+LaneWarning: a lane has stalled or failed, and steps go on without it.
 
 A broken invariant of our own is an AssertionError, never one of these.
 """
@@ -35,6 +38,14 @@ class UnavailableError(TandemError, RuntimeError):
 
 class CacheError(TandemError, RuntimeError):
     """A cache used against its rules."""
+
+
+class LaneError(TandemError, RuntimeError):
+    """Processors or links that a step needs have stalled or failed."""
+
+
+class LaneWarning(RuntimeWarning):
+    """A lane has stalled or failed; steps go on without it."""
 
 
 class PrecisionWarning(UserWarning):

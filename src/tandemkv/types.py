@@ -288,6 +288,11 @@ class Arenas:
         return self.parts[0].layout
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of all."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
     def k(self) -> Tensor:
         """Of the first; the device is that of all."""
         return self.parts[0].k
@@ -359,6 +364,43 @@ class PagedKV:
     def stands_in(self) -> bool:
         """Whether its tokens stand for others."""
         return self.log_counts is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """K and V of the tokens that exist; of whole pages every page of the table."""
+        arena = self.arena
+        sizes = [part.num_bytes // max(1, part.num_slots) for part in arena.parts]
+        if not self.of_blocks and len(sizes) == 1:
+            return self.page_table.shape[0] * self.page_table.shape[2] * sizes[0]
+        page_blocks = arena.layout.page_size // BLOCK_TOKENS
+        slots = self.page_table // (arena.num_kv_heads * page_blocks) if self.of_blocks else self.page_table[:, :1]
+        ends = torch.tensor([part.num_slots for part in arena.parts], device="cpu").cumsum(0)
+        per_entry = torch.tensor(sizes, device="cpu")[
+            torch.bucketize(slots, ends, right=True).clamp_(max=len(sizes) - 1)
+        ]
+        if not self.of_blocks:
+            return int(per_entry.sum())
+        begins = torch.arange(self.page_table.shape[2], device="cpu") * BLOCK_TOKENS
+        exists = (begins < self.kv_len[..., None]) & (begins + BLOCK_TOKENS > self.kv_start[..., None])
+        return int((per_entry * exists).sum()) // (arena.num_kv_heads * page_blocks)
+
+    def part(self, begin: int, end: int) -> "PagedKV":
+        """The tokens behind entries [begin, end) of the table."""
+        first, most = begin * self.entry_tokens, (end - begin) * self.entry_tokens
+        counts = self.log_counts
+        return PagedKV(
+            self.arena,
+            self.page_table[:, :, begin:end],
+            (self.kv_start - first).clamp_(0, most),
+            (self.kv_len - first).clamp_(0, most),
+            self.of_blocks,
+            None if counts is None else counts[:, :, first : first + most].contiguous(),
+        )
+
+    def cut(self, num_tokens: int) -> "list[PagedKV]":
+        """Pieces of so many tokens, the last one maybe shorter; at least an entry of the table each."""
+        step, num = max(1, num_tokens // self.entry_tokens), self.page_table.shape[2]
+        return [self.part(begin, min(begin + step, num)) for begin in range(0, num, step)]
 
 
 def is_number(value: object) -> TypeGuard[float]:

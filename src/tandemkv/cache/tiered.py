@@ -21,6 +21,7 @@ from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
+from tandemkv.lanes import Crew
 from tandemkv.select import Sparse, Tally
 from tandemkv.types import Arena, Arenas, format_bytes
 
@@ -78,6 +79,7 @@ class KVCache:
         self._step: _Step | None = None
         self._num_selections = 0
         self._sparse: Sparse | None = None
+        self._crew: Crew | None = None
         self._is_closed = False
 
     @property
@@ -127,6 +129,25 @@ class KVCache:
         if self._store is not None:
             modes = [member._sparse for member in self._family()]
             self._store.keep_codes({mode.summariser for mode in modes if mode is not None})
+
+    @property
+    def crew(self) -> Crew | None:
+        """Who works on steps, each on what its scheduler gives it, from the next one on; None: the near device on near
+        tokens, the processors of host memory on far ones. A fork takes it along."""
+        return self._crew
+
+    @crew.setter
+    def crew(self, crew: Crew | None) -> None:
+        if not isinstance(crew, Crew | None):
+            raise InputError(f"crew is a Crew(rig, scheduler) or None, got {type(crew).__name__}")
+        if crew is not None and self.spec.device.type != "cpu":
+            raise UnsupportedError(
+                f"a rig's device is a processor of this machine, the near tier is {self.spec.device}"
+            )
+        self.settle()
+        self._crew = crew
+        for layer in self._layers:
+            layer.crew = crew
 
     @property
     def tallies(self) -> list[Tally]:
@@ -328,7 +349,7 @@ class KVCache:
         """The same tokens in a cache that grows on its own. Pages are shared until one of the two writes to them."""
         self._refuse_if_closed()
         twin = KVCache(self.spec, self._workers)
-        twin._sparse = self._sparse
+        twin._sparse, twin._crew = self._sparse, self._crew
         if self._store is not None:
             with self._changing():
                 twin._join(self._store, [layer.fork() for layer in self._layers])
@@ -453,7 +474,7 @@ class KVCache:
         )
         layers = [LayerKV(store, num_seqs, spec, index) for index in range(spec.num_layers)]
         for layer in layers:
-            layer.sparse = self._sparse
+            layer.sparse, layer.crew = self._sparse, self._crew
         self._join(store, layers)
 
     def _join(self, store: PageStore, layers: list[LayerKV]) -> None:

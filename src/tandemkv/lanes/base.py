@@ -1,27 +1,128 @@
-"""What every lane is: a function that starts work on far pages and returns something to wait for."""
+"""What every lane is: work of the device that goes on whenever something has come from elsewhere."""
 
-from typing import TYPE_CHECKING, Protocol
+import math
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from tandemkv.errors import LaneError, TandemError
+from tandemkv.lanes.rig import AnyRig
+from tandemkv.lanes.tickets import Ticket
 from tandemkv.types import PagedKV, Partial, ScoreRule
 
-if TYPE_CHECKING:
-    from tandemkv.kernels.cpu import WorkerPool
+_LONGEST_WAIT_S = 3600.0  # Python refuses inf
+
+DeviceWork = Generator[Ticket[Any], None, Partial]
+"""What the device does for a lane. It yields a ticket where it can only go on when that is done: until then the device
+works for others. Its value is the attention over the lane's tokens."""
 
 
-class PendingPartial(Protocol):
-    """A Partial that is being computed."""
+class Task(NamedTuple):
+    """A step of one layer, as lanes are told of it.
 
-    def result(self) -> Partial:
-        """Wait for it; out and lse are on q's device. Raises what the computation raised."""
+    q: `[num_seqs, num_q_heads, q_len, head_dim]` on the device. stage_tokens: that go over a link at once.
+    """
 
-    def wait(self) -> None:
-        """Until the lane reads no page any more, however its work ended."""
+    q: Tensor
+    rule: ScoreRule
+    rig: AnyRig
+    stage_tokens: int = 1024
 
 
 class Lane(Protocol):
-    """Starts attention of q over far tokens; q may be on any device."""
+    """Begins attention of a task's queries over these far tokens, and hands out what the device has to do for it."""
 
-    def __call__(self, q: Tensor, far: PagedKV, *, rule: ScoreRule, workers: "WorkerPool") -> PendingPartial:
-        """Returns at once where the device and the host are different processors."""
+    def __call__(self, task: Task, share: PagedKV) -> DeviceWork:
+        """The work's first step sends off what others do."""
+
+
+class Outcome(NamedTuple):
+    """What the device and the lanes came to: partial results, that of `near` among them, and why lanes gave none."""
+
+    parts: dict[str, Partial]
+    failed: dict[str, Exception]
+
+
+class _Waiting(NamedTuple):
+    work: DeviceWork
+    ticket: Ticket[Any] | None
+    since: float
+
+
+def drive(
+    near: Callable[[], Partial] | None, works: Mapping[str, DeviceWork], rig: AnyRig, deadline_s: float = math.inf
+) -> Outcome:
+    """Run the device's work on this thread: every lane's beginning, near tokens, then of the lanes that can go on the
+    first, until all have come to their end.
+
+    A lane whose ticket takes longer than deadline_s to come, or that raises anything but an error of ours, has failed:
+    the others go on without it. Errors of ours, such as a NaN in q, are raised, as are those of `near`; nobody reads
+    pages then any more.
+    """
+    parts: dict[str, Partial] = {}
+    failed: dict[str, Exception] = {}
+    waiting: dict[str, _Waiting] = {}
+    try:
+        for name, work in works.items():
+            _go_on(name, work, rig, waiting, parts, failed)
+        if near is not None:
+            with rig.trace.span("device", "near"):
+                parts["near"] = near()
+        while waiting:
+            name = _next(waiting, rig, deadline_s)
+            work, ticket, since = waiting.pop(name)
+            if ticket is None or ticket.is_done:
+                _go_on(name, work, rig, waiting, parts, failed)
+                continue
+            ticket.cancel()
+            work.close()
+            failed[name] = LaneError(f"nothing came within {time.perf_counter() - since:.3g} s")
+    except BaseException:
+        _abandon(waiting.values(), rig)
+        raise
+    return Outcome(parts, failed)
+
+
+def _go_on(
+    name: str,
+    work: DeviceWork,
+    rig: AnyRig,
+    waiting: dict[str, _Waiting],
+    parts: dict[str, Partial],
+    failed: dict[str, Exception],
+) -> None:
+    """A lane's work up to the next ticket that it has to wait for."""
+    try:
+        with rig.trace.span("device", name):
+            ticket = next(work)
+        waiting[name] = _Waiting(work, ticket, time.perf_counter())
+    except StopIteration as end:
+        parts[name] = end.value
+    except TandemError:
+        raise
+    except Exception as error:  # noqa: BLE001  the caller is told
+        failed[name] = error
+
+
+def _next(waiting: Mapping[str, _Waiting], rig: AnyRig, deadline_s: float) -> str:
+    """The first that can go on, waiting for it; or the one that has waited for too long."""
+    with rig.bell:
+        while True:
+            for name, each in waiting.items():
+                if each.ticket is None or each.ticket.is_done:
+                    return name
+            oldest = min(waiting, key=lambda name: waiting[name].since)
+            left = waiting[oldest].since + deadline_s - time.perf_counter()
+            if left <= 0:
+                return oldest
+            rig.bell.wait(min(left, _LONGEST_WAIT_S))
+
+
+def _abandon(waiting: Iterable[_Waiting], rig: AnyRig) -> None:
+    for work, ticket, _ in waiting:
+        if ticket is not None:
+            ticket.cancel()
+        work.close()
+    rig.host.settle()

@@ -1,0 +1,128 @@
+"""Who works on the steps of a cache: a rig, and the scheduler that splits a layer's far tokens over its lanes."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tandemkv import kernels
+from tandemkv.errors import LaneWarning
+from tandemkv.lanes.base import DeviceWork, Task, drive
+from tandemkv.lanes.rig import Rig
+from tandemkv.lanes.table import LANES
+from tandemkv.lanes.tickets import Span
+from tandemkv.schedule import COSTS, Plan, Scheduler, Work
+from tandemkv.types import PagedKV, Partial, ScoreRule
+
+_SHORTEST_DEADLINE_S = 1.0
+_DEADLINE_STEPS = 20.0
+"""A lane that takes so many times what a step is predicted to take has stalled."""
+
+
+class Share(NamedTuple):
+    """Far tokens that a lane attends to."""
+
+    lane: str
+    run: PagedKV
+
+
+class Crew:
+    """A rig and its scheduler. The thread that calls is the device."""
+
+    def __init__(self, rig: Rig, scheduler: Scheduler) -> None:
+        self.rig, self.scheduler = rig, scheduler
+
+    def attend(self, q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], rule: ScoreRule) -> Partial:
+        """Attention over near and far tokens; queries are the last of the near ones.
+
+        far: the first run is split by the plan; others go whole to one lane.
+        """
+        work = work_of(q, near, far)
+        solution = self.scheduler.plan(work)
+        task = Task(q, rule, self.rig, solution.plan.stage_tokens)
+        shares = split(solution.plan, self.scheduler.lanes, far)
+        deadline_s = max(_SHORTEST_DEADLINE_S, _DEADLINE_STEPS * solution.prediction.seconds)
+        outcome = drive(lambda: self._attend_near(task, near), _begun(task, shares), self.rig, deadline_s)
+        if not outcome.failed:
+            self.scheduler.observe(solution, _seconds(self.rig.trace.take()))
+        parts = [outcome.parts[name] for name in ("near", *shares) if name in outcome.parts]
+        return kernels.merge([*parts, *self._without(task, shares, outcome.failed, deadline_s)])
+
+    def _attend_near(self, task: Task, near: PagedKV) -> Partial:
+        return kernels.attend(task.q, near, rule=task.rule, causal=True, pool=self.rig.device_pool)
+
+    def _without(
+        self, task: Task, shares: Mapping[str, Share], failed: Mapping[str, Exception], deadline_s: float
+    ) -> Iterator[Partial]:
+        """The shares of lanes that failed, by others; LaneError where none is left."""
+        for name, error in failed.items():
+            lane, run = shares[name]
+            if lane in self.scheduler.lanes:
+                warnings.warn(
+                    f"the lane {lane!r} has failed ({error}): steps go on without it", LaneWarning, stacklevel=4
+                )
+                self.scheduler.drop(lane)
+            others = {name: Share(_whole_lane(self.scheduler.lanes), run)}
+            again = drive(None, _begun(task, others), self.rig, deadline_s)
+            yield from again.parts.values()
+            yield from self._without(task, others, again.failed, deadline_s)
+
+
+def split(plan: Plan, lanes: Sequence[str], far: tuple[PagedKV, ...]) -> dict[str, Share]:
+    """The far tokens of every lane, under a name: the oldest are those of the first one in the table of costs."""
+    shares, begin = {}, 0
+    for name in COSTS:
+        if num_tokens := plan.tokens.get(name, 0):
+            end = begin + num_tokens // far[0].entry_tokens
+            shares[name] = Share(name, far[0].part(begin, end))
+            begin = end
+    for i, run in enumerate(far[1:], 2):
+        shares[f"run {i}"] = Share(_whole_lane(lanes), run)
+    return shares
+
+
+def _whole_lane(lanes: Sequence[str]) -> str:
+    """Of these the one that can take any tokens, whatever they stand for."""
+    return next((name for name in ("attend", "stream") if name in lanes), lanes[0])
+
+
+def _begun(task: Task, shares: Mapping[str, Share]) -> dict[str, DeviceWork]:
+    return {name: LANES[lane](task, run) for name, (lane, run) in shares.items()}
+
+
+def work_of(q: Tensor, near: PagedKV, far: tuple[PagedKV, ...]) -> Work:
+    """What this step has to do, in numbers."""
+    arena, page_size = near.arena, near.arena.layout.page_size
+    far_tokens = far[0].page_table.shape[2] * far[0].entry_tokens if far else 0
+    k_bytes, v_bytes = _token_bytes(far[0] if far else near)
+    return Work(
+        num_seqs=q.shape[0],
+        num_q_heads=q.shape[1],
+        num_kv_heads=arena.num_kv_heads,
+        head_dim=arena.head_dim,
+        v_head_dim=arena.v_head_dim,
+        near_tokens=int(near.kv_len.max()),
+        far_tokens=far_tokens,
+        k_bytes=k_bytes,
+        v_bytes=v_bytes,
+        near_bytes=sum(_token_bytes(near)),
+        item_bytes=q.element_size(),
+        page_size=far[0].entry_tokens if far else page_size,
+    )
+
+
+def _token_bytes(run: PagedKV) -> tuple[float, float]:
+    """K and V of a token, all KV heads."""
+    part = run.arena.parts[0]
+    per_page = part.layout.page_size * part.num_slots
+    return part.k.nbytes / per_page, part.v.nbytes / per_page
+
+
+def _seconds(spans: list[Span]) -> dict[tuple[str, str], float]:
+    """Of every lane on every resource."""
+    found: dict[tuple[str, str], float] = defaultdict(float)
+    for row, name, begin, end in spans:
+        found[name, row] += end - begin
+    return dict(found)

@@ -1,0 +1,171 @@
+"""What a step runs on: a device, which is the caller's thread, a host, and a link between them for each direction."""
+
+import atexit
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
+from threading import Condition, Thread
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from tandemkv import kernels
+from tandemkv.errors import InputError
+from tandemkv.lanes.links import Link
+from tandemkv.lanes.tickets import Ticket, Trace
+from tandemkv.schedule import Speed
+from tandemkv.types import PagedKV, Partial, ScoreRule
+
+if TYPE_CHECKING:
+    from tandemkv.kernels.cpu import WorkerPool
+
+
+T = TypeVar("T")
+
+_SECONDS_TO_SETTLE = 10.0
+
+
+class _Job(NamedTuple):
+    name: str
+    work: Callable[[], Any]
+    ticket: Ticket[Any]
+
+
+class Host:
+    """The processor beside far memory: a thread that drives native workers, one job after the other."""
+
+    def __init__(self, pool: "WorkerPool", bell: Condition, trace: Trace, cpu: int | None = None) -> None:
+        """pool: whom the thread drives. cpu: where the thread itself stays; None is anywhere."""
+        self.pool = pool
+        self._cpu, self._bell, self._trace = cpu, bell, trace
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._thread = Thread(target=self._serve, name="tandemkv-host", daemon=True)
+        self._thread.start()
+
+    def submit(self, name: str, work: Callable[[], T]) -> Ticket[T]:
+        """Do this on the host's thread."""
+        ticket: Ticket[T] = Ticket(self._bell)
+        self._queue.put(_Job(name, work, ticket))
+        return ticket
+
+    def settle(self) -> None:
+        """Until it reads no page any more; one that hangs is not waited for longer than ten seconds."""
+        with suppress(TimeoutError):
+            self.submit("settle", lambda: None).wait(_SECONDS_TO_SETTLE)
+
+    def close(self) -> None:
+        """Ends the thread after what was submitted."""
+        self._queue.put(None)
+        self._thread.join(_SECONDS_TO_SETTLE)
+
+    def _serve(self) -> None:
+        if self._cpu is not None:
+            os.sched_setaffinity(0, {self._cpu})
+        while (job := self._queue.get()) is not None:
+            if job.ticket.is_cancelled:
+                continue
+            begin = time.perf_counter()
+            try:
+                job.ticket.set(job.work())
+            except BaseException as error:  # noqa: BLE001  raised where the ticket is waited for
+                job.ticket.fail(error)
+            self._trace.add("host", job.name, begin, time.perf_counter())
+
+
+class Rig:
+    """A device and a host that are processors of this machine, each with its memory, and a link in each direction.
+
+    The device is the thread that calls; it may work on what lies in its memory, which is near pages and what came up.
+    """
+
+    def __init__(self, up: Speed, down: Speed, *, cpus: tuple[int, ...] | None = None) -> None:
+        """up: from the host to the device. cpus: the device's, then the host's; None: all that this process may use.
+
+        InputError where there are fewer than two.
+        """
+        from tandemkv.kernels.cpu import WorkerPool
+
+        cpus = tuple(sorted(os.sched_getaffinity(0))) if cpus is None else cpus
+        if len(cpus) < 2:
+            raise InputError(f"a device and a host need two processors, this process may use {len(cpus)}")
+        self.bell, self.trace = Condition(), Trace()
+        self.device_pool = WorkerPool(1)
+        self.device_cpu = cpus[0]
+        self.host = Host(WorkerPool(len(cpus) - 1, list(cpus[1:])), self.bell, self.trace, cpus[1])
+        self.up = Link("up", up, self.bell, self.trace)
+        self.down = Link("down", down, self.bell, self.trace)
+        atexit.register(self.close)  # a thread in the middle of a call would end the process with an abort
+
+    def ask_host(self, name: str, q: Tensor, work: Callable[[Tensor], Partial], up_bytes: int) -> Ticket[Partial]:
+        """q down, work on the host, its answer up."""
+        answer: Ticket[Partial] = Ticket(self.bell)
+
+        def send_up(done: Ticket[Partial]) -> None:
+            if done.error is not None:
+                answer.fail(done.error)
+            else:
+                self.up.send(name, up_bytes, done.result, answer)
+
+        def begin(arrived: Ticket[Tensor]) -> None:
+            if not answer.is_cancelled:
+                self.host.submit(name, lambda: work(arrived.result())).then(send_up)
+
+        self.down.send(name, q.nbytes, lambda: q).then(begin)
+        return answer
+
+    def attend(self, q: Tensor, pages: PagedKV, rule: ScoreRule) -> Partial:
+        """On the device, over what lies in its memory."""
+        return kernels.attend(q, pages, rule=rule, pool=self.device_pool)
+
+    def send_pages(self, name: str, pages: PagedKV) -> Ticket[PagedKV]:
+        """Far pages up, into a staging slot."""
+        return self.up.send(name, pages.num_bytes, lambda: pages)
+
+    @contextmanager
+    def claimed(self) -> Iterator["Rig"]:
+        """The calling thread is the device: on its processor alone, torch's products too, until the block ends."""
+        cpus, num_threads = os.sched_getaffinity(0), torch.get_num_threads()
+        os.sched_setaffinity(0, {self.device_cpu})
+        torch.set_num_threads(1)
+        try:
+            yield self
+        finally:
+            torch.set_num_threads(num_threads)
+            os.sched_setaffinity(0, cpus)
+
+    def close(self) -> None:
+        """End the threads."""
+        atexit.unregister(self.close)
+        for part in (self.host, self.up, self.down):
+            part.close()
+
+
+class TorchRig:
+    """A device that torch computes on, and the host beside it.
+
+    Copies are enqueued by the caller's thread, on the stream it computes on, so that they are ordered with the kernels
+    that made q and with the merge; the host's thread only waits until q is down.
+    """
+
+    def __init__(self, pool: "WorkerPool") -> None:
+        self.bell, self.trace = Condition(), Trace()
+        self.host = Host(pool, self.bell, self.trace)
+
+    def ask_host(self, name: str, q: Tensor, work: Callable[[Tensor], Partial], up_bytes: int) -> Ticket[Partial]:
+        """q down, work on the host; the caller brings its answer up."""
+        is_cuda = q.device.type == "cuda"
+        host_q = torch.empty(q.shape, dtype=q.dtype, device="cpu", pin_memory=is_cuda).copy_(q, non_blocking=is_cuda)
+        is_down = torch.cuda.current_stream(q.device).record_event() if is_cuda else None
+
+        def job() -> Partial:
+            if is_down is not None:
+                is_down.synchronize()
+            return work(host_q)
+
+        return self.host.submit(name, job)
+
+
+AnyRig = Rig | TorchRig

@@ -1,0 +1,25 @@
+"""The stream lane (FlexGen, 2303.06865): pages come over the link into staging slots, and the device attends there."""
+
+from tandemkv import kernels
+from tandemkv.lanes.base import DeviceWork, Task
+from tandemkv.lanes.rig import Rig
+from tandemkv.schedule.costs import NUM_SLOTS
+from tandemkv.types import PagedKV
+
+
+def stream(task: Task, share: PagedKV) -> DeviceWork:
+    """See `Lane`. A slot is filled while the device reads the other: double-buffered."""
+    rig, stages = task.rig, share.cut(task.stage_tokens)
+    assert isinstance(rig, Rig), "pages of a CUDA device are not staged yet"
+    tickets = [rig.send_pages("stream", stage) for stage in stages[:NUM_SLOTS]]
+    parts = []
+    try:
+        for i in range(len(stages)):
+            yield tickets[i]
+            parts.append(rig.attend(task.q, tickets[i].result(), task.rule))
+            if i + NUM_SLOTS < len(stages):  # the slot that was read is free
+                tickets.append(rig.send_pages("stream", stages[i + NUM_SLOTS]))
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+    return kernels.merge(parts)

@@ -1,0 +1,7 @@
+"""The lanes by name; what each costs is in `schedule/costs.py`, by the same name."""
+
+from tandemkv.lanes.attend import attend
+from tandemkv.lanes.base import Lane
+from tandemkv.lanes.stream import stream
+
+LANES: dict[str, Lane] = {"attend": attend, "stream": stream}

@@ -1,0 +1,167 @@
+"""What each lane costs: seconds on every resource it uses, from a machine's speeds. One function for each lane.
+
+Resources: `device` and `host` are processors, `memory` is the host's memory, `up` and `down` are the link to the
+device and the link to the host. Lanes that share a resource add up on it; a step takes as long as its longest resource,
+with what must come before the first use of it and after the last.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from tandemkv.schedule.speeds import Machine
+from tandemkv.schedule.work import Plan, Work
+
+RESOURCES = ("device", "host", "memory", "up", "down")
+NUM_SLOTS = 2
+"""Staging slots of a lane: one is filled while the device reads the other."""
+
+
+class Cost(NamedTuple):
+    """Seconds that a lane needs of each resource; before it can begin there, and from its end there to the step's.
+
+    near_bytes: that what comes up takes in the device's memory.
+    """
+
+    busy: Mapping[str, float]
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    near_bytes: float = 0.0
+
+
+def attend(work: Work, machine: Machine, plan: Plan, num_tokens: float) -> Cost:
+    """The host attends where the tokens lie; q goes down, out and lse come up, whatever their number."""
+    num_bytes = work.num_seqs * num_tokens * work.kv_bytes
+    down, up = machine.down.seconds(work.query_bytes), machine.up.seconds(work.part_bytes)
+    return Cost(
+        {"host": machine.host_attend.seconds(num_bytes), "memory": _memory(machine, num_bytes), "down": down},
+        {"host": down + 2 * machine.handoff_s},
+        {"host": up + 2 * machine.handoff_s},
+    )
+
+
+def stream(work: Work, machine: Machine, plan: Plan, num_tokens: float) -> Cost:
+    """K and V come up in stages, and the device attends to each while the next is on its way."""
+    num_stages = max(1.0, num_tokens / plan.stage_tokens)
+    num_bytes = work.num_seqs * num_tokens * work.kv_bytes
+    up = _transfers(machine, num_bytes, num_stages)
+    device = num_stages * machine.device_attend.start_us * 1e-6 + num_bytes / (machine.device_attend.gbps * 1e9)
+    return Cost(
+        {"up": up, "device": device, "memory": _memory(machine, num_bytes)},
+        {"device": up / num_stages + machine.handoff_s},
+        {"up": device / num_stages + machine.handoff_s},
+        NUM_SLOTS * num_bytes / num_stages,
+    )
+
+
+def recompute(work: Work, machine: Machine, plan: Plan, num_tokens: float) -> Cost:
+    """K and V of the first tokens are rebuilt from their layer inputs, which lie near (KVPR's row schedule) or come up
+    before anything else (its column schedule)."""
+    piece = min(num_tokens, plan.piece_tokens)
+    num_pieces = num_tokens / piece
+    build = num_pieces * machine.products.seconds(work.num_seqs * piece, work.rebuild_flops)
+    read = num_pieces * machine.device_attend.start_us * 1e-6 + _read_s(work, machine, num_tokens)
+    if work.inputs_are_near:
+        return Cost({"device": build + read}, {}, {})
+    num_bytes = work.num_seqs * num_tokens * work.input_bytes
+    up = _transfers(machine, num_bytes, num_pieces)
+    return Cost(
+        {"device": build + read, "up": up, "memory": _memory(machine, num_bytes)},
+        {"device": up / num_pieces + machine.handoff_s},
+        {"up": (build + read) / num_pieces + machine.handoff_s},
+        num_bytes,
+    )
+
+
+def logits(work: Work, machine: Machine, plan: Plan, num_tokens: float) -> Cost:
+    """The host computes logits over the keys; they and V come up, and the device weighs V with them (HybridGen)."""
+    num_stages = max(1.0, num_tokens / plan.stage_tokens)
+    k_bytes, v_bytes = (work.num_seqs * num_tokens * each for each in (work.k_bytes, work.v_bytes))
+    score_bytes = work.num_seqs * num_tokens * work.num_q_heads * 4
+    down = machine.down.seconds(work.query_bytes)
+    host = num_stages * machine.host_logits.start_us * 1e-6 + k_bytes / (machine.host_logits.gbps * 1e9)
+    up = _transfers(machine, v_bytes + score_bytes, num_stages)
+    device = num_stages * machine.device_weigh.start_us * 1e-6 + v_bytes / (machine.device_weigh.gbps * 1e9)
+    handoff = machine.handoff_s
+    first_host, first_up, last_device = host / num_stages, up / num_stages, device / num_stages
+    return Cost(
+        {"host": host, "up": up, "device": device, "memory": _memory(machine, k_bytes + v_bytes), "down": down},
+        {
+            "host": down + 2 * handoff,
+            "up": down + 3 * handoff + first_host,
+            "device": down + 4 * handoff + first_host + first_up,
+        },
+        {"host": first_up + last_device + 2 * handoff, "up": last_device + handoff},
+        NUM_SLOTS * v_bytes / num_stages,
+    )
+
+
+LaneCost = Callable[[Work, Machine, Plan, float], Cost]
+COSTS: dict[str, LaneCost] = {"recompute": recompute, "attend": attend, "logits": logits, "stream": stream}
+"""By lane, in the order in which a link carries for them: layer inputs first, so that rebuilding can begin."""
+
+
+class Prediction(NamedTuple):
+    """Seconds of a step, and of each resource with what must come before and after it. binds: the longest."""
+
+    seconds: float
+    resources: Mapping[str, float]
+    busy: Mapping[str, Mapping[str, float]]
+    near_bytes: float
+
+    @property
+    def binds(self) -> str:
+        """The resource that decides how long the step takes."""
+        return max(self.resources, key=lambda name: self.resources[name])
+
+
+def predict(work: Work, machine: Machine, plan: Plan) -> Prediction:
+    """What a step takes with this plan."""
+    tokens = {name: plan.tokens[name] for name in COSTS if plan.tokens.get(name, 0) > 0}
+    costs = {name: COSTS[name](work, machine, plan, num) for name, num in tokens.items()}
+    near_bytes = work.num_seqs * work.near_tokens * work.near_bytes
+    near = machine.device_attend.seconds(near_bytes) if work.near_tokens else 0.0
+    busy = {name: _corrected(name, cost.busy, machine) for name, cost in costs.items()}
+    busy["near"] = _corrected("near", {"device": near}, machine)
+    resources = {}
+    for resource in RESOURCES:
+        seconds = sum(each.get(resource, 0.0) for each in busy.values())
+        if resource == "device":
+            begin = max(busy["near"]["device"], _first_arrival(costs, busy))
+            resources["device"] = begin + seconds - busy["near"]["device"] + _after(resource, costs)
+        elif seconds:
+            before = min(cost.before.get(resource, 0.0) for cost in costs.values() if resource in cost.busy)
+            resources[resource] = before + seconds + _after(resource, costs)
+    return Prediction(max(resources.values()), resources, busy, sum(cost.near_bytes for cost in costs.values()))
+
+
+def _first_arrival(costs: Mapping[str, Cost], busy: Mapping[str, Mapping[str, float]]) -> float:
+    """When the device has something to do beside near tokens. What goes up for one lane waits for those before it."""
+    moments, queued = [], 0.0
+    for name, cost in costs.items():
+        if "device" in cost.busy:
+            moments.append(cost.before.get("device", 0.0) + queued)
+        queued += busy[name].get("up", 0.0)
+    return min(moments, default=0.0)
+
+
+def _after(resource: str, costs: Mapping[str, Cost]) -> float:
+    """From the last use of a resource to the end: of the last lane that uses it."""
+    last = [cost for cost in costs.values() if resource in cost.busy][-1:]
+    return last[0].after.get(resource, 0.0) if last else 0.0
+
+
+def _corrected(lane: str, busy: Mapping[str, float], machine: Machine) -> dict[str, float]:
+    return {name: seconds * machine.factors.get((lane, name), 1.0) for name, seconds in busy.items()}
+
+
+def _memory(machine: Machine, num_bytes: float) -> float:
+    return num_bytes / (machine.memory_gbps * 1e9)
+
+
+def _transfers(machine: Machine, num_bytes: float, num: float) -> float:
+    return num * machine.up.start_us * 1e-6 + num_bytes / (machine.up.gbps * 1e9)
+
+
+def _read_s(work: Work, machine: Machine, num_tokens: float) -> float:
+    """The device attends to rebuilt tokens as to near ones."""
+    return work.num_seqs * num_tokens * work.near_bytes / (machine.device_attend.gbps * 1e9)

@@ -1,0 +1,101 @@
+"""Which plan a layer's next step has: solved anew where something has changed by more than noise."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from tandemkv.errors import InputError, LaneError
+from tandemkv.schedule.costs import COSTS, predict
+from tandemkv.schedule.feedback import Corrections
+from tandemkv.schedule.solver import Solution, solve
+from tandemkv.schedule.speeds import Machine
+from tandemkv.schedule.work import Plan, Work
+
+MOVED = 0.02
+"""An input that moved by so much makes a plan worth solving again."""
+
+WORTH = 0.03
+"""A new plan takes the place of another one where it is predicted to be so much shorter: less is noise."""
+
+PLANNING_SHARE = 0.005
+"""Of all time, that plans may take; but where a step has become longer or shorter by more than `URGENT`."""
+
+URGENT = 0.25
+
+
+class Scheduler:
+    """Plans for layers of one machine. Layers of equal shape share a plan."""
+
+    def __init__(self, machine: Machine, lanes: Sequence[str] = tuple(COSTS), frozen: Plan | None = None) -> None:
+        """lanes: that may take part. frozen: the plan whose shares every step has, whatever is measured."""
+        self.machine = self._measured = machine
+        self.lanes = tuple(lanes)
+        self._frozen = frozen
+        self._corrections = Corrections()
+        self._solved: dict[Work, tuple[Work, Machine, Solution]] = {}
+        self._planning_s = 0.0
+        self._began = time.perf_counter()
+
+    def plan(self, work: Work) -> Solution:
+        """The plan for this step, and what it is predicted to take."""
+        if self._frozen is not None:
+            return _fitted(self._frozen, work, self.machine)
+        shape = replace(work, near_tokens=0, far_tokens=0, num_inputs=0)
+        last = self._solved.get(shape)
+        if last is None:
+            return self._solve(shape, work)
+        before, machine, solution = last
+        kept = _fitted(solution.plan, work, self.machine)
+        if not _has_moved(before, work, machine, self.machine):
+            return kept
+        change = kept.prediction.seconds / solution.prediction.seconds
+        if self._may_plan() or not 1 - URGENT < change < 1 + URGENT:
+            return self._solve(shape, work, kept)
+        return kept
+
+    def observe(self, solution: Solution, measured: Mapping[tuple[str, str], float]) -> None:
+        """What the lanes of a step took: seconds of (lane, resource), `near` among the lanes."""
+        self._corrections.observe(solution.prediction, self.machine, measured)
+        self.machine = self._corrections.corrected(self._measured)
+
+    def drop(self, lane: str) -> None:
+        """A lane takes part no more. LaneError where it was the last one."""
+        self.lanes = tuple(name for name in self.lanes if name != lane)
+        self._solved.clear()
+        if not self.lanes:
+            raise LaneError(f"the last lane, {lane!r}, has failed: nothing is left that could attend to far tokens")
+        if self._frozen is not None:
+            kept = {name: num for name, num in self._frozen.tokens.items() if name in self.lanes}
+            self._frozen = replace(self._frozen, tokens=kept or {self.lanes[0]: 1})
+
+    def _solve(self, shape: Work, work: Work, kept: Solution | None = None) -> Solution:
+        began = time.perf_counter()
+        solution = solve(work, self.machine, self.lanes)
+        if kept is not None and solution.prediction.seconds > (1 - WORTH) * kept.prediction.seconds:
+            solution = kept
+        self._solved[shape] = work, self.machine, solution
+        self._planning_s += time.perf_counter() - began
+        return solution
+
+    def _may_plan(self) -> bool:
+        return self._planning_s < PLANNING_SHARE * (time.perf_counter() - self._began)
+
+
+def _fitted(plan: Plan, work: Work, machine: Machine) -> Solution:
+    """A plan's shares of the far tokens that there are now."""
+    if plan.num_tokens != work.far_tokens:
+        plan = plan.scaled(work.far_tokens, work.page_size, {"recompute": work.num_inputs})
+        if plan.num_tokens != work.far_tokens:
+            raise InputError(
+                f"a plan over {', '.join(plan.tokens) or 'no lane'} cannot take {work.far_tokens} far tokens: layer "
+                f"inputs are kept for {work.num_inputs}; allow another lane"
+            )
+    return Solution(plan, predict(work, machine, plan))
+
+
+def _has_moved(before: Work, now: Work, then: Machine, machine: Machine) -> bool:
+    """Whether tokens or speeds have changed by more than `MOVED` since a plan was solved."""
+    tokens = [(before.near_tokens, now.near_tokens), (before.far_tokens, now.far_tokens)]
+    keys = then.factors.keys() | machine.factors.keys()
+    factors = [(then.factors.get(key, 1.0), machine.factors.get(key, 1.0)) for key in keys]
+    return any(abs(new - old) > MOVED * max(old, new) for old, new in (*tokens, *factors))
