@@ -32,7 +32,7 @@ from tandemkv.attention import use_threads, worker_pool
 from tandemkv.cache import CacheSpec, LayerKV, parse_far_dtype
 from tandemkv.demo.speed import demo_config, kv_bytes, next_logits
 from tandemkv.errors import CapacityError, InputError, UnsupportedError
-from tandemkv.kernels import attend, cpu
+from tandemkv.kernels import attend, probes
 from tandemkv.types import ScoreRule
 
 QUICK_TOKENS, FULL_TOKENS = 1 << 18, 1 << 22
@@ -128,7 +128,7 @@ def hold(tokens: int, far_dtype: str, console: Console) -> Held:
         if not bool(logits.isfinite().all()):
             raise WrongResultError("logits are not finite")
         token = logits.argmax().view(1, 1)
-    read_gbps = cpu.read_gbps(worker_pool(), cpu.probe_buffer(512 << 20))
+    read_gbps = probes.read_gbps(worker_pool(), probes.probe_buffer(512 << 20))
     far_bytes = cache.use()[1].used_bytes
     cache.close()
     return Held(tokens, far_dtype, bf16_bytes, far_bytes, refusal, fill_s, statistics.median(steps), read_gbps, error)

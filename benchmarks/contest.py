@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.common import WrongResultError, in_ms, medians_in_turn
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
 from tandemkv import machine
-from tandemkv.kernels import cpu
+from tandemkv.kernels import cpu, probes
 from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
 
 PAGE_SIZE = 64
@@ -186,12 +186,12 @@ class Contest:
             raise WrongResultError(f"{self.shape}: off by {max_error:.1e}, tolerance {self.judge.tolerance:.1e}")
         peers = _admit(self.problem, self.judge, self.rules.peers)
         # The probe leaves the end of our arena in the cache, so the peers, who read other memory, run before ours.
-        probes = {f"read {n}": _probe(n, self.copies.arena, self.rules.rotate_bytes) for n in PROBE_THREADS}
+        limits = {f"read {n}": _probe(n, self.copies.arena, self.rules.rotate_bytes) for n in PROBE_THREADS}
         calls = {name: in_ms(call) for name, call in (*peers.calls.items(), ("ours", ours))}
-        probes["dot"] = lambda: cpu.dot_gops(pool)
+        limits["dot"] = lambda: probes.dot_gops(pool)
         # In one row memory was slower before ours than during it (a share of 1.04): once more after it, and the better.
-        again = {AFTER_OURS: probes[f"read {PROBE_THREADS[-1]}"]}
-        median = medians_in_turn(probes | calls | again, self.rules.budget_s)
+        again = {AFTER_OURS: limits[f"read {PROBE_THREADS[-1]}"]}
+        median = medians_in_turn(limits | calls | again, self.rules.budget_s)
         read_gbps = {n: median[f"read {n}"] for n in PROBE_THREADS}
         read_gbps[PROBE_THREADS[-1]] = max(read_gbps[PROBE_THREADS[-1]], median[AFTER_OURS])
         return Row(
@@ -199,7 +199,7 @@ class Contest:
             num_threads=num_threads,
             read_gbps_by_threads=read_gbps,
             dot_gops=median["dot"],
-            multiply_adds=cpu.multiply_adds(self.shape.group_size),
+            multiply_adds=probes.multiply_adds(self.shape.group_size),
             ours_ms=median["ours"],
             max_error=max_error,
             peers_ms={name: median[name] for name in peers.calls},
@@ -284,7 +284,7 @@ def _ours(problem: Problem, paged: list[PagedKV], pool: cpu.WorkerPool) -> Call:
 
 def _probe(num_threads: int, arena: Tensor, num_bytes: int) -> Callable[[], float]:
     pool, piece = cpu.WorkerPool(num_threads), arena.flatten()[: num_bytes // arena.itemsize]
-    return lambda: cpu.read_gbps(pool, piece)
+    return lambda: probes.read_gbps(pool, piece)
 
 
 def _admit(problem: Problem, judge: Judge, peers: Mapping[str, Callable[[Problem], Call]]) -> Entrants:

@@ -54,7 +54,7 @@ from benchmarks.common import (
 )
 from tandemkv.attention import extend_and_attend, use_threads
 from tandemkv.cache import CacheSpec, KVCache, parse_far_dtype
-from tandemkv.kernels import cpu
+from tandemkv.kernels import cpu, probes
 from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
 
 NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 64
@@ -228,10 +228,10 @@ def measure(kv_len: int, threads: Sequence[int], budget_s: float) -> list[Row]:
     num_bytes |= {name: each.num_bytes for name, each in peers.items()}
     rows = []
     for num_threads in threads:
-        pool, buffer = cpu.WorkerPool(num_threads), cpu.probe_buffer(PROBE_BYTES)
+        pool, buffer = cpu.WorkerPool(num_threads), probes.probe_buffer(PROBE_BYTES)
         calls = {name: in_ms(each.calls(sequence.q, pool)) for name, each in pages.items()}
         calls |= {name: in_ms(each.start(num_threads)) for name, each in peers.items()}
-        probe = {"read": lambda pool=pool, buffer=buffer: cpu.read_gbps(pool, buffer)}
+        probe = {"read": lambda pool=pool, buffer=buffer: probes.read_gbps(pool, buffer)}
         medians = medians_in_turn(calls | probe, budget_s, min_rounds=5)
         print(f"{kv_len} tokens, {num_threads} threads: {medians['int8']:.2f} ms in int8", file=sys.stderr)
         for name in calls:

@@ -367,6 +367,14 @@ NB_MODULE(_native, m) {
       "pool"_a, "isa"_a);
 
   m.def(
+      "load_latency_ns",
+      [](Address next, int64_t num_steps) {
+        nb::gil_scoped_release release;
+        return load_latency_ns(as<const int64_t>(next), num_steps);
+      },
+      "next"_a, "num_steps"_a);
+
+  m.def(
       "multiply_adds",
       [](const std::string& isa, int64_t group_size) { return kernels_named(isa).multiply_adds(group_size); }, "isa"_a,
       "group_size"_a);

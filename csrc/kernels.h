@@ -68,4 +68,7 @@ double read_gbps(WorkerPool& pool, const KernelTable& kernels, const char* buffe
 // once, the best of a few passes of about a millisecond: what no product can exceed, wherever its operands lie.
 double dot_gops(WorkerPool& pool, const KernelTable& kernels);
 
+// Nanoseconds of a load whose address is what the one before read: next[i] is the place to read after i.
+double load_latency_ns(const int64_t* next, int64_t num_steps);
+
 }  // namespace tandem

@@ -33,6 +33,16 @@ double read_gbps(WorkerPool& pool, const KernelTable& kernels, const char* buffe
   return best;
 }
 
+double load_latency_ns(const int64_t* next, int64_t num_steps) {
+  int64_t at = 0;
+  const double seconds = seconds_of([&] {
+    for (int64_t step = 0; step < num_steps; ++step) at = next[at];
+  });
+  volatile int64_t keep = at;  // so that the loads happen
+  (void)keep;
+  return seconds * 1e9 / static_cast<double>(num_steps);
+}
+
 double dot_gops(WorkerPool& pool, const KernelTable& kernels) {
   constexpr int kNumPasses = 5;
   constexpr int64_t kSteps = 2000;  // some 20 us: threads that wake late take fewer items

@@ -363,11 +363,11 @@ import os
 import time
 import torch
 from tandemkv.attention import worker_pool
-from tandemkv.kernels import cpu
+from tandemkv.kernels import cpu, probes
 torch.set_num_threads(2)
 buffer = torch.ones(64 << 20, dtype=torch.uint8)
 before = set(os.listdir("/proc/self/task"))
-cpu.read_gbps(worker_pool(), buffer)
+probes.read_gbps(worker_pool(), buffer)
 started = set(os.listdir("/proc/self/task")) - before
 for _ in range(100):  # a busy machine: the other thread may not have come to run yet
     masks = [sorted(os.sched_getaffinity(int(thread))) for thread in started]

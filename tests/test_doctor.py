@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from tandemkv import doctor, machine
-from tandemkv.kernels import cpu, torch_ops
+from tandemkv.kernels import cpu, probes, torch_ops
 from tandemkv.types import Partial, ScoreRule
 
 GIB = 1 << 30
@@ -88,7 +88,7 @@ def test_bandwidth_is_measured_with_one_thread_and_with_the_default(report: doct
 
 def test_bandwidth_is_the_best_of_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = iter([10.0, 20.0, 30.0, 15.0, 5.0, 25.0])
-    monkeypatch.setattr(cpu, "read_gbps", lambda pool, buffer: next(rounds))
+    monkeypatch.setattr(probes, "read_gbps", lambda pool, buffer: next(rounds))
     found = doctor._read_bandwidth(cpu, "", 2, 256 << 20, machine.Available(8 * GIB, "physical memory"))
     assert [speed.read_gbps for speed in found.speeds] == [30.0, 25.0]
 

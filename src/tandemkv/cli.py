@@ -67,6 +67,9 @@ MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many, if the text
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder of a supported family.")]
 NearTokens = Annotated[int, typer.Option(help="Recent tokens kept near, per layer; at least 128.")]
 OutFolder = Annotated[Path, typer.Option(help="Where scores and the picture go; a run that was stopped goes on there.")]
+ProfileFile = Annotated[
+    Path | None, typer.Option("--file", help="Where it is kept.", show_default="~/.cache/tandemkv/profile.json")
+]
 PromptFile = Annotated[
     Path, typer.Option(help="The text to continue, UTF-8, taken as it is (no chat template); - reads stdin.")
 ]
@@ -154,6 +157,28 @@ def doctor(as_json: AsJson = False) -> None:
         typer.echo(json.dumps(report.to_dict()))
     else:
         print_report(report, Console())
+
+
+@app.command()
+def profile(
+    again: Annotated[bool, typer.Option("--again", help="Measure even where nothing has changed.")] = False,
+    file: ProfileFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how fast this machine's memories, processors and links are; measure them where that is not known.
+
+    Takes half a minute and up to 1 GiB, once: the numbers are kept with a checksum, and measured anew when hardware or
+    versions change. The scheduler splits work by them.
+
+    Example: tandemkv profile --again
+    """
+    from tandemkv.profiling import print_profile, profile_of_this_machine
+
+    found = profile_of_this_machine(Console(stderr=True), file, again=again)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        print_profile(found, Console())
 
 
 @app.command()

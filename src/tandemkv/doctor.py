@@ -210,16 +210,18 @@ def _read_bandwidth(
 ) -> ReadBandwidth:
     if cpu is None:
         return ReadBandwidth(0, (), native_missing)
+    from tandemkv.kernels import probes
+
     num_bytes = min(probe_bytes, available.num_bytes // 4)
     if num_bytes < _LEAST_PROBE_BYTES:
         left = f"{format_bytes(available.num_bytes)} left ({available.limit})"
         return ReadBandwidth(0, (), f"needs 4 x {format_bytes(_LEAST_PROBE_BYTES)} of free memory, {left}")
-    buffer = cpu.probe_buffer(num_bytes)
+    buffer = probes.probe_buffer(num_bytes)
     pools = [cpu.WorkerPool(count) for count in sorted({1, num_threads})]
     best = [0.0] * len(pools)
     deadline = time.monotonic() + _PROBE_SECONDS
     for _ in range(3):
-        best = [max(gbps, cpu.read_gbps(pool, buffer)) for gbps, pool in zip(best, pools, strict=True)]
+        best = [max(gbps, probes.read_gbps(pool, buffer)) for gbps, pool in zip(best, pools, strict=True)]
         if time.monotonic() > deadline:
             break
     speeds = tuple(ReadSpeed(pool.num_threads, gbps) for pool, gbps in zip(pools, best, strict=True))

@@ -6,10 +6,12 @@ TandemError
 ├── UnsupportedError  right, but not supported here: a model family, a keyword (also a NotImplementedError)
 ├── UnavailableError  this machine or installation lacks it: an instruction set, the native module
 ├── CacheError        a cache used against its rules: closed, held, or fed by a model that is not attached
-└── LaneError         no way is left by which far tokens could take part in a step
+├── LaneError         no way is left by which far tokens could take part in a step
+└── ProfileError      a machine profile that is damaged, or of another machine (also a ValueError)
 
 PrecisionWarning: some tokens are kept in full precision, because they cannot be quantised.
 
+ProfileWarning: a stored machine profile was of no use, and the machine was measured again.
 LaneWarning: a lane has stalled or failed, and steps go on without it.
 
 A broken invariant of our own is an AssertionError, never one of these.
@@ -42,6 +44,14 @@ class CacheError(TandemError, RuntimeError):
 
 class LaneError(TandemError, RuntimeError):
     """Processors or links that a step needs have stalled or failed."""
+
+
+class ProfileError(TandemError, ValueError):
+    """Numbers that were not measured here, or not as they are written."""
+
+
+class ProfileWarning(UserWarning):
+    """A stored machine profile was of no use, and the machine was measured again."""
 
 
 class LaneWarning(RuntimeWarning):

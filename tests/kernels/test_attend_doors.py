@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError, TandemError, UnsupportedError
-from tandemkv.kernels import append_and_attend, attend, cpu
+from tandemkv.kernels import append_and_attend, attend, cpu, probes
 from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
 from tests.paged import Shape, build, paginate
 
@@ -236,7 +236,7 @@ def test_no_sequences_give_an_empty_result() -> None:
 
 
 def test_the_read_probe_reads() -> None:
-    assert cpu.read_gbps(cpu.WorkerPool(2), torch.zeros(1 << 20, dtype=torch.uint8)) > 0
+    assert probes.read_gbps(cpu.WorkerPool(2), torch.zeros(1 << 20, dtype=torch.uint8)) > 0
 
 
 # Multiply-adds of one instruction, by instruction set.
@@ -255,9 +255,9 @@ OF_ONE_INSTRUCTION = {
 @pytest.mark.parametrize("isa", [isa for isa, missing in cpu.available_isas().items() if not missing])
 def test_dot_gops_is_what_a_processor_can_do(isa: str) -> None:
     """Not an optimiser's dream: two such instructions a cycle at 6 GHz (four on Arm), and no slower than 0.1 GHz."""
-    per_ns = cpu.dot_gops(cpu.single_thread(), isa) / OF_ONE_INSTRUCTION[isa]
+    per_ns = probes.dot_gops(cpu.single_thread(), isa) / OF_ONE_INSTRUCTION[isa]
     assert 0.1 < per_ns < (24 if isa.startswith("neon") else 12)
-    assert cpu.dot_gops(cpu.WorkerPool(2), isa) > 0
+    assert probes.dot_gops(cpu.WorkerPool(2), isa) > 0
 
 
 @pytest.mark.parametrize("isa", [isa for isa, missing in cpu.available_isas().items() if not missing])
@@ -265,4 +265,4 @@ def test_multiply_adds_of_a_group(isa: str) -> None:
     for group_size in (1, 4, 5, 16):
         tiles = isa == "amx_bf16" and group_size >= 5
         expected = 0 if tiles else group_size * (3 if isa in ("avx512_bf16", "neon_bf16") else 2)
-        assert cpu.multiply_adds(group_size, isa) == expected
+        assert probes.multiply_adds(group_size, isa) == expected

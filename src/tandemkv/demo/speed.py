@@ -21,7 +21,7 @@ import tandemkv.integrations.transformers as tandem
 from tandemkv import machine
 from tandemkv.attention import worker_pool
 from tandemkv.errors import CapacityError, InputError
-from tandemkv.kernels import cpu
+from tandemkv.kernels import cpu, probes
 from tandemkv.types import format_bytes
 
 MAX_PREFILL = 32_768
@@ -271,7 +271,7 @@ def decode_in_turn(
 
     One step that is not counted goes first. The times carry the probe as "read_gbps".
     """
-    buffer = cpu.probe_buffer(PROBE_BYTES)
+    buffer = probes.probe_buffer(PROBE_BYTES)
     times: dict[str, list[float]] = {name: [] for name in [*runs, "read_gbps"]}
     logits: dict[str, Tensor] = {}
     for step in range(num_steps + 1):
@@ -282,7 +282,7 @@ def decode_in_turn(
                 times[name].append(milliseconds)
             else:
                 logits[name] = result.float()
-        times["read_gbps"].append(max(cpu.read_gbps(pool, buffer) for pool in (cpu.single_thread(), worker_pool())))
+        times["read_gbps"].append(max(probes.read_gbps(pool, buffer) for pool in (cpu.single_thread(), worker_pool())))
     return times, logits
 
 

@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tandemkv import machine
 from tandemkv.errors import InputError, UnavailableError, UnsupportedError
 from tandemkv.types import AnyArena, Arena, Arenas, PagedKV, Partial, ScoreRule
 
@@ -233,36 +232,6 @@ def _channel_weights(weights: Tensor | None, shape: tuple[int, ...]) -> Tensor |
         got = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else _types_of(weights)
         raise InputError(f"channel_weights must be float32 {list(shape)}, got {got}")
     return weights.cpu().contiguous()
-
-
-def probe_buffer(num_bytes: int) -> Tensor:
-    """Memory for `read_gbps`, as pools have it: in huge pages where allowed."""
-    buffer = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
-    machine.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
-    return buffer.fill_(1)  # or every page would be the kernel's one page of zeros
-
-
-def read_gbps(pool: WorkerPool, buffer: Tensor) -> float:
-    """Gigabytes (1e9) per second of plain loads over a tensor, best of three prefetch distances, one pass each."""
-    offset = -buffer.data_ptr() % 64
-    return _native.read_gbps(pool, resolve_isa(), buffer.data_ptr() + offset, buffer.nbytes - offset)
-
-
-def dot_gops(pool: WorkerPool, isa: str | None = None) -> float:
-    """1e9 multiply-adds per second of the instruction that bf16 products use, from registers alone, on all threads.
-
-    vdpbf16ps in avx512_bf16, bfdot in neon_bf16, else float32 multiply-adds. Best of a few passes of a millisecond.
-    """
-    return _native.dot_gops(pool, resolve_isa(isa))
-
-
-def multiply_adds(group_size: int, isa: str | None = None) -> int:
-    """Multiply-adds that attending to an element of K and one of V costs, in bf16 with one bf16 query per head.
-
-    For each query head of the group one for q.k, and one for p.v, or two where p is a high and a low bf16 part.
-    0 where AMX tiles do them, which `dot_gops` does not measure.
-    """
-    return _native.multiply_adds(resolve_isa(isa), group_size)
 
 
 def native_arena(arena: AnyArena) -> _native.Arenas:

@@ -99,11 +99,11 @@ class Rig:
         self.down = Link("down", down, self.bell, self.trace)
         atexit.register(self.close)  # a thread in the middle of a call would end the process with an abort
 
-    def ask_host(self, name: str, q: Tensor, work: Callable[[Tensor], Partial], up_bytes: int) -> Ticket[Partial]:
+    def ask_host(self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int) -> Ticket[T]:
         """q down, work on the host, its answer up."""
-        answer: Ticket[Partial] = Ticket(self.bell)
+        answer: Ticket[T] = Ticket(self.bell)
 
-        def send_up(done: Ticket[Partial]) -> None:
+        def send_up(done: Ticket[T]) -> None:
             if done.error is not None:
                 answer.fail(done.error)
             else:
@@ -154,13 +154,13 @@ class TorchRig:
         self.bell, self.trace = Condition(), Trace()
         self.host = Host(pool, self.bell, self.trace)
 
-    def ask_host(self, name: str, q: Tensor, work: Callable[[Tensor], Partial], up_bytes: int) -> Ticket[Partial]:
+    def ask_host(self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int) -> Ticket[T]:
         """q down, work on the host; the caller brings its answer up."""
         is_cuda = q.device.type == "cuda"
         host_q = torch.empty(q.shape, dtype=q.dtype, device="cpu", pin_memory=is_cuda).copy_(q, non_blocking=is_cuda)
         is_down = torch.cuda.current_stream(q.device).record_event() if is_cuda else None
 
-        def job() -> Partial:
+        def job() -> T:
             if is_down is not None:
                 is_down.synchronize()
             return work(host_q)
