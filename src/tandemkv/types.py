@@ -368,21 +368,28 @@ class PagedKV:
     @property
     def num_bytes(self) -> int:
         """K and V of the tokens that exist; of whole pages every page of the table."""
-        arena = self.arena
-        sizes = [part.num_bytes // max(1, part.num_slots) for part in arena.parts]
-        if not self.of_blocks and len(sizes) == 1:
-            return self.page_table.shape[0] * self.page_table.shape[2] * sizes[0]
-        page_blocks = arena.layout.page_size // BLOCK_TOKENS
-        slots = self.page_table // (arena.num_kv_heads * page_blocks) if self.of_blocks else self.page_table[:, :1]
-        ends = torch.tensor([part.num_slots for part in arena.parts], device="cpu").cumsum(0)
-        per_entry = torch.tensor(sizes, device="cpu")[
-            torch.bucketize(slots, ends, right=True).clamp_(max=len(sizes) - 1)
-        ]
+        return self._bytes([part.num_bytes // max(1, part.num_slots) for part in self.arena.parts])
+
+    @property
+    def v_bytes(self) -> int:
+        """The same of V alone."""
+        return self._bytes([part.v.nbytes // max(1, part.num_slots) for part in self.arena.parts])
+
+    def _bytes(self, of_pages: list[int]) -> int:
+        """of_pages: bytes of a page, in each part of the arena."""
+        num_seqs, _, num_entries = self.page_table.shape
+        if not self.of_blocks and len(of_pages) == 1:
+            return num_seqs * num_entries * of_pages[0]
+        head_blocks = self.arena.num_kv_heads * self.arena.layout.page_size // BLOCK_TOKENS
+        slots = self.page_table // head_blocks if self.of_blocks else self.page_table[:, :1]
+        ends = torch.tensor([part.num_slots for part in self.arena.parts], device="cpu").cumsum(0)
+        places = torch.bucketize(slots, ends, right=True).clamp_(max=len(of_pages) - 1)
+        of_entries = torch.tensor(of_pages, device="cpu")[places]
         if not self.of_blocks:
-            return int(per_entry.sum())
-        begins = torch.arange(self.page_table.shape[2], device="cpu") * BLOCK_TOKENS
+            return int(of_entries.sum())
+        begins = torch.arange(num_entries, device="cpu") * BLOCK_TOKENS
         exists = (begins < self.kv_len[..., None]) & (begins + BLOCK_TOKENS > self.kv_start[..., None])
-        return int((per_entry * exists).sum()) // (arena.num_kv_heads * page_blocks)
+        return int((of_entries * exists).sum()) // head_blocks
 
     def part(self, begin: int, end: int) -> "PagedKV":
         """The tokens behind entries [begin, end) of the table."""

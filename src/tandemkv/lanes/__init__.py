@@ -1,8 +1,8 @@
 """Ways for far KV to take part in a step. A new one is a file here, a line in the table, and a cost in schedule."""
 
-from tandemkv.lanes.base import Lane, Task, drive
+from tandemkv.lanes.base import Inputs, Lane, Task, drive
 from tandemkv.lanes.crew import Crew
 from tandemkv.lanes.rig import Rig, TorchRig
 from tandemkv.lanes.table import LANES
 
-__all__ = ["LANES", "Crew", "Lane", "Rig", "Task", "TorchRig", "drive"]
+__all__ = ["LANES", "Crew", "Inputs", "Lane", "Rig", "Task", "TorchRig", "drive"]

@@ -19,16 +19,33 @@ DeviceWork = Generator[Ticket[Any], None, Partial]
 works for others. Its value is the attention over the lane's tokens."""
 
 
+class Inputs(NamedTuple):
+    """What entered a layer with its first num_tokens tokens, kept near, or far, where it has to come up.
+
+    x: of tokens [begin, end), `[num_seqs, tokens, hidden]`. kv: K and V of them, made of it again, as a layer reads
+    them.
+    """
+
+    num_tokens: int
+    are_near: bool
+    hidden: int
+    x: Callable[[int, int], Tensor]
+    kv: Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
+
+
 class Task(NamedTuple):
     """A step of one layer, as lanes are told of it.
 
     q: `[num_seqs, num_q_heads, q_len, head_dim]` on the device. stage_tokens: that go over a link at once.
+    piece_tokens: that are rebuilt at once.
     """
 
     q: Tensor
     rule: ScoreRule
     rig: AnyRig
     stage_tokens: int = 1024
+    piece_tokens: int = 256
+    inputs: Inputs | None = None
 
 
 class Lane(Protocol):

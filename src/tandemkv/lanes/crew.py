@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tandemkv import kernels
 from tandemkv.errors import LaneWarning
-from tandemkv.lanes.base import DeviceWork, Task, drive
+from tandemkv.lanes.base import DeviceWork, Inputs, Task, drive
 from tandemkv.lanes.rig import Rig
 from tandemkv.lanes.table import LANES
 from tandemkv.lanes.tickets import Span
@@ -34,15 +34,17 @@ class Crew:
     def __init__(self, rig: Rig, scheduler: Scheduler) -> None:
         self.rig, self.scheduler = rig, scheduler
 
-    def attend(self, q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], rule: ScoreRule) -> Partial:
+    def attend(
+        self, q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], rule: ScoreRule, inputs: Inputs | None = None
+    ) -> Partial:
         """Attention over near and far tokens; queries are the last of the near ones.
 
-        far: the first run is split by the plan; others go whole to one lane.
+        far: the first run is split by the plan; others go whole to one lane. inputs: of the first tokens, where kept.
         """
-        work = work_of(q, near, far)
-        solution = self.scheduler.plan(work)
-        task = Task(q, rule, self.rig, solution.plan.stage_tokens)
-        shares = split(solution.plan, self.scheduler.lanes, far)
+        solution = self.scheduler.plan(work_of(q, near, far, inputs))
+        plan = solution.plan
+        task = Task(q, rule, self.rig, plan.stage_tokens, plan.piece_tokens, inputs)
+        shares = split(plan, self.scheduler.lanes, far)
         deadline_s = max(_SHORTEST_DEADLINE_S, _DEADLINE_STEPS * solution.prediction.seconds)
         outcome = drive(lambda: self._attend_near(task, near), _begun(task, shares), self.rig, deadline_s)
         if not outcome.failed:
@@ -92,8 +94,9 @@ def _begun(task: Task, shares: Mapping[str, Share]) -> dict[str, DeviceWork]:
     return {name: LANES[lane](task, run) for name, (lane, run) in shares.items()}
 
 
-def work_of(q: Tensor, near: PagedKV, far: tuple[PagedKV, ...]) -> Work:
+def work_of(q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], inputs: Inputs | None = None) -> Work:
     """What this step has to do, in numbers."""
+    rebuilds = inputs is not None and far and not far[0].of_blocks  # of a choice of blocks, none is the first
     arena, page_size = near.arena, near.arena.layout.page_size
     far_tokens = far[0].page_table.shape[2] * far[0].entry_tokens if far else 0
     k_bytes, v_bytes = _token_bytes(far[0] if far else near)
@@ -110,6 +113,9 @@ def work_of(q: Tensor, near: PagedKV, far: tuple[PagedKV, ...]) -> Work:
         near_bytes=sum(_token_bytes(near)),
         item_bytes=q.element_size(),
         page_size=far[0].entry_tokens if far else page_size,
+        hidden=inputs.hidden if inputs is not None else 0,
+        num_inputs=inputs.num_tokens if inputs is not None and rebuilds else 0,
+        inputs_are_near=inputs is None or inputs.are_near,
     )
 
 

@@ -17,7 +17,7 @@ from tandemkv.errors import InputError
 from tandemkv.lanes.links import Link
 from tandemkv.lanes.tickets import Ticket, Trace
 from tandemkv.schedule import Speed
-from tandemkv.types import PagedKV, Partial, ScoreRule
+from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -93,6 +93,9 @@ class Rig:
             raise InputError(f"a device and a host need two processors, this process may use {len(cpus)}")
         self.bell, self.trace = Condition(), Trace()
         self.device_pool = WorkerPool(1)
+        self.done: Ticket[None] = Ticket(self.bell)  # for work that waits for nobody, but lets others go on
+        self.done.set(None)
+        self._scratches: dict[tuple[PageLayout, int, int, int], Arena] = {}
         self.device_cpu = cpus[0]
         self.host = Host(WorkerPool(len(cpus) - 1, list(cpus[1:])), self.bell, self.trace, cpus[1])
         self.up = Link("up", up, self.bell, self.trace)
@@ -119,6 +122,25 @@ class Rig:
     def attend(self, q: Tensor, pages: PagedKV, rule: ScoreRule) -> Partial:
         """On the device, over what lies in its memory."""
         return kernels.attend(q, pages, rule=rule, pool=self.device_pool)
+
+    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, pages: PagedKV, rule: ScoreRule) -> Partial:
+        """On the device, over k and v `[num_seqs, num_kv_heads, num_tokens, head_dim]` in the place of these pages."""
+        num_pages = pages.page_table.shape[2]
+        arena = self._scratch(pages.arena.parts[0], q.shape[0] * num_pages)
+        slots = torch.arange(q.shape[0] * num_pages, dtype=torch.int32, device="cpu").view(-1, 1, num_pages)
+        table = slots.expand(q.shape[0], arena.num_kv_heads, num_pages)
+        kernels.append(arena, table, 0, k, v, self.device_pool)
+        return self.attend(q, PagedKV(arena, table, pages.kv_start, pages.kv_len), rule)
+
+    def _scratch(self, like: Arena, num_slots: int) -> Arena:
+        """Pages of the device's own, kept between calls."""
+        layout = PageLayout(like.layout.dtype, like.layout.page_size, "panels")
+        key = layout, like.num_kv_heads, like.head_dim, like.v_head_dim
+        arena = self._scratches.get(key)
+        if arena is None or arena.num_slots < num_slots:
+            arena = Arena.allocate(layout, num_slots, *key[1:3], v_head_dim=key[3])
+            self._scratches[key] = arena
+        return arena
 
     def send_pages(self, name: str, pages: PagedKV) -> Ticket[PagedKV]:
         """Far pages up, into a staging slot."""

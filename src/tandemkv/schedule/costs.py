@@ -151,7 +151,7 @@ def _after(resource: str, costs: Mapping[str, Cost]) -> float:
 
 
 def _corrected(lane: str, busy: Mapping[str, float], machine: Machine) -> dict[str, float]:
-    return {name: seconds * machine.factors.get((lane, name), 1.0) for name, seconds in busy.items()}
+    return {name: seconds * machine.factor(lane, name) for name, seconds in busy.items()}
 
 
 def _memory(machine: Machine, num_bytes: float) -> float:

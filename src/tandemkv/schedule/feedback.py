@@ -6,7 +6,7 @@ from dataclasses import replace
 from statistics import median
 
 from tandemkv.schedule.costs import Prediction
-from tandemkv.schedule.speeds import Machine
+from tandemkv.schedule.speeds import ANY, Machine
 
 WINDOW = 5
 """Measurements that a median is taken of: one or two slow ones move nothing, a change is believed after three."""
@@ -26,9 +26,11 @@ class Corrections:
         for (lane, resource), seconds in measured.items():
             expected = predicted.busy.get(lane, {}).get(resource, 0.0)
             if min(expected, seconds) >= _SHORTEST_S:
-                self._ratios[lane, resource].append(seconds / expected * machine.factors.get((lane, resource), 1.0))
+                self._ratios[lane, resource].append(seconds / expected * machine.factor(lane, resource))
 
     def corrected(self, machine: Machine) -> Machine:
         """The machine as it was measured; what was measured less than three times is believed as it was."""
         believed = {key: median(ratios) for key, ratios in self._ratios.items() if len(ratios) > WINDOW // 2}
+        for resource in {resource for _, resource in believed}:  # a slow device is slow for other lanes, too
+            believed[ANY, resource] = median(factor for (_, its), factor in believed.items() if its == resource)
         return replace(machine, factors=believed)

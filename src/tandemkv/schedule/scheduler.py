@@ -3,10 +3,11 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from tandemkv.errors import InputError, LaneError
 from tandemkv.schedule.costs import COSTS, predict
-from tandemkv.schedule.feedback import Corrections
+from tandemkv.schedule.feedback import WINDOW, Corrections
 from tandemkv.schedule.solver import Solution, solve
 from tandemkv.schedule.speeds import Machine
 from tandemkv.schedule.work import Plan, Work
@@ -18,9 +19,20 @@ WORTH = 0.03
 """A new plan takes the place of another one where it is predicted to be so much shorter: less is noise."""
 
 PLANNING_SHARE = 0.005
-"""Of all time, that plans may take; but where a step has become longer or shorter by more than `URGENT`."""
+"""Of all time, that plans may take."""
 
 URGENT = 0.25
+"""A speed that changed by so much is not kept waiting for that, but for as many steps as a measurement takes to be
+believed."""
+
+
+class _Solved(NamedTuple):
+    """The last solution for layers of a shape, and what it was solved for."""
+
+    work: Work
+    machine: Machine
+    solution: Solution
+    num_observed: int
 
 
 class Scheduler:
@@ -32,7 +44,8 @@ class Scheduler:
         self.lanes = tuple(lanes)
         self._frozen = frozen
         self._corrections = Corrections()
-        self._solved: dict[Work, tuple[Work, Machine, Solution]] = {}
+        self._solved: dict[Work, _Solved] = {}
+        self._num_observed = 0
         self._planning_s = 0.0
         self._began = time.perf_counter()
 
@@ -44,17 +57,15 @@ class Scheduler:
         last = self._solved.get(shape)
         if last is None:
             return self._solve(shape, work)
-        before, machine, solution = last
-        kept = _fitted(solution.plan, work, self.machine)
-        if not _has_moved(before, work, machine, self.machine):
-            return kept
-        change = kept.prediction.seconds / solution.prediction.seconds
-        if self._may_plan() or not 1 - URGENT < change < 1 + URGENT:
+        kept = _fitted(last.solution.plan, work, self.machine)
+        is_urgent = _has_moved(last, work, self.machine, URGENT) and self._num_observed - last.num_observed >= WINDOW
+        if is_urgent or (_has_moved(last, work, self.machine, MOVED) and self._may_plan()):
             return self._solve(shape, work, kept)
         return kept
 
     def observe(self, solution: Solution, measured: Mapping[tuple[str, str], float]) -> None:
         """What the lanes of a step took: seconds of (lane, resource), `near` among the lanes."""
+        self._num_observed += 1
         self._corrections.observe(solution.prediction, self.machine, measured)
         self.machine = self._corrections.corrected(self._measured)
 
@@ -73,7 +84,7 @@ class Scheduler:
         solution = solve(work, self.machine, self.lanes)
         if kept is not None and solution.prediction.seconds > (1 - WORTH) * kept.prediction.seconds:
             solution = kept
-        self._solved[shape] = work, self.machine, solution
+        self._solved[shape] = _Solved(work, self.machine, solution, self._num_observed)
         self._planning_s += time.perf_counter() - began
         return solution
 
@@ -93,9 +104,9 @@ def _fitted(plan: Plan, work: Work, machine: Machine) -> Solution:
     return Solution(plan, predict(work, machine, plan))
 
 
-def _has_moved(before: Work, now: Work, then: Machine, machine: Machine) -> bool:
-    """Whether tokens or speeds have changed by more than `MOVED` since a plan was solved."""
-    tokens = [(before.near_tokens, now.near_tokens), (before.far_tokens, now.far_tokens)]
-    keys = then.factors.keys() | machine.factors.keys()
-    factors = [(then.factors.get(key, 1.0), machine.factors.get(key, 1.0)) for key in keys]
-    return any(abs(new - old) > MOVED * max(old, new) for old, new in (*tokens, *factors))
+def _has_moved(last: _Solved, work: Work, machine: Machine, bar: float) -> bool:
+    """Whether tokens or speeds have changed by more than `bar` since a plan was solved."""
+    then, before = last.machine.factors, last.work
+    tokens = [(before.near_tokens, work.near_tokens), (before.far_tokens, work.far_tokens)]
+    factors = [(then.get(key, 1.0), machine.factors.get(key, 1.0)) for key in then.keys() | machine.factors.keys()]
+    return any(abs(new - old) > bar * min(old, new) for old, new in (*tokens, *factors))

@@ -23,6 +23,9 @@ from tandemkv.schedule.work import Plan, Work
 
 MIN_STAGE_TOKENS, MAX_STAGE_TOKENS = 256, 4096
 
+EXTRA_LANE = 0.02
+"""A lane more must shorten a step by so much: predictions do not know better, and each may fail."""
+
 _PROMISING = 1.3
 """A set of lanes that is so much slower than the best one may still win when its pages are moved; none did that was
 slower, in 4,000 random cases of up to 10 pages."""
@@ -52,7 +55,7 @@ def solve(work: Work, machine: Machine, lanes: Sequence[str] = tuple(COSTS), lik
     if better == best.plan.stage_tokens:
         return best
     other = _solved(work, machine, usable, Plan(stage_tokens=better))
-    return min(best, other, key=_seconds)
+    return min(best, other, key=_price)
 
 
 def _usable(work: Work, lanes: Sequence[str]) -> tuple[str, ...]:
@@ -80,8 +83,8 @@ def _solved(work: Work, machine: Machine, lanes: Sequence[str], like: Plan) -> S
             f"take part, layer inputs are kept for {work.num_inputs} tokens, {work.free_near_bytes:.4g} bytes are free "
             f"near for stages of {like.stage_tokens} tokens; allow more lanes, or lower near_tokens"
         )
-    bar = _PROMISING * min(map(_seconds, fitting))
-    return min((_improved(work, machine, lanes, each) for each in fitting if _seconds(each) <= bar), key=_seconds)
+    bar = _PROMISING * min(map(_price, fitting))
+    return min((_improved(work, machine, lanes, each) for each in fitting if _price(each) <= bar), key=_price)
 
 
 def _sets(work: Work, lanes: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -166,8 +169,8 @@ def _improved(work: Work, machine: Machine, lanes: Sequence[str], found: Solutio
     step = 8 * work.page_size
     while step >= work.page_size:
         tried = [_moved(work, machine, found, giver, taker, step) for giver, taker in permutations(lanes, 2)]
-        best = min((each for each in tried if each is not None), key=_seconds, default=found)
-        if _seconds(best) < _seconds(found):
+        best = min((each for each in tried if each is not None), key=_price, default=found)
+        if _price(best) < _price(found):
             found = best
         else:
             step //= 2
@@ -189,15 +192,15 @@ def _moved(work: Work, machine: Machine, found: Solution, giver: str, taker: str
 def _balanced_stage(work: Work, machine: Machine, found: Solution) -> int:
     """Tokens of a stage, so that what all their start-ups take is what the first and the last one's time is: nothing
     hides either. n stages of T seconds cost n * start + T / n: least with n = sqrt(T / start)."""
-    tokens = sum(found.plan.tokens.get(name, 0) for name in ("stream", "logits"))
-    busy = found.prediction.busy
-    seconds = sum(
-        busy[name].get("up", 0.0) + busy[name].get("device", 0.0) for name in ("stream", "logits") if name in busy
-    )
-    start = (machine.up.start_us + machine.device_attend.start_us) * 1e-6 + machine.handoff_s
-    if not tokens or not start:
+    names = [name for name in ("stream", "logits") if found.plan.tokens.get(name)]
+    if not names:
         return found.plan.stage_tokens
-    return _stage(work, tokens / max(1.0, sqrt(seconds / start)))
+    busy, name = found.prediction.busy, names[0]
+    hidden_by_none = sum(busy[each].get("up", 0.0) + busy[each].get("device", 0.0) for each in names)
+    up, device = machine.up.start_us * machine.factor(name, "up"), machine.device_attend.start_us
+    start = (up + device * machine.factor(name, "device")) * 1e-6 + machine.handoff_s
+    tokens = sum(found.plan.tokens[each] for each in names)
+    return _stage(work, tokens / max(1.0, sqrt(hidden_by_none / start))) if start else found.plan.stage_tokens
 
 
 def _stage(work: Work, num_tokens: float) -> int:
@@ -207,5 +210,5 @@ def _stage(work: Work, num_tokens: float) -> int:
     return max(1, int(num // work.page_size)) * work.page_size
 
 
-def _seconds(solution: Solution) -> float:
-    return solution.prediction.seconds
+def _price(solution: Solution) -> float:
+    return solution.prediction.seconds * (1 + EXTRA_LANE * max(0, len(solution.plan.tokens) - 1))

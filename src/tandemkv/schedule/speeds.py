@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tandemkv.errors import InputError
@@ -55,6 +56,10 @@ class Products:
         return num_tokens * flops_per_token / (self.gflops(num_tokens) * 1e9) if num_tokens > 0 else 0.0
 
 
+ANY = "any"
+"""In the place of a lane's name."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """The speeds that costs need, of one dtype.
@@ -73,8 +78,13 @@ class Machine:
     device_weigh: Speed
     memory_gbps: float = math.inf
     handoff_us: float = 0.0
-    # (lane, resource) -> how many times longer than these speeds say it takes, as measured while running
-    factors: dict[tuple[str, str], float] = field(default_factory=dict)
+    # (lane, resource) -> how many times longer than these speeds say it takes, as measured while running; ANY lane's
+    # for those that were not
+    factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    def factor(self, lane: str, resource: str) -> float:
+        """How many times longer than these speeds say a lane takes of a resource."""
+        return self.factors.get((lane, resource), self.factors.get((ANY, resource), 1.0))
 
     @property
     def handoff_s(self) -> float:

@@ -1,0 +1,230 @@
+"""The scheduler on machines that are not, or no longer, what the profile says; what a step takes is predicted from the
+true machine."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandemkv.errors import InputError, LaneError
+from tandemkv.schedule import COSTS, Machine, Plan, Products, Scheduler, Solution, Speed, predict, solve
+from tandemkv.schedule.budget import Budget, BudgetRule
+from tests.schedule.machines import plain_machine, plain_work
+
+WORK = plain_work(1 << 15, num_inputs=1 << 14, near_tokens=2048)
+MACHINE = replace(
+    plain_machine(40, 20, 10, memory_gbps=70.0, handoff_us=20.0), up=Speed(10, 10), device_attend=Speed(30, 40)
+)
+
+
+def four_times(machine: Machine, resource: str, factor: float) -> Machine:
+    """A machine on which one resource is so many times as fast."""
+
+    def times(speed: Speed) -> Speed:
+        return Speed(speed.start_us / factor, speed.gbps * factor)
+
+    points = tuple((num, rate * factor) for num, rate in machine.products.points)
+    return {
+        "device": replace(
+            machine,
+            device_attend=times(machine.device_attend),
+            device_weigh=times(machine.device_weigh),
+            products=Products(points),
+        ),
+        "host": replace(machine, host_attend=times(machine.host_attend), host_logits=times(machine.host_logits)),
+        "up": replace(machine, up=times(machine.up)),
+        "products": replace(machine, products=Products(points)),
+    }[resource]
+
+
+class Run:
+    """A scheduler, and the machine that it really runs on."""
+
+    def __init__(self, profiled: Machine, true: Machine, lanes: tuple[str, ...] = tuple(COSTS)) -> None:
+        self.scheduler, self.true = Scheduler(profiled, lanes), true
+
+    def step(self, slow: float = 1.0) -> Solution:
+        """One step, in which everything takes `slow` times as long."""
+        solution = self.scheduler.plan(WORK)
+        took = predict(WORK, self.true, solution.plan)
+        measured = {(lane, row): s * slow for lane, rows in took.busy.items() for row, s in rows.items()}
+        self.scheduler.observe(solution, {key: s for key, s in measured.items() if key[1] != "memory"})
+        return solution
+
+    def seconds(self, plan: Plan) -> float:
+        return predict(WORK, self.true, plan).seconds
+
+
+@pytest.mark.parametrize("factor", [0.25, 4.0])
+@pytest.mark.parametrize("resource", ["device", "host", "up", "products"])
+def test_after_a_sudden_change_it_converges_within_20_steps_and_stays(resource: str, factor: float) -> None:
+    run = Run(MACHINE, MACHINE)
+    for _ in range(10):
+        run.step()
+    run.true = four_times(MACHINE, resource, factor)
+    for _ in range(20):
+        run.step()
+    plans = [run.step().plan for _ in range(40)]
+    best = solve(WORK, run.true).prediction.seconds
+    assert run.seconds(plans[0]) <= 1.05 * best
+    assert all(plan == plans[0] for plan in plans), "it oscillates"
+
+
+@pytest.mark.parametrize("size", [0.1, 10.0, 1000.0])
+def test_one_outlier_changes_nothing(size: float) -> None:
+    run = Run(MACHINE, MACHINE)
+    before = [run.step().plan for _ in range(10)][-1]
+    run.step(slow=size)
+    assert [run.step().plan for _ in range(20)] == [before] * 20
+    assert all(factor == pytest.approx(1) for factor in run.scheduler.machine.factors.values())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0.9, 1.1), min_size=40, max_size=40))
+def test_noise_moves_a_plan_rarely(noise: list[float]) -> None:
+    """10 % of a step up or down: no better plan is to be had, and at most one is tried."""
+    run = Run(MACHINE, MACHINE)
+    plans = [run.step(slow).plan for slow in noise]
+    assert sum(a != b for a, b in pairwise(plans)) <= 1
+
+
+def test_a_wrong_profile_is_corrected() -> None:
+    """The host is 3 times slower than it was profiled."""
+    true = four_times(MACHINE, "host", 1 / 3)
+    run = Run(MACHINE, true, ("attend", "stream"))
+    first = run.step().plan
+    for _ in range(20):
+        last = run.step().plan
+    best = solve(WORK, true, ("attend", "stream")).prediction.seconds
+    assert run.seconds(first) > 1.3 * best
+    assert run.seconds(last) <= 1.05 * best
+    solution = run.scheduler.plan(WORK)
+    assert solution.prediction.seconds == pytest.approx(run.seconds(last), rel=0.02)
+
+
+def test_the_best_single_lane_where_mixing_loses() -> None:
+    """The host alone reads all that memory gives: whoever else reads takes it away."""
+    machine = replace(MACHINE, memory_gbps=20.0)
+    assert Scheduler(machine, ("attend", "stream")).plan(WORK).plan.tokens == {"attend": WORK.far_tokens}
+
+
+def test_layers_of_equal_shape_share_a_plan_until_their_tokens_moved() -> None:
+    scheduler = Scheduler(MACHINE)
+    first = scheduler.plan(WORK)
+    assert scheduler.plan(WORK) == first
+    longer = replace(WORK, far_tokens=WORK.far_tokens + 256)
+    scaled = scheduler.plan(longer).plan
+    assert scaled.num_tokens == longer.far_tokens
+    shares = [scaled.tokens[name] / longer.far_tokens for name in scaled.tokens]
+    assert shares == pytest.approx([first.plan.tokens[name] / WORK.far_tokens for name in scaled.tokens], abs=0.01)
+
+
+@given(
+    st.dictionaries(st.sampled_from(list(COSTS)), st.integers(1, 50), min_size=1),
+    st.integers(0, 200),
+    st.integers(0, 200),
+)
+def test_a_scaled_plan_takes_all_tokens_in_whole_pages(shares: dict[str, int], far: int, inputs: int) -> None:
+    plan = Plan({name: num * 64 for name, num in shares.items()}).scaled(far * 64, 64, {"recompute": inputs * 64})
+    assert all(num > 0 and num % 64 == 0 for num in plan.tokens.values())
+    assert plan.tokens.get("recompute", 0) <= inputs * 64
+    assert plan.num_tokens == (min(far, inputs) if set(shares) == {"recompute"} else far) * 64
+
+
+def test_a_frozen_plan_stays() -> None:
+    frozen = Plan({"attend": 3 * 64, "stream": 64}, stage_tokens=256)
+    scheduler = Scheduler(MACHINE, ("attend", "stream"), frozen)
+    for far in (256, 2560, 1 << 15):
+        plan = scheduler.plan(replace(WORK, far_tokens=far)).plan
+        assert plan == Plan({"attend": far * 3 // 4, "stream": far // 4}, stage_tokens=256)
+        scheduler.observe(scheduler.plan(replace(WORK, far_tokens=far)), {("attend", "host"): 100.0})
+    rebuilds = Scheduler(MACHINE, frozen=Plan({"recompute": 64}))
+    with pytest.raises(InputError, match="a plan over recompute cannot take"):
+        rebuilds.plan(replace(WORK, num_inputs=64))
+
+
+def test_a_dropped_lane_has_no_tokens() -> None:
+    for frozen in (None, Plan({"attend": 64, "stream": 64})):
+        scheduler = Scheduler(MACHINE, ("attend", "stream"), frozen)
+        scheduler.plan(WORK)
+        scheduler.drop("attend")
+        assert scheduler.plan(WORK).plan.tokens == {"stream": WORK.far_tokens}
+        with pytest.raises(LaneError, match="the last lane, 'stream'"):
+            scheduler.drop("stream")
+
+
+# -- HybridGen's budget ------------------------------------------------------------------------------------------------
+
+
+class Stage(NamedTuple):
+    """What lanes take: `us` a token that takes part, and with Post-QK `post_us` more; the device takes `device_us`."""
+
+    device_us: float
+    us: float
+    post_us: float
+
+    def seconds(self, budget: Budget) -> tuple[float, float]:
+        return self.device_us * 1e-6, (budget.tokens * self.us + (0 if budget.picks_before else self.post_us)) * 1e-6
+
+
+def run_budget(budget: Budget, stage: Stage, num_steps: int) -> list[int]:
+    """The tokens of every step."""
+    seen = []
+    for _ in range(num_steps):
+        seen.append(budget.tokens)
+        budget.observe(*stage.seconds(budget))
+    return seen
+
+
+RULE = BudgetRule(floor_tokens=128, most_tokens=4096)
+
+
+def test_spare_time_raises_the_budget_to_what_fits() -> None:
+    budget = Budget(RULE)
+    seen = run_budget(budget, Stage(1000, 1, 0), 400)
+    assert 1000 - 2 * RULE.step_tokens <= budget.tokens <= 1000
+    assert max(seen) <= 1000 + RULE.step_tokens
+    late = seen[200:]
+    too_much = sum(num > 1000 for num in late)
+    assert too_much <= 2 * RULE.period, "what was too much is tried ever more rarely"
+
+
+def test_lack_of_time_lowers_it_to_the_floor_and_picks_before() -> None:
+    budget = Budget(RULE)
+    run_budget(budget, Stage(1000, 1, 0), 100)
+    assert budget.tokens > 900
+    run_budget(budget, Stage(100, 1, 400), 100)
+    assert budget.tokens == RULE.floor_tokens
+    assert budget.picks_before
+
+
+def test_post_qk_returns_when_it_fits_again() -> None:
+    budget = Budget(RULE)
+    run_budget(budget, Stage(200, 1, 400), 20)
+    assert budget.picks_before
+    run_budget(budget, Stage(500, 1, 400), 20)  # 528 would be needed: not yet
+    assert budget.picks_before
+    run_budget(budget, Stage(700, 1, 400), RULE.period * 2)
+    assert not budget.picks_before
+
+
+def test_it_never_leaves_its_bounds() -> None:
+    budget = Budget(BudgetRule(100, 300))
+    assert set(run_budget(budget, Stage(1e6, 1, 0), 100)) == {100, 164, 228, 292, 300}
+    assert min(run_budget(budget, Stage(0, 1, 0), 100)) == 100
+
+
+def test_an_outlier_within_a_period_decides_nothing() -> None:
+    budget = Budget(RULE)
+    for i in range(40):
+        budget.observe(1e-3, 1.0 if i % RULE.period == 1 else 1e-5)
+    assert budget.tokens == RULE.floor_tokens + 10 * RULE.step_tokens
+
+
+@pytest.mark.parametrize("wrong", [(5, 4, 64, 4), (-1, 4, 64, 4), (0, 64, 10, 4), (0, 64, 0, 4), (0, 64, 64, 0)])
+def test_budgets_that_cannot_be(wrong: tuple[int, int, int, int]) -> None:
+    with pytest.raises(InputError, match="a budget"):
+        BudgetRule(*wrong)
