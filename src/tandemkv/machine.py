@@ -65,7 +65,7 @@ class Available:
     """Bytes that this process may still take, and the name of the limit that decided, for an error to name."""
 
     num_bytes: int
-    limit: Literal["physical memory", "cgroup limit"]
+    limit: Literal["physical memory", "cgroup limit", "device memory"]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The tiered KV cache: where every token's keys and values lie, and nothing about who asks for them."""
 
+from tandemkv.cache.inputs import InputsSpec, KeptInputs, Rebuild, Tier
 from tandemkv.cache.layer import Held, LayerKV
 from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import FAR_PACKINGS, CacheSpec, FarFormat, parse_far_dtype
@@ -10,10 +11,14 @@ __all__ = [
     "CacheSpec",
     "FarFormat",
     "Held",
+    "InputsSpec",
     "KVCache",
+    "KeptInputs",
     "LayerKV",
     "Moment",
     "PagePool",
+    "Rebuild",
+    "Tier",
     "TierUse",
     "parse_far_dtype",
 ]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tandemkv import kernels
+from tandemkv.cache.inputs import KeptInputs
 from tandemkv.cache.knowledge import Knowledge
 from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
@@ -100,6 +101,7 @@ class LayerKV:
         self.crew: Crew | None = None  # who splits its steps; None: whoever asks attends to all of it
         self.knowledge = Knowledge.none(num_seqs, spec.num_kv_heads)  # of the blocks, where somebody observes
         self.chosen: tuple[Standing | None, ChosenBlocks] | None = None  # the last choice, and what it was made from
+        self.inputs: KeptInputs | None = None  # of the whole cache, where layers like this one keep theirs
         self.foreseen: Tensor | None = None  # the next query, predicted a layer ahead
         # float32 [num_seqs, num_kv_heads, head_dim]: how much each channel of K mattered to the newest queries
         self.channel_weights: Tensor | None = None
@@ -272,6 +274,8 @@ class LayerKV:
             owns = True
         kept_near = max(num_pages, old.num_older)
         self._map = PageMap(slots, num_older, seq_len, owns)
+        if self.inputs is not None:  # cut off in front of this, it is done by `KVCache.settle`
+            self.inputs.crop(self.index, seq_len)
         self.knowledge, self.chosen = self.knowledge.cut(self.num_far_blocks, self.num_near_blocks), None
         if self.window is None:
             self._store.drop_far(old.slots[:, num_older : old.num_older])
@@ -367,6 +371,21 @@ class LayerKV:
                 run = slice(first - begin, last - begin)
                 self._read_into(k[:, :, run], v[:, :, run], pool, first, seqs)
         return k, v
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens [0, num_inputs) are held, and what entered the layer with them is kept."""
+        return 0 if self.inputs is None else min(self.inputs.num_tokens(self.index), self.seq_len)
+
+    def rebuild(self, begin: int, end: int, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """K and V of tokens `[begin, end)`, as `read` gives them, made again from what entered the layer with them.
+
+        x: `[num_seqs, tokens, hidden_size]`, a copy of `inputs.x(index, begin, end)` that has come to the near device;
+        None: from where they lie. InputError for tokens whose inputs are not kept.
+        """
+        if self.inputs is None or not 0 <= begin < end <= self.num_inputs:
+            raise InputError(f"inputs of tokens [{begin}, {end}) of [0, {self.num_inputs})")
+        return self.inputs.kv(self.index, begin, end, x)
 
     def _read_into(self, k: Tensor, v: Tensor, pool: PagePool, begin: int, seqs: slice) -> None:
         arena, first = pool.arena, begin // self._page_size

@@ -75,6 +75,7 @@ class CacheSpec:
     chunk_tokens: the longest run of tokens that is appended at once.
     windows: one per layer, tokens that its queries see, or None for all; none at all where every layer is full.
         Layers with a window have no far tokens, and near_tokens does not concern them.
+    hidden_size: width of what enters a layer, where that may be kept (`KVCache.keep_inputs`).
     far_formats: how far tokens are kept, the newest first, see `parse_far_dtype`; none: in `dtype`. The first page,
         which attention sinks are in (behind no padding), is kept in `dtype` whatever they say, and so is a page that
         cannot be quantised; `reserve` does not foresee these.
@@ -92,6 +93,7 @@ class CacheSpec:
     v_head_dim: int | None = None
     windows: tuple[int | None, ...] = ()
     far_formats: tuple[FarFormat, ...] = ()
+    hidden_size: int | None = None
 
     def __post_init__(self) -> None:
         for layout in (self.near_layout, *self.far_layouts):

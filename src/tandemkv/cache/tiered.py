@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tandemkv import machine
+from tandemkv.cache.inputs import InputsSpec, KeptInputs, Rebuild, Tier
 from tandemkv.cache.knowledge import Knowledge
 from tandemkv.cache.layer import LayerKV
 from tandemkv.cache.pool import PagePool
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TierUse:
-    """Counters of one tier. moved_bytes: what was ever moved into it from the tier above."""
+    """Counters of one tier, pages and kept inputs. moved_bytes: what was ever moved into it from the tier above."""
 
     name: str
     device: str
@@ -80,6 +81,8 @@ class KVCache:
         self._num_selections = 0
         self._sparse: Sparse | None = None
         self._crew: Crew | None = None
+        self._asked = InputsSpec()
+        self._rebuild: Rebuild | None = None
         self._is_closed = False
 
     @property
@@ -160,6 +163,49 @@ class KVCache:
     def full_layers(self) -> list[int]:
         """Layers with far tokens: those without a window."""
         return [layer.index for layer in self._layers if layer.window is None]
+
+    def keep_inputs(self, num_tokens: int, where: Tier = "near") -> None:
+        """Keep what enters every layer without a window with the first num_tokens of each sequence, so that their keys
+        and values can be made again (KVPR): near, or in host memory, beside far_bytes. 0 keeps nothing.
+
+        Memory for num_tokens is taken with the first tokens. InputError once tokens are held, for a number that cannot
+        be, and where no layer could keep any.
+        """
+        asked = InputsSpec(num_tokens, where)
+        self._refuse_if_closed()
+        self.settle()
+        if any(layer.seq_len for layer in self._layers):
+            raise InputError(f"inputs are kept from the first token on, this cache holds {self.seq_len}: reset() it")
+        if num_tokens and (self.spec.hidden_size is None or not self.spec.num_full_layers):
+            lacks = "hidden_size" if self.spec.hidden_size is None else "layers without a window"
+            raise InputError(f"no inputs can be kept: this cache's spec has no {lacks}")
+        self._asked = asked
+        self._keep_in(self._layers)
+
+    @property
+    def num_kept_inputs(self) -> int:
+        """Of the first tokens of each sequence, those whose inputs are to be kept."""
+        return self._asked.num_tokens
+
+    @property
+    def inputs(self) -> KeptInputs | None:
+        """What is kept of them; its layers are those without a window."""
+        if not self._asked.num_tokens:
+            return None
+        return next((layer.inputs for layer in self._layers if layer.inputs is not None), None)
+
+    def rebuild_with(self, rebuild: Rebuild) -> None:
+        """Make keys and values of inputs so."""
+        self._rebuild = rebuild
+        if self.inputs is not None:
+            self.inputs.rebuild = rebuild
+
+    def _keep_in(self, layers: list[LayerKV]) -> None:
+        """Layers that are new, or hold nothing, keep what is asked for."""
+        inputs = KeptInputs(self.spec, self._asked, layers[0].num_seqs) if layers and self._asked.num_tokens else None
+        _share(layers, inputs)
+        if inputs is not None:
+            inputs.rebuild = self._rebuild
 
     def _refuse_on_device(self, sparse: Sparse) -> None:
         """UnsupportedError for what needs the near tokens' attention in host memory."""
@@ -256,13 +302,18 @@ class KVCache:
         else:  # forks may fill the near pool too
             num_new = self._num_new_far(far_pages)
             far, near = store.far.untouched_bytes(num_new), store.near.untouched_bytes()
-        new_bytes = far + sum(num_new) * self._code_bytes(self._sparse) + (near if spec.device.type == "cpu" else 0)
+        host_bytes = far + sum(num_new) * self._code_bytes(self._sparse)
+        new_bytes = host_bytes + (near if spec.device.type == "cpu" else 0)
         available = machine.available_bytes()
         if new_bytes > available.num_bytes:
             raise CapacityError(
                 f"{format_bytes(new_bytes)} of host memory needed, {format_bytes(available.num_bytes)} available "
                 f"({available.limit}); lower far_bytes, near_tokens or the batch, or free memory"
             )
+        if self._asked.num_tokens and (self.inputs is None or not self.inputs.is_allocated):
+            pages = Counter({torch.device("cpu"): host_bytes})
+            pages[spec.device] += near
+            self._asked.require(spec, num_seqs, pages)
 
     # -- a forward pass ------------------------------------------------------------------------------------------------
 
@@ -320,6 +371,8 @@ class KVCache:
             self.settle()
             raise CacheError("a forward pass has left out some of this cache's layers: it is undone")
         self._step = None
+        if self.inputs is not None:
+            self.inputs.end_pass()
         for past in step.windows.values():
             past.release()
         self._the_store.is_busy = False
@@ -339,10 +392,12 @@ class KVCache:
         if not self._layers or torch.equal(seqs, torch.arange(self.num_seqs)):
             return
         with self._changing():
-            new = [layer.fork(seqs) for layer in self._layers]
+            new, inputs = self._forks(seqs), self.inputs
             old, self._layers, self._num_selections = self._layers, new, self._num_selections + 1
             for layer in old:
                 layer.release()
+            if inputs is not None:
+                inputs.release()
             self._limit_near()
 
     def fork(self) -> "KVCache":
@@ -350,10 +405,17 @@ class KVCache:
         self._refuse_if_closed()
         twin = KVCache(self.spec, self._workers)
         twin._sparse, twin._crew = self._sparse, self._crew
+        twin._asked, twin._rebuild = self._asked, self._rebuild
         if self._store is not None:
             with self._changing():
-                twin._join(self._store, [layer.fork() for layer in self._layers])
+                twin._join(self._store, self._forks())
         return twin
+
+    def _forks(self, seqs: Tensor | None = None) -> list[LayerKV]:
+        layers = [layer.fork(seqs) for layer in self._layers]
+        if self.inputs is not None:
+            _share(layers, self.inputs.fork(seqs))
+        return layers
 
     def __deepcopy__(self, memo: dict[int, object]) -> "KVCache":
         return self.fork()
@@ -381,16 +443,18 @@ class KVCache:
         if self._store.has_lost_members:
             self._recount()
         near, far = self._store.near, self._store.far
-        return [
-            TierUse(
-                pool.name,
-                str(pool.arena.k.device),
-                pool.used_bytes,
-                pool.held_bytes,
-                moved_bytes,
-            )
-            for pool, moved_bytes in ((near, 0), (far, far.moved_bytes))
-        ]
+        found = []
+        tiers: tuple[tuple[Tier, PagePool, int], ...] = (("near", near, 0), ("far", far, far.moved_bytes))
+        for tier, pool, moved_bytes in tiers:
+            inputs = self._input_bytes(tier)
+            used_bytes, capacity_bytes = pool.used_bytes + inputs, pool.held_bytes + inputs
+            found.append(TierUse(pool.name, str(pool.arena.k.device), used_bytes, capacity_bytes, moved_bytes))
+        return found
+
+    def _input_bytes(self, tier: Tier) -> int:
+        """Of the inputs of a cache and its forks."""
+        kept = [member.inputs for member in self._family() if member.inputs is not None]
+        return sum({id(x): x.nbytes for inputs in kept for x in inputs.buffers(tier)}.values())
 
     def check(self) -> None:
         """Undo what was cut off, then recount: every slot has its references, and every layer has the same length."""
@@ -440,6 +504,8 @@ class KVCache:
 
     def _undo_open_step(self) -> None:
         step, seq_len = self._step, self.seq_len
+        if self.inputs is not None:
+            self.inputs.end_pass()
         for index, layer in enumerate(self._layers):
             layer.let_go()
             past = step.windows.get(index) if step is not None else None
@@ -475,6 +541,7 @@ class KVCache:
         layers = [LayerKV(store, num_seqs, spec, index) for index in range(spec.num_layers)]
         for layer in layers:
             layer.sparse, layer.crew = self._sparse, self._crew
+        self._keep_in(layers)
         self._join(store, layers)
 
     def _join(self, store: PageStore, layers: list[LayerKV]) -> None:
@@ -500,6 +567,13 @@ class KVCache:
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise CacheError("this cache was closed; make a new one")
+
+
+def _share(layers: list[LayerKV], inputs: KeptInputs | None) -> None:
+    """One object for all that keep theirs."""
+    for layer in layers:
+        if layer.window is None:
+            layer.inputs = inputs
 
 
 def _used(family: list[KVCache]) -> tuple[Tensor, Tensor]:

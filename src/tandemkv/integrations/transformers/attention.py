@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tandemkv.errors import InputError, UnsupportedError
+from tandemkv.integrations.transformers.adapter import WANTS_QUERY, QueryCaught
 from tandemkv.integrations.transformers.cache import LAYER_OF_KEYS, TieredLayer, layer_of
-from tandemkv.integrations.transformers.foresight import WANTS_QUERY, QueryCaught
 from tandemkv.integrations.transformers.masks import padding_of, stock_mask_of
 from tandemkv.types import ScoreRule
 

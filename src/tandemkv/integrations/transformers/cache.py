@@ -16,10 +16,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tandemkv import machine
 from tandemkv.attention import extend_and_attend, worker_pool
-from tandemkv.cache import CacheSpec, KVCache, Moment, TierUse, parse_far_dtype
+from tandemkv.cache import CacheSpec, KVCache, Moment, Tier, TierUse, parse_far_dtype
 from tandemkv.errors import CacheError, InputError, UnsupportedError
+from tandemkv.integrations.transformers.adapter import Call
 from tandemkv.integrations.transformers.configs import dtype_of, kv_shape, layers_of, refuse_detached
 from tandemkv.integrations.transformers.foresight import Foresight
+from tandemkv.integrations.transformers.keeping import Keeper
 from tandemkv.integrations.transformers.stock import cropped
 from tandemkv.types import ScoreRule, parse_bytes
 
@@ -86,6 +88,7 @@ class TieredCache(Cache):
             chunk_tokens=chunk_tokens,
             windows=windows if any(windows) else (),
             far_formats=parse_far_dtype(far_dtype),
+            hidden_size=config.hidden_size,
         )
         self._become(layers, KVCache(spec, worker_pool()))
 
@@ -96,6 +99,7 @@ class TieredCache(Cache):
             self.length = torch.tensor(kv.seq_len, device="cpu")  # tokens held, for compiled models: see TieredLayer
         self.pending: TieredLayer | None = None  # was updated, but has not attended yet
         self.foresight: Foresight | None = None  # of the pass under way, where the selector wants one
+        self.keeper: Keeper | None = None  # where inputs of layers are kept
         self._padding: tuple[Tensor, Tensor | None] | None = None
         ours = iter(range(kv.spec.num_layers))
         super().__init__(layers=[TieredLayer(self, next(ours)) if layer is None else layer for layer in layers])
@@ -113,6 +117,15 @@ class TieredCache(Cache):
             )
         self._settle()
         self.kv.reserve(num_seqs, num_tokens)
+
+    def keep_inputs(self, num_tokens: int, where: Tier = "near") -> None:
+        """Keep what enters the full-attention layers with the first num_tokens of each sequence, near or in host memory
+        (beside far_bytes), so that their keys and values can be made again. 0, as at first, keeps nothing.
+
+        Before the first token; the first pass proves that they come out right, or raises UnsupportedError.
+        """
+        self._settle()
+        self.kv.keep_inputs(num_tokens, where)
 
     def use(self) -> list[TierUse]:
         """Counters of each tier, near first, forks included; empty before the first use."""
@@ -132,6 +145,8 @@ class TieredCache(Cache):
         twin.max_positions = self.max_positions
         layers = [None if isinstance(layer, TieredLayer) else copy.deepcopy(layer, memo) for layer in self.layers]
         twin._become(layers, self.kv.fork())
+        if self.keeper is not None:
+            twin._keep_with(self.keeper.fork())
         return twin
 
     def __reduce__(self) -> Any:
@@ -215,7 +230,7 @@ class TieredCache(Cache):
         For a forward pass it is the moment before, for a crop or a selection the one after.
         """
         self.kv.settle()
-        self._end_foresight()
+        self._end_watch()
         if self._stock_at is not None:
             moment, layers = self._stock_at
             if self.kv.moment == moment:
@@ -247,7 +262,7 @@ class TieredCache(Cache):
     def end_pass(self) -> None:
         """Every layer has grown: from here on the new tokens count."""
         self.kv.end_step()
-        self._end_foresight()
+        self._end_watch()
         self._stock_at = None
         self.length.fill_(self.kv.seq_len)
 
@@ -265,12 +280,51 @@ class TieredCache(Cache):
                 f"the layers of a {self._config.model_type} model were not found, whose queries the selector wants to "
                 "foresee: take another selector, such as 'columns'"
             )
-        full = {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, TieredLayer) and not layer.window}
-        pages = {place: self.kv.layer(layer.index) for place, layer in full.items()}
+        pages = {place: self.kv.layer(layer.index) for place, layer in self._full().items()}
         if any(layer.num_far_pages for layer in pages.values()):
             self.foresight = Foresight(layers, self, pages)
 
-    def _end_foresight(self) -> None:
+    @property
+    def watches(self) -> bool:
+        """Whether the cache is to be told what enters which layer."""
+        return self.kv.num_kept_inputs > 0 or self.foresees
+
+    def watch(self, layers: torch.nn.ModuleList | None) -> None:
+        """Let the pass that has begun tell it: `layers` are those of the decoder."""
+        self.foresee(layers)
+        if not self.kv.num_kept_inputs:
+            self.keeper = None
+            return
+        if layers is None:
+            raise UnsupportedError(
+                f"the layers of a {self._config.model_type} model were not found, whose inputs the cache is to keep: "
+                "keep nothing, cache.keep_inputs(0)"
+            )
+        if self.keeper is None:
+            self._keep_with(Keeper(self._config.model_type, {its.index: place for place, its in self._full().items()}))
+        assert self.keeper is not None
+        self.keeper.begin_pass(layers)
+
+    def _keep_with(self, keeper: Keeper) -> None:
+        self.keeper = keeper
+        self.kv.rebuild_with(keeper.rebuild)
+
+    def _full(self) -> "dict[int, TieredLayer]":
+        """Layers with far tokens, by their place among all."""
+        return {i: each for i, each in enumerate(self.layers) if isinstance(each, TieredLayer) and not each.window}
+
+    def enter_layer(self, place: int, call: Call) -> None:
+        """The model's layer `place` is about to run with this call, in which the cache is an argument."""
+        if self.foresight is not None:
+            self.foresight.enter(place, self, call)
+        if self.keeper is not None and self.kv.seq_len < self.kv.num_kept_inputs:
+            layer = self.layers[place]
+            if isinstance(layer, TieredLayer) and not layer.window:
+                self.keeper.enter(layer.index, self, call)
+
+    def _end_watch(self) -> None:
+        if self.keeper is not None:
+            self.keeper.end_pass()
         if self.foresight is not None:
             self.foresight.end()
             self.foresight = None
@@ -305,6 +359,11 @@ class TieredCache(Cache):
                 "a selector that foresees queries, such as 'lookahead', is not supported under torch.compile, which "
                 "leaves no place to do so: do not compile the model, or set cache.kv.sparse to another selector, such "
                 "as Sparse('columns', ...)"
+            )
+        if self.kv.num_kept_inputs:
+            raise UnsupportedError(
+                "torch.compile leaves no place to keep what enters the layers: do not compile the model, or keep "
+                "nothing, cache.keep_inputs(0)"
             )
         if layer.index == 0 and not self._has_stock_layers:
             self.begin_pass()
@@ -431,7 +490,13 @@ class TieredLayer(CacheLayerMixin):
             )
         layer = kv.layer(self.index)
         layer.set_kv_start(cache.padding(padding))
-        return extend_and_attend(q, k, v, layer, rule, sink_logit)
+        if cache.keeper is None:
+            return extend_and_attend(q, k, v, layer, rule, sink_logit)
+        begin = layer.seq_len
+        cache.keeper.keep(layer)
+        out = extend_and_attend(q, k, v, layer, rule, sink_logit)
+        cache.keeper.prove(layer, begin, k, v)
+        return out
 
     def get_seq_length(self) -> int | Tensor:
         """Tokens held, near and far; a tensor while a model is compiled, as in stock's static cache."""

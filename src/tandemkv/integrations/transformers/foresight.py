@@ -1,14 +1,10 @@
 """The next layer's query, foreseen from what enters this one (InfiniGen, 2406.19707).
 
 A decoder layer adds little to the residual stream, so a layer that is run on its predecessor's input asks for nearly
-what it will ask for on its own. It is run as it is, with its norms, biases, RoPE and whatever its family has, up to the
-attention function, which finds the keys marked and throws the query back. What stands for the cache meanwhile stores
-nothing, and the flag is on the keys alone: nothing is changed that would have to be put back, wherever an interrupt
-strikes.
+what it will ask for on its own. `adapter.predict_q` runs it; here stands which layer is run when, and on what.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from weakref import proxy
 
 import torch
@@ -16,63 +12,11 @@ from torch import Tensor
 
 from tandemkv.cache import LayerKV
 from tandemkv.errors import UnsupportedError
+from tandemkv.integrations.transformers.adapter import Call, Onlooker, predict_q
 from tandemkv.select import MAX_SELECT_QUERIES
-
-WANTS_QUERY = "_tandem_wants_query"
-"""The attribute of keys that are attended for the sake of the query alone."""
 
 # What enters the first layer is the embedding: layer 0 changes it too much to foresee layer 1 from it (InfiniGen).
 _FIRST_FORESEEN = 2
-
-
-class QueryCaught(BaseException):
-    """A query on its way from the attention function out of the layer; `q` as attention functions take it.
-
-    No Exception: those a model may catch.
-    """
-
-    def __init__(self, q: Tensor) -> None:
-        super().__init__()
-        self.q = q
-
-
-class _Onlooker:
-    """Stands for a cache while a layer is run ahead: knows what the cache knows, and takes no tokens."""
-
-    def __init__(self, cache: Any) -> None:
-        self._cache = cache
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Mark the keys; nothing is stored."""
-        marked = key_states.view_as(key_states)
-        setattr(marked, WANTS_QUERY, True)
-        return marked, value_states
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
-
-
-class _Call(NamedTuple):
-    """What a decoder layer was called with."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @property
-    def x(self) -> Tensor:
-        """The residual stream that enters the layer, `[num_seqs, q_len, hidden_size]`."""
-        return cast(Tensor, self.kwargs["hidden_states"] if "hidden_states" in self.kwargs else self.args[0])
-
-    def on(self, x: Tensor) -> "_Call":
-        """The same call on another stream."""
-        if "hidden_states" in self.kwargs:
-            return _Call(self.args, {**self.kwargs, "hidden_states": x})
-        return _Call((x, *self.args[1:]), self.kwargs)
-
-    def replacing(self, old: object, new: object) -> "_Call":
-        """The same call with another object in the place of one."""
-        args = tuple(new if value is old else value for value in self.args)
-        return _Call(args, {name: new if value is old else value for name, value in self.kwargs.items()})
 
 
 class Foresight:
@@ -87,12 +31,12 @@ class Foresight:
         # A pass that failed lies in its cache until the next one: it must not keep model or cache alive.
         self._layers, self._cache = cast(torch.nn.ModuleList, proxy(layers)), proxy(cache)
         self._pages = pages
-        self._call: _Call | None = None  # of the last full-attention layer
+        self._call: Call | None = None  # of the last full-attention layer
         self._x: Tensor | None = None  # what entered the last layer
 
-    def enter(self, place: int, cache: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Layer `place` is about to run with these arguments, of which one is the cache."""
-        call = _Call(args, kwargs).replacing(cache, _Onlooker(self._cache))
+    def enter(self, place: int, cache: object, call: Call) -> None:
+        """Layer `place` is about to run with this call, of which one argument is the cache."""
+        call = call.replacing(cache, Onlooker(self._cache))
         if call.x.shape[1] > MAX_SELECT_QUERIES:
             return  # a prompt attends to everything
         if place in self._pages:
@@ -111,15 +55,13 @@ class Foresight:
         """Tell layer `place` its query, from what entered the last layer."""
         if self._call is None or self._x is None or place < _FIRST_FORESEEN or place not in self._pages:
             return
-        call, layer = self._call.on(self._x), self._layers[place]
-        try:
-            layer.forward(*call.args, **call.kwargs)  # not `layer(...)`: nobody's hooks are to see it, ours neither
-        except QueryCaught as caught:
-            self._pages[place].foreseen = caught.q
-            return
-        raise UnsupportedError(
-            f"the query of a {type(layer).__name__} cannot be foreseen: take another selector, such as 'columns'"
-        )
+        layer = self._layers[place]
+        q = predict_q(layer, self._call.on(self._x))
+        if q is None:
+            raise UnsupportedError(
+                f"the query of a {type(layer).__name__} cannot be foreseen: take another selector, such as 'columns'"
+            )
+        self._pages[place].foreseen = q
 
 
 def layers_in(decoder: Any) -> torch.nn.ModuleList | None:

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate
 
 from tandemkv.errors import InputError, UnsupportedError
+from tandemkv.integrations.transformers.adapter import Call
 from tandemkv.integrations.transformers.attention import attend, end_compiled_pass
 from tandemkv.integrations.transformers.cache import TieredCache
 from tandemkv.integrations.transformers.configs import IMPLEMENTATIONS, kv_shape, layers_of
@@ -116,15 +117,14 @@ def _begin_pass(keeps_stock_layers: bool, decoder: Any, args: tuple[Any, ...], k
         cache.refuse_foreign(decoder.config)
         cache.begin_pass()
         if not torch.compiler.is_compiling():
-            cache.foresee(layers_in(decoder) if cache.foresees else None)
+            cache.watch(layers_in(decoder) if cache.watches else None)
 
 
 def _enter_layer(place: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return  # refused where the layer's attention begins
     for cache in _tiered(args, kwargs):
-        if cache.foresight is not None:
-            cache.foresight.enter(place, cache, args, kwargs)
+        cache.enter_layer(place, Call(args, kwargs))
 
 
 def _end_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

@@ -75,6 +75,11 @@ def make_mask(
     return stand_in
 
 
+def is_stand_in(mask: Any) -> bool:
+    """Whether it only stands for a mask."""
+    return hasattr(mask, _RULE)
+
+
 def stock_mask_of(mask: Any) -> Any:
     """What stock would have made where the mask is a stand-in; any other mask as it is."""
     rule: MaskRule | None = getattr(mask, _RULE, None)
