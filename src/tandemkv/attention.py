@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, gather, merge
-from tandemkv.lanes import LANES, Task, TorchRig, drive
+from tandemkv.lanes import LANES, Inputs, Task, TorchRig, drive
 from tandemkv.select import MAX_SELECT_QUERIES
 from tandemkv.selection import (
     is_verified,
@@ -155,10 +155,19 @@ def _decode_in_lanes(
     assert crew is not None
     with layer.extended(q.shape[2]) as held:
         layer.write(k, v)
-        part = crew.attend(q, held.near, taking_part(q, layer, held, crew.rig.host.pool), rule)
+        part = crew.attend(q, held.near, taking_part(q, layer, held, crew.rig.host.pool), rule, _inputs_of(layer))
         if sink_logit is not None:
             part = merge([part], sink_logit=sink_logit)
     return part.out.transpose(1, 2).to(q.dtype).contiguous()
+
+
+def _inputs_of(layer: LayerKV) -> Inputs | None:
+    """What entered the layer with its far tokens, as far as it is kept."""
+    kept, num_tokens = layer.inputs, min(layer.num_inputs, layer.far_tokens)
+    if kept is None or not num_tokens or kept.spec.hidden_size is None:
+        return None
+    are_near = kept.asked.where == "near"
+    return Inputs(num_tokens, are_near, kept.spec.hidden_size, partial(kept.x, layer.index), layer.rebuild)
 
 
 def _decode_on_device(
