@@ -151,11 +151,14 @@ void store_row(const float* row, int64_t dim, const Output& to, int64_t at) {
   }
 }
 
+// What is done with an item: attend_item, or the half of it that weighs.
+using Compute = decltype(KernelTable::attend_item);
+
 // A call in flight: its items, where their results wait, and which spans still lack some.
 class Call {
  public:
-  Call(const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to)
-      : kernels_(kernels),
+  Call(Compute compute, const std::vector<AttendArgs>& runs, const Output& to)
+      : compute_(compute),
         runs_(runs),
         to_(to),
         schedule_(cut(runs)),
@@ -179,7 +182,7 @@ class Call {
   void run_item(int64_t i, float* workspace) {
     const WorkItem& item = schedule_.items[i];
     float* const part = workspace + i * item_size();
-    const Status status = kernels_.attend_item(runs_[item.run], item, part, part + item_rows_ * dim_, mass_of(part));
+    const Status status = compute_(runs_[item.run], item, part, part + item_rows_ * dim_, mass_of(part));
     if (status != Status::kOk) status_.store(status, std::memory_order_relaxed);
     // Whoever finishes a span's last item merges it: acquire-release orders the others' writes before the merge.
     const size_t span = span_of_[i];
@@ -241,7 +244,7 @@ class Call {
     }
   }
 
-  const KernelTable& kernels_;
+  const Compute compute_;
   const std::vector<AttendArgs>& runs_;
   const Output& to_;
   const Schedule schedule_;
@@ -250,6 +253,37 @@ class Call {
   std::vector<std::atomic<int64_t>> remaining_;
   std::atomic<Status> status_{Status::kOk};
 };
+
+// -inf for those tokens of the table that lie in front of all blocks that the items of these rows have, or behind them.
+void fill_outside(const AttendArgs& run, const WorkItem& item) {
+  const Tokens tokens = visible_tokens(run, item.seq, item.head_begin);
+  const int64_t num_tokens = run.kv.num_tokens();
+  const bool is_empty = tokens.begin >= tokens.end;
+  const int64_t front = is_empty ? num_tokens : tokens.begin / kBlockTokens * kBlockTokens;
+  const int64_t back = is_empty ? num_tokens : ceil_div(tokens.end, kBlockTokens) * kBlockTokens;
+  for (int64_t head = item.head_begin; head < item.head_end; ++head) {
+    for (int64_t row = item.row_begin; row < item.row_end; ++row) {
+      float* const logits = run.logits_of(item.seq, head, row);
+      if (item.token_begin == tokens.begin) std::fill(logits, logits + front, -INFINITY);
+      if (item.token_end == tokens.end) std::fill(logits + back, logits + num_tokens, -INFINITY);
+    }
+  }
+}
+
+Status run_call(WorkerPool& pool, Compute compute, const std::vector<AttendArgs>& runs, const Output& to) {
+  for (const AttendArgs& run : runs) {
+    if (!inside_table(run.kv)) return Status::kOutsideTable;
+  }
+  Call call(compute, runs, to);
+  // Kept between calls: it would be mapped and faulted in anew each time.
+  thread_local std::vector<float> workspace;
+  if (static_cast<int64_t>(workspace.size()) < call.workspace_size()) workspace.resize(call.workspace_size());
+  float* const parts = workspace.data();  // the caller's: every thread has a `workspace` of its own
+  pool.run(call.num_items(), [&](int64_t i) { call.run_item(i, parts); });
+  constexpr size_t kKeptFloats = 4 << 20;  // 16 MiB: 128K tokens of a large layer; more goes back
+  if (workspace.size() > kKeptFloats) std::vector<float>().swap(workspace);
+  return call.status();
+}
 
 bool ends_with_queries(const AttendArgs& run) {
   const Run& kv = run.kv;
@@ -286,18 +320,26 @@ void collapse(WorkerPool& pool, const Groups& groups, float* out, float* lse) {
 }
 
 Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to) {
+  return run_call(pool, kernels.attend_item, runs, to);
+}
+
+Status weigh(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to) {
+  return run_call(pool, kernels.weigh_item, runs, to);
+}
+
+Status logits(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs) {
   for (const AttendArgs& run : runs) {
     if (!inside_table(run.kv)) return Status::kOutsideTable;
   }
-  Call call(kernels, runs, to);
-  // Kept between calls: it would be mapped and faulted in anew each time.
-  thread_local std::vector<float> workspace;
-  if (static_cast<int64_t>(workspace.size()) < call.workspace_size()) workspace.resize(call.workspace_size());
-  float* const parts = workspace.data();  // the caller's: every thread has a `workspace` of its own
-  pool.run(call.num_items(), [&](int64_t i) { call.run_item(i, parts); });
-  constexpr size_t kKeptFloats = 4 << 20;  // 16 MiB: 128K tokens of a large layer; more goes back
-  if (workspace.size() > kKeptFloats) std::vector<float>().swap(workspace);
-  return call.status();
+  const Schedule schedule = cut(runs);
+  std::atomic<Status> failed{Status::kOk};
+  pool.run(static_cast<int64_t>(schedule.items.size()), [&](int64_t i) {
+    const WorkItem& item = schedule.items[i];
+    fill_outside(runs[item.run], item);
+    const Status status = kernels.score_item(runs[item.run], item);
+    if (status != Status::kOk) failed.store(status, std::memory_order_relaxed);
+  });
+  return failed.load();
 }
 
 Status append_and_attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs,

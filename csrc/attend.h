@@ -207,10 +207,11 @@ struct Run {
 
   const float* log_counts_of(int64_t seq, int64_t head) const {
     const int64_t row = seq * arena().num_kv_heads + head;
-    return log_counts == nullptr ? nullptr : log_counts + row * num_pages * entry_tokens();
+    return log_counts == nullptr ? nullptr : log_counts + row * num_tokens();
   }
 
-  int64_t num_blocks() const { return num_pages * entry_tokens() / kBlockTokens; }
+  int64_t num_tokens() const { return num_pages * entry_tokens(); }  // of the table
+  int64_t num_blocks() const { return num_tokens() / kBlockTokens; }
   int64_t entry_tokens() const { return of_blocks ? kBlockTokens : arena().page_size; }
   // Entries of a table lie in [0, num_entries).
   int64_t num_entries() const {
@@ -262,8 +263,15 @@ struct AttendArgs {
   Run kv;
   ScoreRule rule;
   bool causal;  // where it is not, rule.window is kNoWindow
+  // Of a half of attention alone: its scores, [num_seqs][num_heads][q_len][tokens of the table], which `logits` writes,
+  // aligned to 64 bytes, and `weigh` reads.
+  float* logits = nullptr;
 
   int64_t group_size() const { return q.num_heads / kv.arena().num_kv_heads; }
+  // Of row `row` of a KV head; see WorkItem.
+  float* logits_of(int64_t seq, int64_t head, int64_t row) const {
+    return logits + ((seq * q.num_heads + head * group_size()) * q.q_len + row) * kv.num_tokens();
+  }
 
   // Query `i` of q_len sees those of its sequence's tokens that are in [visible_begin, visible_end).
   int64_t visible_end(int64_t seq, int64_t i) const { return causal ? kv.kv_len[seq] - q.q_len + 1 + i : kNoWindow; }
@@ -330,6 +338,10 @@ struct KernelTable {
   const char* name;
   // out [head][row][v_head_dim] and lse [head][row] of one item, and its mass where mass.sum is there.
   Status (*attend_item)(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass);
+  // Its halves: scores of the item's tokens to args.logits, in whole blocks, with -inf for tokens of these that are not
+  // the item's; and the same as attend_item from there. The first does not read V, the second neither q nor K.
+  Status (*score_item)(const AttendArgs& args, const WorkItem& item);
+  Status (*weigh_item)(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass);
   // Tokens [begin, end) of a head's slice of panels <- rows, other tokens untouched; and back, rounded to the arena's
   // dtype. Quantised pages are packed whole, and not at all where a token is not finite: it is returned, else -1.
   int64_t (*pack)(const Arena& arena, HeadSlice to, int64_t begin, int64_t end, const TokenRun& from);

@@ -191,6 +191,29 @@ NB_MODULE(_native, m) {
       },
       "pool"_a, "isa"_a, "runs"_a, "q"_a, "rule"_a, "causal"_a, "to"_a);
 
+  // The halves of attention: logits are [num_seqs, num_q_heads, q_len, tokens of the table], contiguous.
+  m.def(
+      "logits",
+      [](WorkerPool& pool, const std::string& isa, const Run& run, const Rows& q, const ScoreRule& rule,
+         Address logits_to) {
+        std::vector<AttendArgs> args = args_of({run}, q, rule, false);
+        args[0].logits = as<float>(logits_to);
+        const KernelTable& kernels = kernels_named(isa);
+        nb::gil_scoped_release release;
+        return logits(pool, kernels, args);
+      },
+      "pool"_a, "isa"_a, "run"_a, "q"_a, "rule"_a, "logits_to"_a);
+  m.def(
+      "weigh",
+      [](WorkerPool& pool, const std::string& isa, const Run& run, const Rows& logits, const Output& to) {
+        std::vector<AttendArgs> args = args_of({run}, logits.at(0), {1.0f, 0.0f, kNoWindow}, false);
+        args[0].logits = as<float>(logits.data);
+        const KernelTable& kernels = kernels_named(isa);
+        nb::gil_scoped_release release;
+        return weigh(pool, kernels, args, to);
+      },
+      "pool"_a, "isa"_a, "run"_a, "logits"_a, "to"_a);
+
   nb::class_<PreparedCall>(m, "PreparedCall")
       .def(
           "__init__",

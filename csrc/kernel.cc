@@ -21,6 +21,12 @@ namespace {
 
 constexpr int64_t kTileTokens = 64, kTileBlocks = kTileTokens / kBlockTokens;
 
+// What is done with a tile: all of it, only what needs K, from q to scores, or only what needs V, from scores to out.
+// Known to the compiler, so that attention as a whole has no branch for its halves.
+enum class Halves { kBoth, kScores, kValues };
+constexpr bool reads_k(Halves halves) { return halves != Halves::kValues; }
+constexpr bool reads_v(Halves halves) { return halves != Halves::kScores; }
+
 // What the rows of one head have gathered so far; views into Scratch.
 struct HeadRows {
   const uint32_t* q_RD;   // as weights of panels
@@ -28,6 +34,8 @@ struct HeadRows {
   float *out_RD, *max_R, *sum_RL;
   float* mass;  // of the head's first row; or nullptr
   int64_t num;
+  float* logits;         // of the head's first row, from the table's first token on; of a half alone
+  int64_t logit_stride;  // from a row to the next
 };
 
 // What one item needs beside the pages: about 240 KiB, on the worker's stack.
@@ -40,6 +48,7 @@ struct alignas(64) Scratch {
   int64_t visible_begin_R[kMaxHeadRows], visible_end_R[kMaxHeadRows];  // row r of every head sees tokens in between
   uint32_t p_RT[kMaxHeadRows * kTileTokens];
   float score_RT[kMaxHeadRows * kTileTokens];
+  float highest_R[kMaxHeadRows];  // of a tile's scores
   Ahead ahead;
   Stretch ahead_stretches[4 * kTileBlocks];
   BlockMass mass;
@@ -140,8 +149,9 @@ bool prepare_queries(const AttendArgs& args, const WorkItem& item, int64_t store
 }
 
 // Points the tile at panels: the page's own, or a copy in scratch where the page holds rows or the tile holds tokens
-// that must not be read (an open page, padding). True where they were copied, which lie one behind the other.
-template <DType kDType>
+// that must not be read (an open page, padding). True where they were copied, which lie one behind the other. Of a half
+// alone, its K or its V.
+template <Halves kHalves, DType kDType>
 bool stage(Tile& tile, Scratch& s) {
   const Arena& arena = tile.arena();
   const bool whole = tile.valid_begin == tile.begin && tile.valid_end == tile.end && tile.end % kBlockTokens == 0;
@@ -153,15 +163,15 @@ bool stage(Tile& tile, Scratch& s) {
     const int64_t begin = min64(max64(tile.valid_begin - t, 0), kBlockTokens);
     const int64_t end = max64(min64(tile.valid_end - t, kBlockTokens), begin);
     if (arena.packing == Packing::kPanels) {
-      copy_k(k, block->k, begin, end, k_to);
-      copy_v(v, block->v, begin, end, v_to);
+      if (reads_k(kHalves)) copy_k(k, block->k, begin, end, k_to);
+      if (reads_v(kHalves)) copy_v(v, block->v, begin, end, v_to);
     } else {
       if (end - begin < kBlockTokens) {
-        std::memset(k_to, 0, k.block_bytes());
-        std::memset(v_to, 0, v.block_bytes());
+        if (reads_k(kHalves)) std::memset(k_to, 0, k.block_bytes());
+        if (reads_v(kHalves)) std::memset(v_to, 0, v.block_bytes());
       }
-      put_k(k, block->k + begin * k.row_bytes(), k.row_bytes(), begin, end, k_to);
-      put_v(v, block->v + begin * v.row_bytes(), v.row_bytes(), begin, end, v_to);
+      if (reads_k(kHalves)) put_k(k, block->k + begin * k.row_bytes(), k.row_bytes(), begin, end, k_to);
+      if (reads_v(kHalves)) put_v(v, block->v + begin * v.row_bytes(), v.row_bytes(), begin, end, v_to);
     }
     *block = {k_to, v_to};
     k_to += k.block_bytes();
@@ -170,10 +180,12 @@ bool stage(Tile& tile, Scratch& s) {
   return true;
 }
 
-// Dot products of row r -> scores that follow the rule, in place, -inf where the row does not see a token; their
-// maximum.
-template <bool kHasCap>
-float score_row(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_t r, Scratch& s) {
+// Dot products of row r -> scores that follow the rule, -inf where the row does not see a token; their maximum. In
+// place, or where they go as logits: past the caches, for a line that is fetched to be overwritten is one of K less
+// (4 rows read 12 % more of K a second, one row 5 %).
+template <Halves kHalves, bool kHasCap>
+float score_row(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_t r, const HeadRows& rows,
+                Scratch& s) {
   float* const score = s.score_RT + r * kTileTokens;
   const int64_t begin = max64(tile.valid_begin, s.visible_begin_R[r]) - tile.begin;
   const int64_t end = min64(tile.valid_end, s.visible_end_R[r]) - tile.begin;
@@ -187,10 +199,45 @@ float score_row(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int
       x = count == splat(-INFINITY) ? count : x + count;  // what stands for nothing may be NaN
     }
     if (t < begin || t + kLanes > end) x = keep_lanes(x, begin - t, end - t);
+    if constexpr (reads_v(kHalves)) {
+      store(score + t, x);
+      tile_max = max(x, tile_max);
+    } else {
+      stream(rows.logits + r * rows.logit_stride + tile.begin + t, x);
+    }
+  }
+  return reduce_max(tile_max);
+}
+
+// Logits of row r -> its scores, -inf where there is no token; their maximum. Asks for those of the head's next tile,
+// which comes after those of the other heads: with 4 rows 3 % of a call.
+inline float load_row(const Tile& tile, int64_t num_tokens, int64_t r, const HeadRows& rows, Scratch& s) {
+  float* const score = s.score_RT + r * kTileTokens;
+  const float* const from = rows.logits + r * rows.logit_stride + tile.begin;
+  const int64_t begin = tile.valid_begin - tile.begin, end = tile.valid_end - tile.begin;
+  s.ahead.ask(s.row_lines);
+  Vec tile_max = splat(-INFINITY);
+  for (int64_t t = 0; t < num_tokens; t += kLanes) {
+    if (t % kBlockTokens == 0) __builtin_prefetch(from + kTileTokens + t, 0, 2);
+    Vec x = load(from + t);
+    if (t < begin || t + kLanes > end) x = keep_lanes(x, begin - t, end - t);
     store(score + t, x);
     tile_max = max(x, tile_max);
   }
   return reduce_max(tile_max);
+}
+
+// The scores of a tile, from dot products or from logits, and the highest of each row where a softmax follows.
+template <Halves kHalves>
+void settle_scores(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, const HeadRows& rows, Scratch& s) {
+  for (int64_t r = 0; r < rows.num; ++r) {
+    if constexpr (reads_k(kHalves)) {
+      s.highest_R[r] = rule.softcap == 0.0f ? score_row<kHalves, false>(rule, tile, num_tokens, r, rows, s)
+                                            : score_row<kHalves, true>(rule, tile, num_tokens, r, rows, s);
+    } else {
+      s.highest_R[r] = load_row(tile, num_tokens, r, rows, s);
+    }
+  }
 }
 
 // Raises the running maximum of row r and rescales what the row has gathered so far; what to subtract from scores.
@@ -209,14 +256,9 @@ float raise_maximum(float highest, int64_t stored, int64_t r, const HeadRows& ro
 // Scores of a tile -> probabilities relative to each row's running maximum, as weights of V. Step by step over all
 // rows: each step is a chain of dependent instructions, and those of different rows overlap.
 template <class Element>
-void softmax(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_t stored, const HeadRows& rows,
-             Scratch& s) {
+void softmax(int64_t num_tokens, int64_t stored, const HeadRows& rows, Scratch& s) {
   float base_R[kMaxHeadRows];
-  for (int64_t r = 0; r < rows.num; ++r) {
-    base_R[r] = rule.softcap == 0.0f ? score_row<false>(rule, tile, num_tokens, r, s)
-                                     : score_row<true>(rule, tile, num_tokens, r, s);
-  }
-  for (int64_t r = 0; r < rows.num; ++r) base_R[r] = raise_maximum(base_R[r], stored, r, rows);
+  for (int64_t r = 0; r < rows.num; ++r) base_R[r] = raise_maximum(s.highest_R[r], stored, r, rows);
   for (int64_t r = 0; r < rows.num; ++r) {
     float *const score = s.score_RT + r * kTileTokens, *const sum = rows.sum_RL + r * kLanes;
     uint32_t* const p = s.p_RT + r * kTileTokens;
@@ -239,31 +281,46 @@ void softmax(const ScoreRule& rule, const Tile& tile, int64_t num_tokens, int64_
   }
 }
 
-// A tile of panels, or of rows that become panels.
-template <class Element, class QueryElement>
-void attend_panels(const AttendArgs& args, Tile& tile, const HeadRows& rows, Scratch& s) {
+// q . k of a tile of panels.
+template <class QueryElement>
+void score_panels(const Tile& tile, const HeadRows& rows, int64_t ahead_bytes, Scratch& s) {
+  constexpr int64_t kPair = pair_of(QueryElement::kDType), kRowBytes = 16 * lane_bytes<QueryElement>();
+  const int64_t stored = padded(tile.arena().head_dim);
+  Panel k{{}, kRowBytes, stored / kPair, tile.num_blocks(), 0, 1};
+  for (int64_t i = 0; i < tile.num_blocks(); ++i) k.at[i] = tile.blocks[i].k;
+  const Accumulators<true> scores{s.score_RT, kTileTokens};
+  product<QueryElement>(k, {rows.q_RD, stored}, scores, rows.num, ahead_bytes, s.ahead);
+}
+
+// out_RD += p . v of a tile of panels.
+template <class Element>
+void weigh_panels(const Tile& tile, bool is_one_run, const HeadRows& rows, Scratch& s) {
   constexpr int64_t kPair = pair_of(Element::kDType), kRowBytes = 16 * lane_bytes<Element>();
-  const int64_t k_stored = padded(args.kv.arena().head_dim), v_stored = padded(args.kv.arena().v_head_dim);
-  const int64_t num_blocks = tile.num_blocks(), num_tokens = num_blocks * kBlockTokens;
-  const int64_t ahead_bytes = s.ahead.num_bytes();
-  const bool is_staged = stage<Element::kDType>(tile, s);
-  Panel k{{}, kRowBytes, k_stored / kPair, num_blocks, 0, 1};
-  Panel v{{}, v_stored / 16 * kRowBytes, num_tokens / kPair, v_stored / 16, kRowBytes, 1};
-  if (!is_staged && !tile.is_one_run()) {
+  const int64_t stored = padded(tile.arena().v_head_dim), num_blocks = tile.num_blocks();
+  Panel v{{}, stored / 16 * kRowBytes, num_blocks * kBlockTokens / kPair, stored / 16, kRowBytes, 1};
+  if (!is_one_run) {
     v.num_k = kBlockTokens / kPair;
     v.num_parts = num_blocks;
   }
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    k.at[i] = tile.blocks[i].k;
-    v.at[i] = tile.blocks[i].v;
-  }
-  const Accumulators<true> scores{s.score_RT, kTileTokens};
-  product<QueryElement>(k, {rows.q_RD, k_stored}, scores, rows.num, ahead_bytes / 3, s.ahead);
-  // Much less than the softmax's share of the time: its loads and stores wait behind a burst.
-  s.row_lines = static_cast<int>(min64(16, ahead_bytes / 8 / 64 / (2 * rows.num)));
-  softmax<Element>(args.rule, tile, num_tokens, v_stored, rows, s);
-  const Accumulators<false> out{rows.out_RD, v_stored};
+  for (int64_t i = 0; i < num_blocks; ++i) v.at[i] = tile.blocks[i].v;
+  const Accumulators<false> out{rows.out_RD, stored};
   product<Element>(v, {s.p_RT, kTileTokens}, out, rows.num, s.ahead.num_bytes(), s.ahead);
+}
+
+// A tile of panels, or of rows that become panels.
+template <Halves kHalves, class Element, class QueryElement>
+void attend_panels(const AttendArgs& args, Tile& tile, const HeadRows& rows, Scratch& s) {
+  const int64_t num_tokens = tile.num_blocks() * kBlockTokens, ahead_bytes = s.ahead.num_bytes();
+  const int64_t for_scores = reads_v(kHalves) ? ahead_bytes / 3 : ahead_bytes * 3 / 4;
+  const bool is_staged = stage<kHalves, Element::kDType>(tile, s);
+  if constexpr (reads_k(kHalves)) score_panels<QueryElement>(tile, rows, for_scores, s);
+  // Much less than the softmax's share of the time: its loads and stores wait behind a burst.
+  s.row_lines = static_cast<int>(min64(16, ahead_bytes / 8 / 64 / ((reads_v(kHalves) ? 2 : 1) * rows.num)));
+  settle_scores<kHalves>(args.rule, tile, num_tokens, rows, s);
+  if constexpr (reads_v(kHalves)) {
+    softmax<Element>(num_tokens, padded(args.kv.arena().v_head_dim), rows, s);
+    weigh_panels<Element>(tile, is_staged || tile.is_one_run(), rows, s);
+  }
 }
 
 // out_RD += p . v of a tile of codes.
@@ -296,11 +353,10 @@ void add_values(const Tile& tile, int64_t num_tokens, const HeadRows& rows, Scra
   }
 }
 
-// A tile of codes: its pages are whole, so nothing has to be hidden but by the softmax.
+// q . k of a tile of codes.
 template <int kBits>
-void attend_codes(const AttendArgs& args, const Tile& tile, const HeadRows& rows, Scratch& s) {
+void score_codes(const Tile& tile, const HeadRows& rows, int64_t ahead_bytes, Scratch& s) {
   const Part& arena = tile.arena();
-  const int64_t num_tokens = tile.num_blocks() * kBlockTokens, ahead_bytes = s.ahead.num_bytes();
   const char* codes[kTileBlocks];
   for (int64_t i = 0; i < tile.num_blocks(); ++i) codes[i] = tile.blocks[i].k;
   for (int64_t i = 0; i < tile.num_blocks();) {
@@ -310,30 +366,42 @@ void attend_codes(const AttendArgs& args, const Tile& tile, const HeadRows& rows
                       s.score_RT + i * kBlockTokens, s.ahead, s.whole);
     i += num;
   }
-  s.row_lines = lines_each(ahead_bytes, kSoftmaxPercent, 2 * rows.num);
-  softmax<Float32>(args.rule, tile, num_tokens, padded(arena.v_head_dim), rows, s);
-  s.row_lines = lines_each(ahead_bytes, kWeighPercent, rows.num * arena.of_v.num_groups);
-  add_values<kBits>(tile, num_tokens, rows, s);
 }
 
-template <class Element, class QueryElement>
-void attend_part(const AttendArgs& args, Tile& tile, const HeadRows& rows, Scratch& s) {
-  switch (tile.arena().packing) {
-    case Packing::kInt8: attend_codes<8>(args, tile, rows, s); break;
-    case Packing::kInt4: attend_codes<4>(args, tile, rows, s); break;
-    default: attend_panels<Element, QueryElement>(args, tile, rows, s);
+// A tile of codes: its pages are whole, so nothing has to be hidden but by the softmax.
+template <Halves kHalves, int kBits>
+void attend_codes(const AttendArgs& args, const Tile& tile, const HeadRows& rows, Scratch& s) {
+  // Percentages are of what both halves read: one alone reads half of it in half of the time.
+  const int64_t ahead_bytes = s.ahead.num_bytes() * (kHalves == Halves::kBoth ? 1 : 2);
+  const int64_t num_tokens = tile.num_blocks() * kBlockTokens;
+  if constexpr (reads_k(kHalves)) score_codes<kBits>(tile, rows, ahead_bytes, s);
+  s.row_lines = lines_each(ahead_bytes, kSoftmaxPercent, 2 * rows.num);
+  settle_scores<kHalves>(args.rule, tile, num_tokens, rows, s);
+  if constexpr (reads_v(kHalves)) {
+    softmax<Float32>(num_tokens, padded(args.kv.arena().v_head_dim), rows, s);
+    s.row_lines = lines_each(ahead_bytes, kWeighPercent, rows.num * tile.arena().of_v.num_groups);
+    add_values<kBits>(tile, num_tokens, rows, s);
   }
 }
 
-template <class Element, class QueryElement>
+template <Halves kHalves, class Element, class QueryElement>
+void attend_part(const AttendArgs& args, Tile& tile, const HeadRows& rows, Scratch& s) {
+  switch (tile.arena().packing) {
+    case Packing::kInt8: attend_codes<kHalves, 8>(args, tile, rows, s); break;
+    case Packing::kInt4: attend_codes<kHalves, 4>(args, tile, rows, s); break;
+    default: attend_panels<kHalves, Element, QueryElement>(args, tile, rows, s);
+  }
+}
+
+template <Halves kHalves, class Element, class QueryElement>
 void attend_tile(const AttendArgs& args, Tile& tile, const HeadRows& rows, Scratch& s) {
   if (tile.has_one_arena()) {
-    attend_part<Element, QueryElement>(args, tile, rows, s);
+    attend_part<kHalves, Element, QueryElement>(args, tile, rows, s);
   } else {
     for (int64_t i = 0; i < tile.num_blocks();) {
       Tile part = tile.of_one_arena(i);
       i += part.num_blocks();
-      attend_part<Element, QueryElement>(args, part, rows, s);
+      attend_part<kHalves, Element, QueryElement>(args, part, rows, s);
       s.mass_block += part.num_blocks();
     }
   }
@@ -358,8 +426,9 @@ bool locate(const AttendArgs& args, const WorkItem& item, int64_t head, int64_t 
   return true;
 }
 
-// What is asked for while another tile is computed: its K, then its V, in as few stretches as they lie in; the scales
-// of quantised pages follow the codes.
+// What is asked for while another tile is computed: its K, then its V, or one of them, in as few stretches as they lie
+// in; the scales of quantised pages follow the codes.
+template <Halves kHalves>
 Ahead ahead_of(const Tile& tile, Stretch* stretches) {
   Stretch* last = stretches;
   const int64_t num_tokens = tile.end - tile.begin;
@@ -373,7 +442,7 @@ Ahead ahead_of(const Tile& tile, Stretch* stretches) {
   const auto is_last_of_page = [&](int64_t block) {
     return block + 1 == tile.num_blocks() || tile.places[block + 1].slice.k != tile.places[block].slice.k;
   };
-  for (int64_t block = 0, t = 0; t < num_tokens; ++block, t += kBlockTokens) {
+  for (int64_t block = 0, t = 0; reads_k(kHalves) && t < num_tokens; ++block, t += kBlockTokens) {
     const Part& arena = *tile.places[block].arena;
     const int64_t last_token = min64(kBlockTokens, num_tokens - t);
     add(tile.blocks[block].k, arena.is_quantised() ? arena.k_block_bytes : last_token * arena.k_token_bytes());
@@ -381,7 +450,7 @@ Ahead ahead_of(const Tile& tile, Stretch* stretches) {
       add(tile.places[block].slice.k + arena.of_k.scales, arena.k_page_bytes - arena.of_k.scales);
     }
   }
-  for (int64_t block = 0, t = 0; t < num_tokens; ++block, t += kBlockTokens) {
+  for (int64_t block = 0, t = 0; reads_v(kHalves) && t < num_tokens; ++block, t += kBlockTokens) {
     const Part& arena = *tile.places[block].arena;
     const int64_t last_token = min64(kBlockTokens, num_tokens - t);
     add(tile.blocks[block].v, arena.is_quantised() ? arena.v_block_bytes : last_token * arena.v_token_bytes());
@@ -392,11 +461,24 @@ Ahead ahead_of(const Tile& tile, Stretch* stretches) {
   return {stretches->at, stretches->end, stretches + 1, last};
 }
 
-template <class Element, class QueryElement>
-Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
+HeadRows rows_of(const AttendArgs& args, const WorkItem& item, int64_t head, Scratch& s) {
   const Arena& arena = args.kv.arena();
-  const int64_t k_stored = padded(arena.head_dim), v_stored = padded(arena.v_head_dim), head_rows = item.head_rows();
+  const int64_t row = (head - item.head_begin) * item.head_rows(), k_stored = padded(arena.head_dim);
+  return {s.q_RD + row * k_stored,
+          s.exact_RD + row * k_stored,
+          s.out_RD + row * padded(arena.v_head_dim),
+          s.max_R + row,
+          s.sum_RL + row * kLanes,
+          s.mass.sum == nullptr ? nullptr : s.mass.sum + row * s.mass.stride,
+          item.head_rows(),
+          args.logits == nullptr ? nullptr : args.logits_of(item.seq, head, item.row_begin),
+          args.kv.num_tokens()};
+}
+
+template <Halves kHalves, class Element, class QueryElement>
+Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
   if (item.token_begin >= item.token_end) return Status::kOk;
+  const TileShapes shapes(item.head_rows());
   Tile next;
   bool more = true;
   if (!locate(args, item, item.head_begin, item.token_begin / 16 * 16, next)) return Status::kSlotOutOfRange;
@@ -407,52 +489,100 @@ Status attend_tiles(const AttendArgs& args, const WorkItem& item, Scratch& s) {
     if (more) {
       const int64_t head = last_head ? item.head_begin : tile.head + 1, begin = last_head ? tile.end : tile.begin;
       if (!locate(args, item, head, begin, next)) return Status::kSlotOutOfRange;
-      s.ahead = ahead_of(next, s.ahead_stretches);
+      s.ahead = ahead_of<kHalves>(next, s.ahead_stretches);
     }
-    const int64_t row = (tile.head - item.head_begin) * head_rows;
-    const HeadRows rows{s.q_RD + row * k_stored,
-                        s.exact_RD + row * k_stored,
-                        s.out_RD + row * v_stored,
-                        s.max_R + row,
-                        s.sum_RL + row * kLanes,
-                        s.mass.sum == nullptr ? nullptr : s.mass.sum + row * s.mass.stride,
-                        head_rows};
     s.mass_block = tile.begin / kBlockTokens - item.token_begin / kBlockTokens;
-    attend_tile<Element, QueryElement>(args, tile, rows, s);
+    attend_tile<kHalves, Element, QueryElement>(args, tile, rows_of(args, item, tile.head, s), s);
   }
   return Status::kOk;
+}
+
+void begin_rows(const WorkItem& item, int64_t stored, Scratch& s) {
+  std::memset(s.out_RD, 0, item.num_rows() * stored * 4);
+  std::memset(s.sum_RL, 0, item.num_rows() * kLanes * 4);
+  for (int64_t r = 0; r < item.num_rows(); ++r) s.max_R[r] = -INFINITY;
+}
+
+void finish_rows(const WorkItem& item, int64_t dim, const Scratch& s, float* out, float* lse) {
+  const int64_t stored = padded(dim);
+  for (int64_t r = 0; r < item.num_rows(); ++r) {
+    const float sum = reduce_add(load(s.sum_RL + r * kLanes)), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    for (int64_t d = 0; d < dim; ++d) out[r * dim + d] = s.out_RD[r * stored + d] * inverse;
+    lse[r] = sum == 0.0f ? -INFINITY : s.max_R[r] + logf(sum);
+  }
 }
 
 template <class Element, class QueryElement>
 Status attend_item_as(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass) {
   Scratch s;
   s.mass = mass;
-  const int64_t num_rows = item.num_rows(), dim = args.kv.arena().v_head_dim, stored = padded(dim);
+  const int64_t dim = args.kv.arena().v_head_dim;
   if (!prepare_queries<QueryElement>(args, item, padded(args.kv.arena().head_dim), s)) return Status::kNanInQuery;
-  std::memset(s.out_RD, 0, num_rows * stored * 4);
-  std::memset(s.sum_RL, 0, num_rows * kLanes * 4);
-  for (int64_t r = 0; r < num_rows; ++r) s.max_R[r] = -INFINITY;
-  const TileShapes shapes(item.head_rows());
-  const Status status = attend_tiles<Element, QueryElement>(args, item, s);
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const float sum = reduce_add(load(s.sum_RL + r * kLanes)), inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    for (int64_t d = 0; d < dim; ++d) out[r * dim + d] = s.out_RD[r * stored + d] * inverse;
-    lse[r] = sum == 0.0f ? -INFINITY : s.max_R[r] + logf(sum);
-  }
+  begin_rows(item, padded(dim), s);
+  const Status status = attend_tiles<Halves::kBoth, Element, QueryElement>(args, item, s);
+  finish_rows(item, dim, s, out, lse);
   return status;
 }
 
-Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass) {
-  const auto as = [&](auto attend) { return attend(args, item, out, lse, mass); };
-  if (args.kv.arena().dtype == DType::kFloat32) return as(attend_item_as<Float32, Float32>);
-  if (args.kv.arena().dtype == DType::kFloat16) return as(attend_item_as<Float16, Float16>);
+template <class QueryElement>
+Status score_item_as(const AttendArgs& args, const WorkItem& item) {
+  Scratch s;
+  s.mass = {nullptr, nullptr, 0};
+  if (!prepare_queries<QueryElement>(args, item, padded(args.kv.arena().head_dim), s)) return Status::kNanInQuery;
+  const Status status = attend_tiles<Halves::kScores, QueryElement, QueryElement>(args, item, s);
+  drain();
+  return status;
+}
+
+template <class Element>
+Status weigh_item_as(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass) {
+  Scratch s;
+  s.mass = mass;
+  const int64_t dim = args.kv.arena().v_head_dim;
+  begin_rows(item, padded(dim), s);
+  const Status status = attend_tiles<Halves::kValues, Element, Element>(args, item, s);
+  finish_rows(item, dim, s, out, lse);
+  return status;
+}
+
+// How V and K are multiplied.
+template <class V, class K>
+struct Elements {
+  using OfV = V;
+  using OfK = K;
+};
+
+// Both halves take the same for the same rows, so that they give the bits of the whole.
+template <class Body>
+Status with_elements(const AttendArgs& args, const WorkItem& item, const Body& body) {
+  (void)item;
+  if (args.kv.arena().dtype == DType::kFloat32) return body(Elements<Float32, Float32>());
+  if (args.kv.arena().dtype == DType::kFloat16) return body(Elements<Float16, Float16>());
 #if defined(TANDEM_BF16_DOT)
   if (item.head_rows() >= kMinDotRows) {
-    if (args.q.dtype == DType::kBFloat16) return as(attend_item_as<Bf16Dot<true>, Bf16Dot<false>>);
-    return as(attend_item_as<Bf16Dot<true>, Bf16Dot<true>>);
+    if (args.q.dtype == DType::kBFloat16) return body(Elements<Bf16Dot<true>, Bf16Dot<false>>());
+    return body(Elements<Bf16Dot<true>, Bf16Dot<true>>());
   }
 #endif
-  return as(attend_item_as<Bf16Wide, Bf16Wide>);
+  return body(Elements<Bf16Wide, Bf16Wide>());
+}
+
+Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass) {
+  return with_elements(args, item, [&](auto elements) {
+    using E = decltype(elements);
+    return attend_item_as<typename E::OfV, typename E::OfK>(args, item, out, lse, mass);
+  });
+}
+
+Status score_item(const AttendArgs& args, const WorkItem& item) {
+  return with_elements(args, item,
+                       [&](auto elements) { return score_item_as<typename decltype(elements)::OfK>(args, item); });
+}
+
+Status weigh_item(const AttendArgs& args, const WorkItem& item, float* out, float* lse, const BlockMass& mass) {
+  return with_elements(args, item, [&](auto elements) {
+    return weigh_item_as<typename decltype(elements)::OfV>(args, item, out, lse, mass);
+  });
 }
 
 }  // namespace
@@ -462,6 +592,8 @@ Status attend_item(const AttendArgs& args, const WorkItem& item, float* out, flo
 extern const KernelTable kTable;
 const KernelTable kTable{TANDEM_STRING(TANDEM_ISA),
                          attend_item,
+                         score_item,
+                         weigh_item,
                          pack,
                          unpack,
                          make_bounds,

@@ -38,8 +38,14 @@ struct Output {
   int64_t mass_blocks = 0;
 };
 
-// Attention over all runs together. Runs differ in `kv` and `causal` alone; their tokens are disjoint.
+// Attention over all runs together. Runs differ in `kv`, `causal` and `logits` alone; their tokens are disjoint.
 Status attend(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to);
+
+// The halves of it, over runs that have `logits` and are not causal. Scores as they come to the softmax, to `logits`,
+// -inf for tokens of the table that are not of the run; V is not read. And attention from there, to the bit; neither K
+// nor q is read, which has a shape alone.
+Status logits(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs);
+Status weigh(WorkerPool& pool, const KernelTable& kernels, const std::vector<AttendArgs>& runs, const Output& to);
 
 // Writes the queries' own tokens to the end of the last run, then attends. Every sequence of that run has the same
 // length, which counts them; else kOutsideTable, and nothing is written.

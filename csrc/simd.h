@@ -69,6 +69,21 @@ inline Vec load(const float* p) {
   return v;
 }
 inline void store(void* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+// Around the caches, to a whole line that nobody here reads soon; p is aligned. `drain` before others are told of it.
+inline void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+inline void drain() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 // a > b ? a : b, so b where one is a NaN; g++ 12 makes two instructions of that.
 inline Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)

@@ -101,7 +101,7 @@ def attend_bound(
     scale, cap = (rule.scale, rule.softcap) if isinstance(rule, ScoreRule) else (rule, None)
     group_size = q.shape[1] // k.shape[1]
     hidden = ~visible.unsqueeze(1)
-    k, v = (x.double().repeat_interleave(group_size, 1) for x in (k, v))
+    k = k.double().repeat_interleave(group_size, 1)
     scores = (scale * (q.double() @ k.mT)).masked_fill(hidden, -math.inf)
     magnitude = (abs(scale) * (q.double().abs() @ k.abs().mT)).masked_fill(hidden, 0.0)
     largest = magnitude.amax(-1) if k.shape[2] else torch.zeros(q.shape[:3], dtype=torch.float64)
@@ -111,20 +111,55 @@ def attend_bound(
         scores = cap * torch.tanh(scores / cap)  # of hidden ones: -cap, and hidden again
         scores = scores.masked_fill(hidden, -math.inf)
         largest_score = largest.clamp(max=cap)
-    lse = torch.logsumexp(scores, -1)
-    mass = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse).unsqueeze(-1)) @ v.abs()
-    num_tokens = max(int(visible.sum(-1).max()), 1)
-    height = largest_score + math.log(num_tokens)  # bounds every score, maximum and lse on the way
-    relative = (
-        largest * (sum_error(q.shape[3]) + 2 * U + rounding.query)
-        + (0.0 if cap is None else largest_score * 12 * U)
-        + height * 4 * U
-        + rounding.exp
-        + sum_error(num_tokens * 1.125)
-        + num_merges * (8 * U + height * 2 * U)
-    )
-    bound = _bound(relative if codes is None else relative + codes.score, mass, height, rounding)
+    error = _score_error(largest, q.shape[3], cap, rounding)
+    error = error if codes is None else error + codes.score
+    bound = weigh_bound(scores, v, rounding, num_merges, largest_score, error)
     return bound if codes is None else bound._replace(out=bound.out + codes.out)
+
+
+def logit_bound(
+    q: Tensor, k: Tensor, rule: ScoreRule, rounding: Rounding = FLOAT32, codes: CodeError | None = None
+) -> Tensor:
+    """Largest allowed error of every score of q `[S, Hq, Q, D]` with k `[S, Hkv, T, D]`: `[S, Hq, Q, T]`."""
+    magnitude = abs(rule.scale) * (
+        q.double().abs() @ k.double().abs().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    )
+    if codes is None:
+        return _score_error(magnitude, q.shape[3], rule.softcap, rounding) + TINY
+    magnitude = torch.maximum(magnitude, codes.magnitude.unsqueeze(-1))
+    return _score_error(magnitude, q.shape[3], rule.softcap, rounding) + codes.score.unsqueeze(-1) + TINY
+
+
+def weigh_bound(
+    scores: Tensor,
+    v: Tensor,
+    rounding: Rounding = FLOAT32,
+    num_merges: int = 0,
+    largest: Tensor | None = None,
+    error: Tensor | float = 0.0,
+) -> Bound:
+    """Bound for softmax over scores `[S, Hq, Q, T]`, -inf where a token is hidden, times v `[S, Hkv, T, D]`.
+
+    largest: bounds the scores of a row, else they do. error: of a row's scores.
+    """
+    v = v.double().abs().repeat_interleave(scores.shape[1] // v.shape[1], 1)
+    seen = scores != -math.inf
+    if largest is None:
+        sizes = scores.double().abs().masked_fill(~seen, 0.0)
+        largest = sizes.amax(-1) if scores.shape[3] else torch.zeros(scores.shape[:3], dtype=torch.float64)
+    lse = torch.logsumexp(scores.double(), -1)
+    mass = torch.exp(scores.double() - torch.where(lse == -math.inf, 0.0, lse).unsqueeze(-1)) @ v
+    num_tokens = max(int(seen.sum(-1).max()), 1)
+    height = largest + math.log(num_tokens)  # bounds every score, maximum and lse on the way
+    relative = (
+        error + height * 4 * U + rounding.exp + sum_error(num_tokens * 1.125) + num_merges * (8 * U + height * 2 * U)
+    )
+    return _bound(relative, mass, height, rounding)
+
+
+def _score_error(magnitude: Tensor, head_dim: int, cap: float | None, rounding: Rounding) -> Tensor:
+    error = magnitude * (sum_error(head_dim) + 2 * U + rounding.query)
+    return error if cap is None else error + magnitude.clamp(max=cap) * 12 * U
 
 
 def merge_bound(parts: list[Partial], sink_logit: Tensor | None = None) -> Bound:

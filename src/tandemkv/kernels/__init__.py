@@ -60,6 +60,39 @@ def block_mass(q: Tensor, *runs: PagedKV) -> Tensor:
     return torch.zeros((*q.shape[:3], num_blocks), dtype=torch.float32, device="cpu")
 
 
+def logits(
+    q: Tensor, kv: PagedKV, *, rule: ScoreRule, pool: "WorkerPool | None" = None, isa: str | None = None
+) -> Tensor:
+    """The first half of `attend`: scores of q with every token of the run, as the softmax takes them; V is not read.
+
+    q: as in `attend`. rule: without a window; no mask but the run's own.
+    pool, isa: as in `attend`.
+    Returns float32 `[num_seqs, num_q_heads, q_len, tokens of the table]`: natural, after scale and soft cap, with the
+    run's log_counts; -inf for tokens outside `[kv_start, kv_len)`, which are not read. The same bits as inside
+    `attend`, for any number of threads.
+    Raises as `attend` does, and InputError for a rule with a window.
+    """
+    from tandemkv.kernels import cpu
+
+    return cpu.logits(q, kv, rule=rule, pool=pool, isa=isa)
+
+
+def weigh(logits: Tensor, kv: PagedKV, *, pool: "WorkerPool | None" = None, isa: str | None = None) -> Partial:
+    """The second half of `attend`: the softmax over what `logits` gave, and its weights times V; K is not read.
+
+    logits: float32 `[num_seqs, num_q_heads, q_len, tokens of the table]`, contiguous, in host memory. -inf leaves a
+        token out, whose V is read all the same and must be finite. What stands for tokens outside
+        `[kv_start, kv_len)` does not matter, and neither do the run's log_counts, which logits count already.
+    A row of nothing but -inf gets out 0 and lse -inf. `weigh(logits(q, kv, rule=rule), kv)` is `attend(q, kv,
+    rule=rule)` to the bit, on the same instruction set.
+    Raises InputError for shapes, dtypes or devices that do not fit, UnsupportedError for logits that require a
+    gradient.
+    """
+    from tandemkv.kernels import cpu
+
+    return cpu.weigh(logits, kv, pool=pool, isa=isa)
+
+
 def append_and_attend(
     q: Tensor,
     k: Tensor,

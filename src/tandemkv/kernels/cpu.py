@@ -92,6 +92,57 @@ def attend(
     return Partial(out, lse)
 
 
+def logits(
+    q: Tensor, kv: PagedKV, *, rule: ScoreRule, pool: WorkerPool | None = None, isa: str | None = None
+) -> Tensor:
+    """See `tandemkv.kernels.logits`."""
+    _check_query(q, [kv], False)
+    if isinstance(rule, ScoreRule) and rule.window is not None:
+        raise InputError(f"logits are scores of all tokens of the run: expected a rule without a window, got {rule}")
+    native_rule = _native_rule(rule, False, 1)
+    q, run = _dense(q), _native_run(kv)
+    found = torch.empty((*q.shape[:3], _table_tokens(kv)), dtype=torch.float32, device="cpu")
+    _raise_for(_native.logits(_pool(pool), resolve_isa(isa), run, _rows(q), native_rule, found.data_ptr()), [kv])
+    return found
+
+
+def weigh(logits: Tensor, kv: PagedKV, *, pool: WorkerPool | None = None, isa: str | None = None) -> Partial:
+    """See `tandemkv.kernels.weigh`."""
+    _check_logits(logits, kv)
+    logits = logits.resolve_neg()
+    run = _native_run(kv)
+    out = torch.empty((*logits.shape[:3], kv.arena.v_head_dim), dtype=torch.float32, device="cpu")
+    lse = torch.empty(logits.shape[:3], dtype=torch.float32, device="cpu")
+    to = _native.Output(_rows(out), lse.data_ptr(), 0, 0)
+    _raise_for(_native.weigh(_pool(pool), resolve_isa(isa), run, _rows(logits), to), [kv])
+    return Partial(out, lse)
+
+
+def _table_tokens(kv: PagedKV) -> int:
+    return kv.page_table.shape[2] * kv.entry_tokens
+
+
+def _check_logits(logits: Tensor, kv: PagedKV) -> None:
+    if not isinstance(logits, Tensor) or not isinstance(kv, PagedKV):
+        raise InputError(f"expected a tensor logits and a PagedKV, got {_types_of(logits, kv)}")
+    if logits.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError("no gradient flows through paged attention: use torch.no_grad()")
+    num_seqs, num_kv_heads = kv.page_table.shape[0] if kv.page_table.dim() else 0, kv.arena.num_kv_heads
+    _check_table(kv.arena, kv.page_table, num_seqs)
+    ends = num_seqs, _table_tokens(kv)
+    good = logits.dtype == torch.float32 and logits.dim() == 4 and logits.shape[::3] == ends
+    if not good or logits.device.type != "cpu" or not logits.is_contiguous():
+        got = f"{logits.dtype} {list(logits.shape)} on {logits.device}"
+        expected = f"[{ends[0]}, num_q_heads, q_len, {ends[1]}]"
+        raise InputError(f"logits must be contiguous float32 {expected} on the CPU, got {got}")
+    num_q_heads, q_len = logits.shape[1:3]
+    if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads or q_len < 1:
+        raise InputError(
+            f"query heads must be a multiple of the {num_kv_heads} KV heads, and q_len at least 1, got {num_q_heads} "
+            f"and {q_len}"
+        )
+
+
 def append_and_attend(
     q: Tensor,
     k: Tensor,

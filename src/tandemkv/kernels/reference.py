@@ -1,41 +1,89 @@
-"""The specification of `attend` and `merge`, in float64 and as plainly as possible. Only tests import this."""
+"""The specification of `attend`, its halves and `merge`, in float64 and plainly. Only tests import this."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tandemkv.types import AnyArena, Arena, PagedKV, Partial, ScoreRule
+from tandemkv.types import BLOCK_TOKENS, AnyArena, Arena, PagedKV, Partial, ScoreRule
 
 
 def attend(q: Tensor, kv: PagedKV, *, rule: ScoreRule, causal: bool) -> Partial:
-    """See `tandemkv.kernels.attend`; out and lse are float64."""
+    """See `tandemkv.kernels.attend`; out and lse are float64. Its halves, one after the other."""
+    return weigh(_scores(q, kv, rule, causal), kv)
+
+
+def logits(q: Tensor, kv: PagedKV, *, rule: ScoreRule) -> Tensor:
+    """See `tandemkv.kernels.logits`; float64."""
+    return _scores(q, kv, rule, causal=False)
+
+
+def weigh(logits: Tensor, kv: PagedKV) -> Partial:
+    """See `tandemkv.kernels.weigh`; out and lse are float64. V of a token that all rows of a head leave out is not
+    read."""
+    num_seqs, num_q_heads, q_len, _ = logits.shape
+    group_size = num_q_heads // kv.arena.num_kv_heads
+    out = torch.zeros((*logits.shape[:3], kv.arena.v_head_dim), dtype=torch.float64)
+    lse = torch.full(logits.shape[:3], -math.inf, dtype=torch.float64)
+    for seq in range(num_seqs):
+        for head in range(num_q_heads):
+            counts = (logits[seq, head] != -math.inf).any(0)
+            tokens = [t for t in _tokens(kv, seq, head // group_size) if counts[t]]
+            _, v = _read(kv, seq, head // group_size, tokens)
+            for i in range(q_len):
+                scores = logits[seq, head, i, tokens].double()
+                seen = scores != -math.inf
+                if seen.any():
+                    lse[seq, head, i] = torch.logsumexp(scores, 0)
+                    out[seq, head, i] = torch.softmax(scores[seen], 0) @ v[seen]
+    return Partial(out, lse)
+
+
+def _scores(q: Tensor, kv: PagedKV, rule: ScoreRule, causal: bool) -> Tensor:
+    """Of every query with every token of the table, -inf where it does not see it."""
     num_seqs, num_q_heads, q_len, _ = q.shape
     group_size = num_q_heads // kv.arena.num_kv_heads
-    out = torch.zeros((*q.shape[:3], kv.arena.v_head_dim), dtype=torch.float64)
-    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64)
+    found = torch.full((*q.shape[:3], kv.page_table.shape[2] * kv.entry_tokens), -math.inf, dtype=torch.float64)
     for seq in range(num_seqs):
-        start, end = int(kv.kv_start[seq]), int(kv.kv_len[seq])
-        if rule.window is not None:
-            start = max(start, end - q_len + 1 - rule.window)  # what no query sees is not read
         for head in range(num_q_heads):
-            k, v = read_tokens(
-                kv.arena, kv.page_table[seq, head // group_size], head // group_size, start, max(start, end)
-            )
+            run = _tokens(kv, seq, head // group_size)
+            start, end = run.start, run.stop
+            if rule.window is not None:
+                start = max(start, end - q_len + 1 - rule.window)  # what no query sees is not read
+            k, _ = _read(kv, seq, head // group_size, range(start, end))
             for i in range(q_len):
                 last = end - q_len + 1 + i if causal else end
                 first = start if rule.window is None else max(start, last - rule.window)
                 if last <= first:
                     continue
-                seen = slice(first - start, last - start)
-                scores = rule.scale * (k[seen].double() @ q[seq, head, i].double())
+                scores = rule.scale * (k[first - start : last - start] @ q[seq, head, i].double())
                 if rule.softcap is not None:
                     scores = rule.softcap * torch.tanh(scores / rule.softcap)
                 if kv.log_counts is not None:
                     scores = scores + kv.log_counts[seq, head // group_size, first:last].double()
-                lse[seq, head, i] = torch.logsumexp(scores, 0)
-                out[seq, head, i] = torch.softmax(scores, 0) @ v[seen].double()
-    return Partial(out, lse)
+                    scores[kv.log_counts[seq, head // group_size, first:last] == -math.inf] = -math.inf
+                found[seq, head, i, first:last] = scores
+    return found
+
+
+def _tokens(kv: PagedKV, seq: int, head: int) -> range:
+    """Those that a KV head's run has."""
+    of_head = (seq, head) if kv.of_blocks else (seq,)
+    return range(int(kv.kv_start[of_head]), int(kv.kv_len[of_head]))
+
+
+def _read(kv: PagedKV, seq: int, head: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """K and V of some tokens of a KV head's run, `[num_tokens, dim]`."""
+    size, page_blocks = kv.entry_tokens, kv.arena.layout.page_size // BLOCK_TOKENS
+    places = []
+    for token in tokens:
+        entry, at = int(kv.page_table[seq, head, token // size]), token % size
+        if kv.of_blocks:
+            entry, block = divmod(entry, kv.arena.num_kv_heads * page_blocks)
+            at += block * BLOCK_TOKENS
+        places.append((entry, at))
+    return _read_places(kv.arena, places, head)
 
 
 def merge(parts: list[Partial], sink_logit: Tensor | None = None) -> Partial:
@@ -57,14 +105,20 @@ def _sigmoid_of_difference(a: Tensor, b: Tensor) -> Tensor:
 
 def read_tokens(arena: AnyArena, slots: Tensor, head: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """K `[end - begin, head_dim]` and V `[end - begin, v_head_dim]` of one head, read token by token."""
-    size, rows_k, rows_v = arena.layout.page_size, [], []
-    for token in range(begin, end):
-        part, slot, at = *_locate(arena, int(slots[token // size])), token % size
-        rows_k.append(_token_k(part, part.k[slot, head], at))
-        rows_v.append(_token_v(part, part.v[slot, head], at))
+    size = arena.layout.page_size
+    return _read_places(arena, [(int(slots[token // size]), token % size) for token in range(begin, end)], head)
+
+
+def _read_places(arena: AnyArena, places: Sequence[tuple[int, int]], head: int) -> tuple[Tensor, Tensor]:
+    """Of slots and tokens in them."""
+    rows_k, rows_v = [], []
+    for slot, at in places:
+        part, slot_of_part = _locate(arena, slot)
+        rows_k.append(_token_k(part, part.k[slot_of_part, head], at).double())
+        rows_v.append(_token_v(part, part.v[slot_of_part, head], at).double())
     if not rows_k:
-        return torch.zeros(0, arena.head_dim), torch.zeros(0, arena.v_head_dim)
-    return torch.stack([row.double() for row in rows_k]), torch.stack([row.double() for row in rows_v])
+        return torch.zeros(0, arena.head_dim).double(), torch.zeros(0, arena.v_head_dim).double()
+    return torch.stack(rows_k), torch.stack(rows_v)
 
 
 def _locate(arena: AnyArena, slot: int) -> tuple[Arena, int]:
