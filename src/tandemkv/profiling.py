@@ -167,9 +167,17 @@ def _kernels(name: str, num_bytes: int) -> dict[int, Kernels]:
     for num_threads in sorted({1, machine.default_threads()}):
         pool = cpu.WorkerPool(num_threads)
         windows = _windows(arena)
-        attend = _speed(windows, k_bytes + v_bytes, partial(kernels.attend, q, rule=rule, pool=pool))
-        found[num_threads] = Kernels(attend, attend, attend)
+        found[num_threads] = Kernels(
+            attend=_speed(windows, k_bytes + v_bytes, partial(kernels.attend, q, rule=rule, pool=pool)),
+            logits=_speed(windows, k_bytes, partial(kernels.logits, q, rule=rule, pool=pool)),
+            weigh=_speed(windows, v_bytes, partial(_weigh, SHAPE[0], pool)),
+        )
     return found
+
+
+def _weigh(num_q_heads: int, pool: "cpu.WorkerPool", run: PagedKV) -> object:
+    num_tokens = run.page_table.shape[2] * run.entry_tokens
+    return kernels.weigh(torch.zeros((1, num_q_heads, 1, num_tokens), device="cpu"), run, pool=pool)
 
 
 def _random_arena(dtype: torch.dtype, packing: Packing, num_bytes: int) -> Arena:

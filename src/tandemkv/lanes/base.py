@@ -117,7 +117,7 @@ def _go_on(
         waiting[name] = _Waiting(work, ticket, time.perf_counter())
     except StopIteration as end:
         parts[name] = end.value
-    except TandemError:
+    except (TandemError, AssertionError):
         raise
     except Exception as error:  # noqa: BLE001  the caller is told
         failed[name] = error
