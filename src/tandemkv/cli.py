@@ -58,6 +58,14 @@ FarDtypes = Annotated[
     list[str],
     typer.Option(help="Dense with older tokens in int8, int4, or by age, as int8:2048,int4; repeat it."),
 ]
+Link = Annotated[
+    str | None,
+    typer.Option(
+        help="Of systems with lanes: GB/s, or GB/s:us, of the links between the processor that is the device and those "
+        "that are the host.",
+        show_default="as memory is copied",
+    ),
+]
 Judge = Annotated[
     Path | None,
     typer.Argument(metavar="[MODEL]", help="A local Hugging Face folder.", show_default="the shipped one"),
@@ -67,6 +75,10 @@ MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many, if the text
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder of a supported family.")]
 NearTokens = Annotated[int, typer.Option(help="Recent tokens kept near, per layer; at least 128.")]
 OutFolder = Annotated[Path, typer.Option(help="Where scores and the picture go; a run that was stopped goes on there.")]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", help="A JSON file with the plan that every step has.", show_default="found by measurement"),
+]
 ProfileFile = Annotated[
     Path | None, typer.Option("--file", help="Where it is kept.", show_default="~/.cache/tandemkv/profile.json")
 ]
@@ -225,6 +237,8 @@ def generate(  # noqa: PLR0913  one argument per option
     system: System = "dense",
     budget: Budget = None,
     far_dtype: FarDtype = None,
+    link: Link = None,
+    plan: PlanFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue the text of a file with a local model; nothing is downloaded.
@@ -237,6 +251,8 @@ def generate(  # noqa: PLR0913  one argument per option
     Example: tandemkv generate ./Qwen3-0.6B --prompt-file a.txt --far-dtype int8:8192,int4
 
     Example: tandemkv generate ./Qwen3-0.6B --prompt-file a.txt --system tandem-verified --near-tokens 512 --budget 2048
+
+    Example: tandemkv generate ./Qwen3-0.6B --prompt-file a.txt --system tandem --link 8
     """
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
     console = Console(stderr=True)
@@ -245,7 +261,19 @@ def generate(  # noqa: PLR0913  one argument per option
         from tandemkv.generate import generate as run
 
         settings = Settings(
-            near_tokens, far_bytes, max_new_tokens, temperature, top_p, seed, dtype, threads, system, budget, far_dtype
+            near_tokens,
+            far_bytes,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seed,
+            dtype,
+            threads,
+            system,
+            budget,
+            far_dtype,
+            link,
+            plan,
         )
         write = (lambda text: None) if as_json else partial(typer.echo, nl=False)
         found = run(folder, prompt_file, settings, console, write)

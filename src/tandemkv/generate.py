@@ -8,9 +8,11 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,7 +26,8 @@ from transformers.generation.streamers import BaseStreamer
 import tandemkv.integrations.transformers as tandem
 from tandemkv import machine
 from tandemkv.attention import use_threads
-from tandemkv.cache import TierUse
+from tandemkv.cache import CacheSpec, TierUse
+from tandemkv.crews import crew_for, links_of, machine_for, parse_link, placement_for, read_plan, work_for
 from tandemkv.errors import CapacityError, InputError
 from tandemkv.integrations.transformers.folders import (
     Dtype,
@@ -36,8 +39,12 @@ from tandemkv.integrations.transformers.folders import (
     special_tokens,
     tokenize,
 )
+from tandemkv.profiling import profile_of_this_machine
+from tandemkv.schedule import Machine, Plan
+from tandemkv.schedule.placement import Placement
 from tandemkv.select import MAX_SELECT_QUERIES, Tally
 from tandemkv.selection import sparse_mode
+from tandemkv.systems import SYSTEMS
 from tandemkv.types import format_bytes, parse_bytes
 
 MIN_TEMPERATURE = 1e-30  # logits divided by less leave float32
@@ -50,7 +57,8 @@ class Settings:
 
     near_tokens: kept near per layer. far_bytes: None takes what the prompt and the new tokens need. far_dtype: as
     `TieredCache` takes it. temperature: 0 is greedy; top_p and seed belong to sampling. threads: None takes what this
-    machine grants.
+    machine grants. link: of systems with lanes, GB/s or GB/s:us of the links between the processor that is the device
+    and those that are the host; None is as fast as memory is copied. plan_file: the plan that every step has.
     """
 
     near_tokens: int = 4096
@@ -64,6 +72,8 @@ class Settings:
     system: str = "dense"
     budget_tokens: int | None = None
     far_dtype: str | None = None
+    link: str | None = None
+    plan_file: Path | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -78,6 +88,10 @@ class Settings:
             raise InputError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
         if sparse_mode(self.system, self.budget_tokens) is None and self.budget_tokens is not None:
             raise InputError(f"system {self.system!r} attends to every token: leave budget_tokens out")
+        if not SYSTEMS[self.system].lanes and (self.link or self.plan_file):
+            raise InputError(f"--link and --plan are for systems with lanes, such as 'tandem', got {self.system!r}")
+        if self.link is not None:
+            parse_link(self.link)
 
     def for_transformers(self) -> dict[str, Any]:
         """Keywords of `generate`."""
@@ -92,7 +106,8 @@ class Generation:
     """What came out and what it took. `finish`: at the end of text, at max_new_tokens, or by Ctrl-C.
 
     Seconds count from the start of prefill, when the model is loaded. Rates are None where nothing was timed. verified:
-    what came of a promise about the error, by layer; none where nothing was promised.
+    what came of a promise about the error, by layer; none where nothing was promised. plan: that the last step had,
+    where it had one.
     """
 
     text: str
@@ -102,6 +117,7 @@ class Generation:
     token_seconds: list[float]
     tiers: list[TierUse]
     verified: dict[int, Tally] = field(default_factory=dict)
+    plan: Plan | None = None
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -133,6 +149,7 @@ class Generation:
             "first_token_seconds": self.first_token_seconds,
             "tiers": [asdict(tier) for tier in self.tiers],
             "verified": _verified(self.verified) if self.verified else None,
+            "plan": None if self.plan is None else self.plan.to_dict(),
         }
 
 
@@ -156,11 +173,13 @@ def generate(
     tokenizer = read_tokenizer(folder)
     ids = tokenize(tokenizer, prompt, config.vocab_size)
     special = special_tokens(folder, config)
-    cache = reserve_cache(folder, config, ids.shape[1], settings)
-    with console.status("loading the weights"):
-        model = load_model(folder, config.dtype)
-    model.generation_config = special
-    return _run(model, cache, ids, settings, console, TextStream(tokenizer, write))
+    cache = reserve_cache(folder, config, ids.shape[1], settings, console)
+    crew = cache.kv.crew
+    with nullcontext() if crew is None else closing(crew), nullcontext() if crew is None else crew.rig.claimed():
+        with console.status("loading the weights"):
+            model = load_model(folder, config.dtype)
+        model.generation_config = special
+        return _run(model, cache, ids, settings, console, TextStream(tokenizer, write))
 
 
 def read_prompt(path: Path) -> str:
@@ -177,27 +196,51 @@ def read_prompt(path: Path) -> str:
 
 
 def reserve_cache(
-    folder: Path, config: PreTrainedConfig, num_prompt_tokens: int, settings: Settings
+    folder: Path, config: PreTrainedConfig, num_prompt_tokens: int, settings: Settings, console: Console
 ) -> tandem.TieredCache:
     """A cache with room for the prompt and the new tokens, reserved; refuses what this machine could not finish."""
     _check_positions(num_prompt_tokens, settings.max_new_tokens, config.max_position_embeddings)
     with blaming(folder / "config.json"), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         tandem.attach(skeleton)
-    far_bytes = 0 if settings.far_bytes is None else parse_bytes(settings.far_bytes)
-    cache = tandem.TieredCache(skeleton.config, settings.near_tokens, far_bytes, far_dtype=settings.far_dtype)
-    spec = cache.kv.spec
     num_tokens = num_prompt_tokens + settings.max_new_tokens
+    make = partial(tandem.TieredCache, skeleton.config, far_dtype=settings.far_dtype)
+    far_bytes = 0 if settings.far_bytes is None else parse_bytes(settings.far_bytes)
+    cache = make(settings.near_tokens, far_bytes)
+    staff = _staff(
+        cache.kv.spec, config.get_text_config(decoder=True).num_attention_heads, num_tokens, settings, console
+    )
+    near_tokens = settings.near_tokens if staff is None else staff.placement.near_tokens
+    spec = make(near_tokens, far_bytes).kv.spec
     needed_far_bytes = spec.far_bytes_of(spec.num_far_pages(1, num_tokens))
     kv_bytes = needed_far_bytes + spec.num_near_slots(1) * spec.near_page_bytes
     _check_memory(sum(weight.nbytes for weight in skeleton.parameters()), kv_bytes, num_tokens)
-    if settings.far_bytes is None:
-        cache = tandem.TieredCache(
-            skeleton.config, settings.near_tokens, needed_far_bytes, far_dtype=settings.far_dtype
-        )
+    cache = make(near_tokens, needed_far_bytes if settings.far_bytes is None else far_bytes)
     cache.kv.sparse = sparse_mode(settings.system, settings.budget_tokens)
+    if staff is not None:
+        cache.keep_inputs(staff.placement.num_inputs, staff.placement.where)
+        cache.kv.crew = crew_for(SYSTEMS[settings.system], staff.machine, staff.plan)
     cache.reserve(1, num_tokens)
     return cache
+
+
+class _Staff(NamedTuple):
+    """What a system with lanes needs to know before there is a cache."""
+
+    machine: Machine
+    placement: Placement
+    plan: Plan | None
+
+
+def _staff(spec: CacheSpec, num_q_heads: int, num_tokens: int, settings: Settings, console: Console) -> _Staff | None:
+    """None for systems without lanes."""
+    system = SYSTEMS[settings.system]
+    if not system.lanes:
+        return None
+    plan = None if settings.plan_file is None else read_plan(settings.plan_file, system)
+    profile = profile_of_this_machine(console)
+    speeds = machine_for(profile, spec, links_of(profile, settings.link))
+    return _Staff(speeds, placement_for(system, work_for(spec, num_q_heads, 1, num_tokens), speeds, plan), plan)
 
 
 class TextStream(BaseStreamer):
@@ -265,6 +308,8 @@ def print_generation(generation: Generation, console: Console) -> None:
         worst = max(generation.verified, key=lambda layer: generation.verified[layer].to_dict()["share_read"])
         rows.append(("estimated error", Tally.of([*generation.verified.values()]).summary))
         rows.append((f"of them layer {worst}", f"{generation.verified[worst].summary}: --json has every layer"))
+    if generation.plan is not None:
+        rows.append(("far tokens of the last step", generation.plan.summary))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in rows:
         table.add_row(escape(name), escape(text))
@@ -299,6 +344,7 @@ def _run(
         token_seconds=[seconds - begin for seconds in stream.times],
         tiers=cache.use(),
         verified=dict(zip(cache.kv.full_layers, cache.kv.tallies, strict=False)),  # no tallies without a promise
+        plan=None if cache.kv.crew is None else cache.kv.crew.plan,
     )
 
 

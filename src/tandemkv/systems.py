@@ -7,13 +7,17 @@ from dataclasses import dataclass
 class System:
     """selector: of `tandemkv.select`, or None where every token is attended.
 
-    verified: epsilon and delta, where what is left out is estimated with a promise. where_it_differs: from what the
-    paper has, said beside its results.
+    verified: epsilon and delta, where what is left out is estimated with a promise. lanes: that far tokens may take
+    part by, on a device and a host with links between them; none where one processor reaches near and far.
+    stages_heads: a prompt's far tokens come up one KV head after the other. where_it_differs: from what the paper has,
+    said beside its results.
     """
 
     about: str
     selector: str | None = None
     verified: tuple[float, float] | None = None
+    lanes: tuple[str, ...] = ()
+    stages_heads: bool = False
     where_it_differs: str = ""
 
 
@@ -64,6 +68,33 @@ SYSTEMS: dict[str, System] = {
         "HGCA (2507.03153): what weighed more than its head's mean while it was near; nothing is deleted",
         selector="salience",
         where_it_differs="blocks of 16 tokens, and a budget that cuts the set of a head",
+    ),
+    "flexgen": System(
+        "FlexGen (2303.06865): all far tokens come over the link, and the device attends",
+        lanes=("stream",),
+        where_it_differs="decoding alone: no blocks of batches, weights stay on the device",
+    ),
+    "moe-lightning": System(
+        "MoE-Lightning (2411.11217): the host attends to all far tokens; queries go down, results come up",
+        lanes=("attend",),
+        where_it_differs="the attention of decoding alone, as HybridGen compares with it",
+    ),
+    "kvpr": System(
+        "KVPR (2411.17089): K and V of the first tokens are rebuilt from layer inputs, the others' come over the link",
+        lanes=("recompute", "stream"),
+        where_it_differs="inputs come up in pieces, of which the first is rebuilt while the next is on its way; near "
+        "memory for inputs is taken from that for K and V",
+    ),
+    "headinfer": System(
+        "HeadInfer (2502.12574): all far tokens come over the link, those of a prompt one KV head after the other",
+        lanes=("stream",),
+        stages_heads=True,
+        where_it_differs="the newest tokens of all heads stay near",
+    ),
+    "tandem": System(
+        "every way at once, split by measurement: the host attends, or computes logits; K and V come over the link, or "
+        "are rebuilt",
+        lanes=("recompute", "attend", "logits", "stream"),
     ),
     "tandem-sparse": System(
         "the blocks whose best key is best along the directions in which a head's keys differ most; of the others the "

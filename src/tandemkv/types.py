@@ -138,6 +138,12 @@ class PageLayout:
         """Of an arena's tensors."""
         return torch.uint8 if self.is_quantised else self.dtype
 
+    def token_bytes(self, head_dim: int, v_head_dim: int) -> tuple[float, float]:
+        """Bytes of K and of V of a token of one head."""
+        sizes = (math.prod(self.k_shape(head_dim)), math.prod(self.v_shape(v_head_dim)))
+        k_bytes, v_bytes = (size * self.stored_dtype.itemsize / self.page_size for size in sizes)
+        return k_bytes, v_bytes
+
     def page_bytes(self, num_kv_heads: int, head_dim: int, v_head_dim: int) -> int:
         """Bytes of K and V of one page."""
         numbers = math.prod(self.k_shape(head_dim)) + math.prod(self.v_shape(v_head_dim))

@@ -33,6 +33,11 @@ class Crew:
 
     def __init__(self, rig: Rig, scheduler: Scheduler) -> None:
         self.rig, self.scheduler = rig, scheduler
+        self.plan: Plan | None = None  # of the last step
+
+    def close(self) -> None:
+        """End the rig's threads; no step follows."""
+        self.rig.close()
 
     def attend(
         self, q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], rule: ScoreRule, inputs: Inputs | None = None
@@ -42,7 +47,7 @@ class Crew:
         far: the first run is split by the plan; others go whole to one lane. inputs: of the first tokens, where kept.
         """
         solution = self.scheduler.plan(work_of(q, near, far, inputs))
-        plan = solution.plan
+        plan = self.plan = solution.plan
         task = Task(q, rule, self.rig, plan.stage_tokens, plan.piece_tokens, inputs)
         shares = split(plan, self.scheduler.lanes, far)
         deadline_s = max(_SHORTEST_DEADLINE_S, _DEADLINE_STEPS * solution.prediction.seconds)

@@ -3,7 +3,10 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Any
+
+from tandemkv.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class Plan:
         """Of all lanes together."""
         return sum(self.tokens.values())
 
+    @property
+    def summary(self) -> str:
+        """`"attend 3,264, stream 832"`; "none" where there was nothing to share out."""
+        return ", ".join(f"{name} {num:,}" for name, num in self.tokens.items()) or "none"
+
     def scaled(self, far_tokens: int, page_size: int, most: Mapping[str, int]) -> "Plan":
         """The same shares of another number of far tokens, in whole pages; of some lanes at most so many."""
         left, shares = far_tokens, {}
@@ -88,6 +96,25 @@ class Plan:
             left -= room
         return Plan({name: num for name, num in shares.items() if num}, self.stage_tokens, self.piece_tokens)
 
-    def to_json(self) -> str:
-        """As `--plan` reads it."""
-        return json.dumps({**asdict(self), "tokens": dict(self.tokens)})
+    def to_dict(self) -> dict[str, Any]:
+        """As `from_json` reads it."""
+        return {"tokens": dict(self.tokens), "stage_tokens": self.stage_tokens, "piece_tokens": self.piece_tokens}
+
+    @staticmethod
+    def from_json(text: str) -> "Plan":
+        """`{"tokens": {"attend": 4096, "stream": 1024}, "stage_tokens": 512}`: shares count, whatever their sum.
+
+        InputError, with what was expected, for what is no plan.
+        """
+        expected = 'expected a plan such as {"tokens": {"attend": 4096, "stream": 1024}, "stage_tokens": 512}'
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{expected}, got no JSON: {error}") from error
+        if not isinstance(found, dict) or not isinstance(found.get("tokens"), dict) or not found["tokens"]:
+            raise InputError(f"{expected}, got {text.strip()[:100]!r}")
+        unknown = found.keys() - {"tokens", "stage_tokens", "piece_tokens"}
+        numbers = [*found["tokens"].values(), *(num for name, num in found.items() if name != "tokens")]
+        if unknown or not all(isinstance(num, int) and not isinstance(num, bool) and num > 0 for num in numbers):
+            raise InputError(f"{expected}, with whole numbers above 0, got {text.strip()[:100]!r}")
+        return Plan(**found)

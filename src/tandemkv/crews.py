@@ -1,0 +1,90 @@
+"""Who works on a cache's steps, for a system on this machine: a rig of its processors, and a scheduler of its lanes."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from tandemkv.cache import CacheSpec
+from tandemkv.errors import InputError
+from tandemkv.lanes import Crew, Rig
+from tandemkv.schedule import Machine, Plan, Profile, Scheduler, Solution, Speed, Work, predict
+from tandemkv.schedule.placement import Placement, place
+from tandemkv.systems import System
+
+
+def parse_link(text: str) -> Speed:
+    """`"16"`: 16 GB/s, both ways; `"16:20"`: and 20 us for every transfer. InputError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?::\s*(\d+(?:\.\d+)?)\s*)?", text, re.ASCII)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"expected a link as GB/s or GB/s:us, such as '16' or '16:20', got {text!r}")
+    return Speed(float(match[2] or 0), float(match[1]))
+
+
+def links_of(profile: Profile, link: str | None) -> tuple[Speed, Speed]:
+    """Up and down: as asked for, or as this machine copies memory."""
+    if link is not None:
+        speed = parse_link(link)
+        return speed, speed
+    return profile.transfers.up, profile.transfers.down
+
+
+def machine_for(profile: Profile, spec: CacheSpec, links: tuple[Speed, Speed]) -> Machine:
+    """Speeds for the costs of a cache's layers."""
+    dtype = str(spec.dtype).removeprefix("torch.")
+    far = spec.far_formats[-1].packing if spec.far_formats else "panels"
+    return profile.machine(dtype, spec.hidden_size or 0, links, None if far == "panels" else far)
+
+
+def work_for(spec: CacheSpec, num_q_heads: int, num_seqs: int, num_tokens: int) -> Work:
+    """A decode step of a layer without a window, behind so many tokens."""
+    far = spec.far_layouts[-1]
+    k_bytes, v_bytes = far.token_bytes(spec.head_dim, spec.v_width)
+    near = sum(spec.near_layout.token_bytes(spec.head_dim, spec.v_width))
+    far_pages = sum(spec.num_far_pages(num_seqs, num_tokens)) // max(1, num_seqs * spec.num_full_layers)
+    far_tokens = far_pages * spec.page_size
+    return Work(
+        num_seqs=num_seqs,
+        num_q_heads=num_q_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        v_head_dim=spec.v_width,
+        near_tokens=num_tokens - far_tokens,
+        far_tokens=far_tokens,
+        k_bytes=spec.num_kv_heads * k_bytes,
+        v_bytes=spec.num_kv_heads * v_bytes,
+        near_bytes=spec.num_kv_heads * near,
+        hidden=spec.hidden_size or 0,
+        item_bytes=spec.dtype.itemsize,
+        page_size=spec.page_size,
+    )
+
+
+def placement_for(system: System, work: Work, machine: Machine, plan: Plan | None = None) -> Placement:
+    """Whose layer inputs a system keeps, and how many tokens stay near beside them; plan: that is not to change."""
+    if plan is None:
+        return place(work, machine, system.lanes)
+    fitted = plan.scaled(work.far_tokens, work.page_size, {})
+    num_inputs = fitted.tokens.get("recompute", 0)
+    priced = replace(work, num_inputs=num_inputs, inputs_are_near=False)
+    return Placement(num_inputs, "far", work.near_tokens, Solution(fitted, predict(priced, machine, fitted)))
+
+
+def crew_for(system: System, machine: Machine, plan: Plan | None = None) -> Crew:
+    """A rig with the machine's links, and a scheduler of the system's lanes. plan: that is not to change.
+
+    InputError where this process has fewer than two processors.
+    """
+    return Crew(Rig(machine.up, machine.down), Scheduler(machine, system.lanes, plan))
+
+
+def read_plan(path: Path, system: System) -> Plan:
+    """The plan of a file, for a system; InputError, with what was expected, for any that is none or has other lanes."""
+    try:
+        plan = Plan.from_json(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the plan {path} cannot be read: {error}") from error
+    if others := sorted(set(plan.tokens) - set(system.lanes)):
+        raise InputError(
+            f"the plan {path} uses {', '.join(others)}; this system has {', '.join(system.lanes) or 'none'}"
+        )
+    return plan
