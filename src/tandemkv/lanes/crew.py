@@ -111,7 +111,8 @@ def work_of(q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], inputs: Inputs |
         num_kv_heads=arena.num_kv_heads,
         head_dim=arena.head_dim,
         v_head_dim=arena.v_head_dim,
-        near_tokens=int(near.kv_len.max()),
+        near_tokens=near.page_table.shape[2]
+        * page_size,  # whole pages: a plan is asked for again when there is one more
         far_tokens=far_tokens,
         k_bytes=k_bytes,
         v_bytes=v_bytes,

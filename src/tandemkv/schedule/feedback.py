@@ -11,6 +11,9 @@ from tandemkv.schedule.speeds import ANY, Machine
 WINDOW = 5
 """Measurements that a median is taken of: one or two slow ones move nothing, a change is believed after three."""
 
+NOTICED = 0.01
+"""Of a factor: what moved less is not worth a new machine."""
+
 _SHORTEST_S = 20e-6
 """Shorter ones say more about the clock than about the machine."""
 
@@ -29,8 +32,12 @@ class Corrections:
                 self._ratios[lane, resource].append(seconds / expected * machine.factor(lane, resource))
 
     def corrected(self, machine: Machine) -> Machine:
-        """The machine as it was measured; what was measured less than three times is believed as it was."""
+        """The machine as it was measured; what was measured less than three times is believed as it was. The same object
+        where nothing has moved by `NOTICED`."""
         believed = {key: median(ratios) for key, ratios in self._ratios.items() if len(ratios) > WINDOW // 2}
         for resource in {resource for _, resource in believed}:  # a slow device is slow for other lanes, too
             believed[ANY, resource] = median(factor for (_, its), factor in believed.items() if its == resource)
+        keys = believed.keys() | machine.factors.keys()
+        if all(abs(believed.get(key, 1.0) - machine.factors.get(key, 1.0)) <= NOTICED for key in keys):
+            return machine
         return replace(machine, factors=believed)

@@ -1,5 +1,6 @@
 """Which plan a layer's next step has: solved anew where something has changed by more than noise."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,17 +41,26 @@ class Scheduler:
 
     def __init__(self, machine: Machine, lanes: Sequence[str] = tuple(COSTS), frozen: Plan | None = None) -> None:
         """lanes: that may take part. frozen: the plan whose shares every step has, whatever is measured."""
-        self.machine = self._measured = machine
+        self.machine = machine
         self.lanes = tuple(lanes)
         self._frozen = frozen
         self._corrections = Corrections()
         self._solved: dict[Work, _Solved] = {}
+        self._last: tuple[tuple[Work, Machine], Solution] | None = None
+        self._expires = math.inf
         self._num_observed = 0
         self._planning_s = 0.0
         self._began = time.perf_counter()
 
     def plan(self, work: Work) -> Solution:
         """The plan for this step, and what it is predicted to take."""
+        now = work, self.machine
+        if self._last is None or self._last[0] != now or self._num_observed >= self._expires:
+            self._expires = math.inf
+            self._last = now, self._planned(work)
+        return self._last[1]
+
+    def _planned(self, work: Work) -> Solution:
         if self._frozen is not None:
             return _fitted(self._frozen, work, self.machine)
         shape = replace(work, near_tokens=0, far_tokens=0, num_inputs=0)
@@ -61,18 +71,21 @@ class Scheduler:
         is_urgent = _has_moved(last, work, self.machine, URGENT) and self._num_observed - last.num_observed >= WINDOW
         if is_urgent or (_has_moved(last, work, self.machine, MOVED) and self._may_plan()):
             return self._solve(shape, work, kept)
+        if _has_moved(last, work, self.machine, MOVED):
+            self._expires = self._num_observed + WINDOW  # asked again then
         return kept
 
     def observe(self, solution: Solution, measured: Mapping[tuple[str, str], float]) -> None:
         """What the lanes of a step took: seconds of (lane, resource), `near` among the lanes."""
         self._num_observed += 1
         self._corrections.observe(solution.prediction, self.machine, measured)
-        self.machine = self._corrections.corrected(self._measured)
+        self.machine = self._corrections.corrected(self.machine)
 
     def drop(self, lane: str) -> None:
         """A lane takes part no more. LaneError where it was the last one."""
         self.lanes = tuple(name for name in self.lanes if name != lane)
         self._solved.clear()
+        self._last = None
         if not self.lanes:
             raise LaneError(f"the last lane, {lane!r}, has failed: nothing is left that could attend to far tokens")
         if self._frozen is not None:

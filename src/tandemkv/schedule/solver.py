@@ -26,9 +26,9 @@ MIN_STAGE_TOKENS, MAX_STAGE_TOKENS = 256, 4096
 EXTRA_LANE = 0.02
 """A lane more must shorten a step by so much: predictions do not know better, and each may fail."""
 
-_PROMISING = 1.3
-"""A set of lanes that is so much slower than the best one may still win when its pages are moved; none did that was
-slower, in 4,000 random cases of up to 10 pages."""
+_PROMISING, _PROMISING_OF_FEW, _FEW_PAGES = 1.02, 1.3, 64
+"""A set of lanes so much slower than the best one may still win when its pages are moved, more so where they are few;
+none did that was slower, in 4,000 random cases of up to 10 pages."""
 
 _Floats = NDArray[np.float64]
 
@@ -54,7 +54,7 @@ def solve(work: Work, machine: Machine, lanes: Sequence[str] = tuple(COSTS), lik
     better = _balanced_stage(work, machine, best)
     if better == best.plan.stage_tokens:
         return best
-    other = _solved(work, machine, usable, Plan(stage_tokens=better))
+    other = _solved(work, machine, tuple(best.plan.tokens), Plan(stage_tokens=better))
     return min(best, other, key=_price)
 
 
@@ -83,7 +83,8 @@ def _solved(work: Work, machine: Machine, lanes: Sequence[str], like: Plan) -> S
             f"take part, layer inputs are kept for {work.num_inputs} tokens, {work.free_near_bytes:.4g} bytes are free "
             f"near for stages of {like.stage_tokens} tokens; allow more lanes, or lower near_tokens"
         )
-    bar = _PROMISING * min(map(_price, fitting))
+    promising = _PROMISING_OF_FEW if work.far_tokens < _FEW_PAGES * work.page_size else _PROMISING
+    bar = promising * min(map(_price, fitting))
     return min((_improved(work, machine, lanes, each) for each in fitting if _price(each) <= bar), key=_price)
 
 
@@ -136,6 +137,8 @@ def _best_corner(lines: _Lines, least: float, most: _Floats) -> _Floats:
     seconds = np.append(-np.ones(num_seconds), 0.0)[:, None]
     rows = np.vstack([np.hstack([lines.slopes, seconds]), -np.eye(num, num + 1), np.eye(num, num + 1)])
     right = np.concatenate([np.append(np.zeros(num_seconds), 1.0) - lines.start, np.full(num, -least), most])
+    may_bind = np.concatenate([lines.slopes.any(1), np.ones(num, bool), most < 1])
+    rows, right = rows[may_bind], right[may_bind]
     whole = np.append(np.ones(num), 0.0)
     active = _choices(len(rows), num)
     systems = np.concatenate([rows[active], np.broadcast_to(whole, (len(active), 1, num + 1))], 1)
