@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeGuard, get_args
 
 import torch
@@ -326,6 +326,9 @@ class Arenas:
 
 AnyArena = Arena | Arenas
 
+_MAX_PARTS = 256
+"""Of a run, that are kept: a plan has some tens, and near tokens have none."""
+
 
 @dataclass(frozen=True, eq=False)
 class PagedKV:
@@ -347,6 +350,7 @@ class PagedKV:
     kv_len: Tensor
     of_blocks: bool = False
     log_counts: Tensor | None = None
+    _parts: dict[tuple[int, ...], "PagedKV"] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         tensors = self.page_table, self.kv_start, self.kv_len
@@ -398,7 +402,19 @@ class PagedKV:
         return int((of_entries * exists).sum()) // head_blocks
 
     def part(self, begin: int, end: int) -> "PagedKV":
-        """The tokens behind entries [begin, end) of the table."""
+        """The tokens behind entries [begin, end) of the table. Of pages the same object when asked again: kernels prepare
+        a run once, and a step asks for the same parts as the one before."""
+        if self.of_blocks:  # a choice, which is written anew behind torch's back
+            return self._part(begin, end)
+        key = begin, end, self.page_table._version, self.kv_start._version, self.kv_len._version
+        found = self._parts.get(key)
+        if found is None:
+            if len(self._parts) >= _MAX_PARTS:
+                self._parts.clear()
+            found = self._parts[key] = self._part(begin, end)
+        return found
+
+    def _part(self, begin: int, end: int) -> "PagedKV":
         first, most = begin * self.entry_tokens, (end - begin) * self.entry_tokens
         counts = self.log_counts
         return PagedKV(

@@ -129,6 +129,25 @@ def test_blocks_of_heads_that_differ_in_length(rig: Rig, lanes: tuple[str, ...])
     assert torch.allclose(got.lse, expected.lse, atol=1e-5)
 
 
+@pytest.mark.parametrize("of_blocks", [False, True], ids=["pages", "blocks"])
+def test_a_run_that_is_written_anew_is_read_anew(rig: Rig, of_blocks: bool) -> None:
+    """A choice of blocks, and the length of a run, change in place between steps."""
+    arena = Arena.allocate(PageLayout(torch.float32, 16, "panels"), 40, 1, 16)
+    arena.k.normal_()
+    arena.v.normal_()
+    lengths = torch.tensor([[320]] if of_blocks else [320])
+    far = PagedKV(
+        arena, torch.arange(20, dtype=torch.int32).view(1, 1, 20), torch.zeros_like(lengths), lengths, of_blocks
+    )
+    near = PagedKV(arena, torch.full((1, 1, 1), 39, dtype=torch.int32), torch.tensor([0]), torch.tensor([16]))
+    q, rule, crew = torch.randn(1, 2, 1, 16), ScoreRule(0.25), crew_of(rig, ("attend", "logits", "stream"), 320, 16)
+    for length, first in ((320, 0), (100, 10), (250, 3)):
+        lengths.fill_(length)
+        far.page_table.copy_(torch.arange(first, first + 20))
+        got = crew.attend(q, near, (far,), rule)
+        assert torch.allclose(got.out, kernels.attend(q, far, near, rule=rule, causal=True).out, atol=1e-5)
+
+
 def test_a_run_that_stands_for_others_goes_to_one_lane(rig: Rig, case: Case, truth: Truth) -> None:
     """A second run is not split: its tokens come with counts."""
     far, near = parts_of(case, 64)
