@@ -402,11 +402,15 @@ class PagedKV:
         return int((of_entries * exists).sum()) // head_blocks
 
     def part(self, begin: int, end: int) -> "PagedKV":
-        """The tokens behind entries [begin, end) of the table. Of pages the same object when asked again: kernels prepare
-        a run once, and a step asks for the same parts as the one before."""
-        if self.of_blocks:  # a choice, which is written anew behind torch's back
+        """The tokens behind entries [begin, end) of the table.
+
+        Of pages the same object when asked again: kernels prepare a run once, and a step asks for what the one before
+        asked for.
+        """
+        tensors = self.page_table, self.kv_start, self.kv_len
+        if self.of_blocks or any(x.is_inference() for x in tensors):  # written anew without a trace
             return self._part(begin, end)
-        key = begin, end, self.page_table._version, self.kv_start._version, self.kv_len._version
+        key = begin, end, *(x._version for x in tensors)
         found = self._parts.get(key)
         if found is None:
             if len(self._parts) >= _MAX_PARTS:
