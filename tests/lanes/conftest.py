@@ -26,5 +26,6 @@ def links_as_they_were(request: pytest.FixtureRequest) -> Iterator[None]:
     if "rig" in request.fixturenames:
         rig = request.getfixturevalue("rig")
         rig.up.speed = rig.down.speed = FAST
+        rig.clear()
         rig.host.settle()
         rig.trace.take()

@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
 
 class _Waiting(NamedTuple):
     work: DeviceWork
-    ticket: Ticket[Any] | None
+    ticket: Ticket[Any]
     since: float
 
 
@@ -85,16 +85,18 @@ def drive(
         for name, work in works.items():
             _go_on(name, work, rig, waiting, parts, failed)
         if near is not None:
-            with rig.trace.span("device", "near"):
-                parts["near"] = near()
+            begin = time.perf_counter()
+            parts["near"] = near()
+            rig.trace.add("device", "near", begin, time.perf_counter())
         while waiting:
             name = _next(waiting, rig, deadline_s)
             work, ticket, since = waiting.pop(name)
-            if ticket is None or ticket.is_done:
+            if ticket.is_done:
                 _go_on(name, work, rig, waiting, parts, failed)
                 continue
             ticket.cancel()
             work.close()
+            rig.clear()
             failed[name] = LaneError(f"nothing came within {time.perf_counter() - since:.3g} s")
     except BaseException:
         _abandon(waiting.values(), rig)
@@ -111,9 +113,9 @@ def _go_on(
     failed: dict[str, Exception],
 ) -> None:
     """A lane's work up to the next ticket that it has to wait for."""
+    begin = time.perf_counter()
     try:
-        with rig.trace.span("device", name):
-            ticket = next(work)
+        ticket = next(work)
         waiting[name] = _Waiting(work, ticket, time.perf_counter())
     except StopIteration as end:
         parts[name] = end.value
@@ -121,25 +123,26 @@ def _go_on(
         raise
     except Exception as error:  # noqa: BLE001  the caller is told
         failed[name] = error
+    rig.trace.add("device", name, begin, time.perf_counter())
 
 
 def _next(waiting: Mapping[str, _Waiting], rig: AnyRig, deadline_s: float) -> str:
     """The first that can go on, waiting for it; or the one that has waited for too long."""
     with rig.bell:
         while True:
-            for name, each in waiting.items():
-                if each.ticket is None or each.ticket.is_done:
-                    return name
-            oldest = min(waiting, key=lambda name: waiting[name].since)
-            left = waiting[oldest].since + deadline_s - time.perf_counter()
-            if left <= 0:
+            now = time.perf_counter()
+            next_at = min(each.ticket.ready_at for each in waiting.values())
+            if next_at <= now:
+                return min((each.since, name) for name, each in waiting.items() if each.ticket.ready_at <= now)[1]
+            since, oldest = min((each.since, name) for name, each in waiting.items())
+            if now >= since + deadline_s:
                 return oldest
-            rig.bell.wait(min(left, _LONGEST_WAIT_S))
+            rig.bell.wait(min(next_at, since + deadline_s, now + _LONGEST_WAIT_S) - now)
 
 
 def _abandon(waiting: Iterable[_Waiting], rig: AnyRig) -> None:
     for work, ticket, _ in waiting:
-        if ticket is not None:
-            ticket.cancel()
+        ticket.cancel()
         work.close()
+    rig.clear()
     rig.host.settle()

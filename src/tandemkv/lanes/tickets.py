@@ -1,10 +1,10 @@
 """What one processor waits for from another, and what each of them was busy with."""
 
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from threading import Condition
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -25,17 +25,8 @@ class Trace:
         self.spans: list[Span] = []
 
     def add(self, row: str, name: str, begin: float, end: float) -> None:
-        """A span that is over."""
+        """One span; its end may be known before it has come."""
         self.spans.append(Span(row, name, begin, end))
-
-    @contextmanager
-    def span(self, row: str, name: str) -> Iterator[None]:
-        """The time that the block takes, however it ends."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(row, name, begin, time.perf_counter())
 
     def take(self) -> list[Span]:
         """What was recorded since the last time."""
@@ -44,58 +35,59 @@ class Trace:
 
 
 class Ticket(Generic[T]):
-    """A value that somebody else is at work on: set once, by whoever has it, or failed.
+    """A value that somebody else is at work on. It is done from a moment on that is known when it is set.
 
-    Tickets that one thread waits for share a bell, which rings for each, so that it can wait for the first of many.
+    Tickets that one thread waits for share a bell, which rings when a moment becomes known, so that it can wait for the
+    first of many.
     """
+
+    __slots__ = ("_bell", "_get", "error", "is_cancelled", "ready_at")
 
     def __init__(self, bell: Condition) -> None:
         self._bell = bell
-        self._value: T | None = None
-        self._acts: list[Callable[[Ticket[T]], None]] = []
+        self._get: Callable[[], T] | None = None
+        self.ready_at = math.inf
         self.error: BaseException | None = None
-        self.is_done = False
         self.is_cancelled = False
 
-    def set(self, value: T) -> None:
-        """Here it is."""
-        self._value = value
-        self._ring()
+    @property
+    def is_done(self) -> bool:
+        """Whether the moment has come."""
+        return time.perf_counter() >= self.ready_at
+
+    def set(self, get: Callable[[], T], ready_at: float = 0.0) -> None:
+        """It will be what `get` gives, from then on."""
+        self._get = get
+        self._ring(ready_at)
 
     def fail(self, error: BaseException) -> None:
         """It will never come: `result` raises this."""
         self.error = error
-        self._ring()
+        self._ring(0.0)
 
     def cancel(self) -> None:
         """Nobody waits any more: who has not begun need not."""
         self.is_cancelled = True
-
-    def then(self, act: "Callable[[Ticket[T]], None]") -> None:
-        """Do this when it is done, on the thread of whoever is done with it; at once where it is done already."""
-        with self._bell:
-            if not self.is_done:
-                self._acts.append(act)
-                return
-        act(self)
 
     def result(self) -> T:
         """The value of a ticket that is done; raises what the work raised."""
         assert self.is_done
         if self.error is not None:
             raise self.error
-        return cast(T, self._value)
+        assert self._get is not None
+        return self._get()
 
-    def wait(self, seconds: float | None = None) -> T:
+    def wait(self, seconds: float = 3600.0) -> T:
         """`result`, when it is done. TimeoutError where it is not done after so long."""
+        deadline = time.perf_counter() + seconds
         with self._bell:
-            if not self._bell.wait_for(lambda: self.is_done, seconds):
-                raise TimeoutError(f"nothing came within {seconds:g} s")
+            while (now := time.perf_counter()) < self.ready_at:
+                if now >= deadline:
+                    raise TimeoutError(f"nothing came within {seconds:g} s")
+                self._bell.wait(min(self.ready_at, deadline) - now)
         return self.result()
 
-    def _ring(self) -> None:
+    def _ring(self, ready_at: float) -> None:
         with self._bell:
-            self.is_done = True
+            self.ready_at = ready_at
             self._bell.notify_all()
-        for act in self._acts:
-            act(self)
