@@ -374,7 +374,7 @@ def print_rows(rows: Sequence[Row], kvpr: Sequence[KvprRow], console: Console) -
         times = (row.attend_ms, row.logits_ms, row.stream_ms, row.tandem_ms, row.predicted_ms, row.swept_ms)
         shares = (f"{share:.0%}" for share in (row.share_of_ideal, row.share_of_kernel, row.share_of_link))
         speeds = (f"{row.link_gbps:.1f}", f"{row.a_gbps:.1f}", f"{row.b_gbps:.1f}")
-        gains = f"{row.gain:.2f}", f"{row.ideal:.2f}"
+        gains = (f"{row.gain:.2f}", f"{row.ideal:.2f}")
         table.add_row(row.heads, f"{row.context:,}", *speeds, *(f"{ms:.2f}" for ms in times), *gains, *shares)
     console.print(table)
     table = Table(title=f"KVPR, {KVPR_HEADS}:{KVPR_HEADS} heads, {KVPR_TOKENS:,} tokens, ms")
@@ -382,9 +382,9 @@ def print_rows(rows: Sequence[Row], kvpr: Sequence[KvprRow], console: Console) -
         table.add_column(heading, justify="right")
     for one in kvpr:
         three = (one.stream_ms, one.kvpr_ms, one.predicted_ms)
-        gains = f"{one.gain:.2f}", f"{one.ideal:.2f}", f"{one.share_of_ideal:.0%}"
+        last = (f"{one.gain:.2f}", f"{one.ideal:.2f}", f"{one.share_of_ideal:.0%}")
         numbers = (f"{one.f}", f"{one.link_gbps:.3f}", *(f"{ms:.1f}" for ms in three), f"{one.rebuilt_tokens:,}")
-        table.add_row(one.schedule, *numbers, *gains)
+        table.add_row(one.schedule, *numbers, *last)
     console.print(table)
 
 

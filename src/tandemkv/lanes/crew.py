@@ -1,5 +1,6 @@
 """Who works on the steps of a cache: a rig, and the scheduler that splits a layer's far tokens over its lanes."""
 
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ class Crew:
 
         far: the first run is split by the plan; others go whole to one lane. inputs: of the first tokens, where kept.
         """
+        began = time.perf_counter()
         solution = self.scheduler.plan(work_of(q, near, far, inputs))
         plan = self.plan = solution.plan
         task = Task(q, rule, self.rig, plan.stage_tokens, plan.piece_tokens, inputs)
@@ -53,7 +55,7 @@ class Crew:
         deadline_s = max(_SHORTEST_DEADLINE_S, _DEADLINE_STEPS * solution.prediction.seconds)
         outcome = drive(lambda: self._attend_near(task, near), _begun(task, shares), self.rig, deadline_s)
         if not outcome.failed:
-            self.scheduler.observe(solution, _seconds(self.rig.trace.take()))
+            self.scheduler.observe(solution, _seconds(self.rig.trace.take()), time.perf_counter() - began)
         parts = [outcome.parts[name] for name in ("near", *shares) if name in outcome.parts]
         return kernels.merge([*parts, *self._without(task, shares, outcome.failed, deadline_s)])
 

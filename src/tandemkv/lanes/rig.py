@@ -4,7 +4,7 @@ import atexit
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
@@ -145,9 +145,9 @@ class Rig:
 
         return self.host.submit(name, lambda: work(q), ticket=answer, not_before=is_down_at, then=send_up)
 
-    def attend(self, q: Tensor, pages: PagedKV, rule: ScoreRule) -> Partial:
-        """On the device, over what lies in its memory."""
-        return kernels.attend(q, pages, rule=rule, pool=self.device_pool)
+    def attend(self, q: Tensor, runs: Sequence[PagedKV], rule: ScoreRule) -> Partial:
+        """On the device, over what lies in its memory: one call is cheaper than one for each run."""
+        return kernels.attend(q, *runs, rule=rule, pool=self.device_pool)
 
     def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, pages: PagedKV, rule: ScoreRule) -> Partial:
         """On the device, over k and v `[num_seqs, num_kv_heads, num_tokens, head_dim]` in the place of these pages."""
@@ -156,7 +156,7 @@ class Rig:
         slots = torch.arange(q.shape[0] * num_pages, dtype=torch.int32, device="cpu").view(-1, 1, num_pages)
         table = slots.expand(q.shape[0], arena.num_kv_heads, num_pages)
         kernels.append(arena, table, 0, k, v, self.device_pool)
-        return self.attend(q, PagedKV(arena, table, pages.kv_start, pages.kv_len), rule)
+        return self.attend(q, [PagedKV(arena, table, pages.kv_start, pages.kv_len)], rule)
 
     def _scratch(self, like: Arena, num_slots: int) -> Arena:
         """Pages of the device's own, kept between calls."""

@@ -12,13 +12,17 @@ def stream(task: Task, share: PagedKV) -> DeviceWork:
     rig, stages = task.rig, share.cut(task.stage_tokens)
     assert isinstance(rig, Rig), "pages of a CUDA device are not staged yet"
     tickets = [rig.send_pages("stream", stage) for stage in stages[:NUM_SLOTS]]
-    parts = []
+    parts, begin = [], 0
     try:
-        for i in range(len(stages)):
-            yield tickets[i]
-            parts.append(rig.attend(task.q, tickets[i].result(), task.rule))
-            if i + NUM_SLOTS < len(stages):  # the slot that was read is free
-                tickets.append(rig.send_pages("stream", stages[i + NUM_SLOTS]))
+        while begin < len(stages):
+            yield tickets[begin]
+            end = begin + 1
+            while end < len(tickets) and tickets[end].is_done:  # what has come meanwhile goes along
+                end += 1
+            parts.append(rig.attend(task.q, [ticket.result() for ticket in tickets[begin:end]], task.rule))
+            begin = end
+            for stage in stages[len(tickets) : begin + NUM_SLOTS]:  # the slots that were read are free
+                tickets.append(rig.send_pages("stream", stage))
     finally:
         for ticket in tickets:
             ticket.cancel()

@@ -101,7 +101,8 @@ COSTS: dict[str, LaneCost] = {"recompute": recompute, "attend": attend, "logits"
 
 
 class Prediction(NamedTuple):
-    """Seconds of a step, and of each resource with what must come before and after it. binds: the longest."""
+    """Seconds of a step, and of each resource with what must come before and after it. busy: of a lane, of a resource.
+    near_bytes: that what comes up takes."""
 
     seconds: float
     resources: Mapping[str, float]
@@ -131,7 +132,8 @@ def predict(work: Work, machine: Machine, plan: Plan) -> Prediction:
         elif seconds:
             before = min(cost.before.get(resource, 0.0) for cost in costs.values() if resource in cost.busy)
             resources[resource] = before + seconds + _after(resource, costs)
-    return Prediction(max(resources.values()), resources, busy, sum(cost.near_bytes for cost in costs.values()))
+    seconds = max(resources.values()) * machine.mixture(frozenset(costs))
+    return Prediction(seconds, resources, busy, sum(cost.near_bytes for cost in costs.values()))
 
 
 def _first_arrival(costs: Mapping[str, Cost], busy: Mapping[str, Mapping[str, float]]) -> float:

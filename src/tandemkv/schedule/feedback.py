@@ -4,9 +4,12 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import replace
 from statistics import median
+from typing import TypeVar
 
 from tandemkv.schedule.costs import Prediction
 from tandemkv.schedule.speeds import ANY, Machine
+
+K = TypeVar("K")
 
 WINDOW = 5
 """Measurements that a median is taken of: one or two slow ones move nothing, a change is believed after three."""
@@ -23,9 +26,21 @@ class Corrections:
 
     def __init__(self) -> None:
         self._ratios: dict[tuple[str, str], deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._of_mixtures: dict[frozenset[str], deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
 
-    def observe(self, predicted: Prediction, machine: Machine, measured: Mapping[tuple[str, str], float]) -> None:
-        """measured: seconds of (lane, resource); predicted with this machine, corrections of it included."""
+    def observe(
+        self,
+        predicted: Prediction,
+        machine: Machine,
+        measured: Mapping[tuple[str, str], float],
+        step_s: float | None = None,
+    ) -> None:
+        """measured: seconds of (lane, resource); step_s: of the whole step. predicted with this machine, corrections of
+        it included."""
+        if step_s is not None:
+            lanes = frozenset(predicted.busy) - {"near"}
+            expected = predicted.seconds / machine.mixture(lanes)
+            self._of_mixtures[lanes].append(step_s / expected)
         for (lane, resource), seconds in measured.items():
             expected = predicted.busy.get(lane, {}).get(resource, 0.0)
             if min(expected, seconds) >= _SHORTEST_S:
@@ -39,7 +54,11 @@ class Corrections:
         believed = {key: median(ratios) for key, ratios in self._ratios.items() if len(ratios) > WINDOW // 2}
         for resource in {resource for _, resource in believed}:  # a slow device is slow for other lanes, too
             believed[ANY, resource] = median(factor for (_, its), factor in believed.items() if its == resource)
-        keys = believed.keys() | machine.factors.keys()
-        if all(abs(believed.get(key, 1.0) - machine.factors.get(key, 1.0)) <= NOTICED for key in keys):
+        mixtures = {lanes: median(ratios) for lanes, ratios in self._of_mixtures.items() if len(ratios) > WINDOW // 2}
+        if _are_alike(believed, machine.factors) and _are_alike(mixtures, machine.mixtures):
             return machine
-        return replace(machine, factors=believed)
+        return replace(machine, factors=believed, mixtures=mixtures)
+
+
+def _are_alike(some: Mapping[K, float], others: Mapping[K, float]) -> bool:
+    return all(abs(some.get(key, 1.0) - others.get(key, 1.0)) <= NOTICED for key in some.keys() | others.keys())

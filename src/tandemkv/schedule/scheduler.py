@@ -75,10 +75,12 @@ class Scheduler:
             self._expires = self._num_observed + WINDOW  # asked again then
         return kept
 
-    def observe(self, solution: Solution, measured: Mapping[tuple[str, str], float]) -> None:
-        """What the lanes of a step took: seconds of (lane, resource), `near` among the lanes."""
+    def observe(
+        self, solution: Solution, measured: Mapping[tuple[str, str], float], step_s: float | None = None
+    ) -> None:
+        """What the lanes of a step took: seconds of (lane, resource), `near` among the lanes; and the whole step."""
         self._num_observed += 1
-        self._corrections.observe(solution.prediction, self.machine, measured)
+        self._corrections.observe(solution.prediction, self.machine, measured, step_s)
         self.machine = self._corrections.corrected(self.machine)
 
     def drop(self, lane: str) -> None:
@@ -119,7 +121,10 @@ def _fitted(plan: Plan, work: Work, machine: Machine) -> Solution:
 
 def _has_moved(last: _Solved, work: Work, machine: Machine, bar: float) -> bool:
     """Whether tokens or speeds have changed by more than `bar` since a plan was solved."""
-    then, before = last.machine.factors, last.work
+    then, before = last.machine, last.work
     tokens = [(before.near_tokens, work.near_tokens), (before.far_tokens, work.far_tokens)]
-    factors = [(then.get(key, 1.0), machine.factors.get(key, 1.0)) for key in then.keys() | machine.factors.keys()]
-    return any(abs(new - old) > bar * min(old, new) for old, new in (*tokens, *factors))
+    keys = then.factors.keys() | machine.factors.keys()
+    factors = [(then.factors.get(key, 1.0), machine.factors.get(key, 1.0)) for key in keys]
+    lanes = then.mixtures.keys() | machine.mixtures.keys()
+    mixtures = [(then.mixtures.get(key, 1.0), machine.mixtures.get(key, 1.0)) for key in lanes]
+    return any(abs(new - old) > bar * min(old, new) for old, new in (*tokens, *factors, *mixtures))

@@ -81,10 +81,20 @@ class Machine:
     # (lane, resource) -> how many times longer than these speeds say it takes, as measured while running; ANY lane's
     # for those that were not
     factors: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    # lanes -> how many times longer steps of theirs take than their longest resource, as measured while running:
+    # where two resources are equally long, whichever is late makes the step late
+    mixtures: Mapping[frozenset[str], float] = field(default_factory=dict)
 
     def factor(self, lane: str, resource: str) -> float:
         """How many times longer than these speeds say a lane takes of a resource."""
         return self.factors.get((lane, resource), self.factors.get((ANY, resource), 1.0))
+
+    def mixture(self, lanes: frozenset[str]) -> float:
+        """How many times longer than their longest resource steps of these lanes take. Several that were not measured
+        together are believed to be as late as any that were."""
+        if lanes in self.mixtures or len(lanes) < 2:
+            return self.mixtures.get(lanes, 1.0)
+        return max((factor for others, factor in self.mixtures.items() if len(others) > 1), default=1.0)
 
     @property
     def handoff_s(self) -> float:
