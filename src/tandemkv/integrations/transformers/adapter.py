@@ -98,12 +98,14 @@ class Call(NamedTuple):
         return self.mapped(lambda value: new if value is old else value)
 
     def mapped(self, leaf: Callable[[Any], Any]) -> "Call":
-        """The same call with `leaf(value)` for every value, also inside of tuples."""
-        return Call(_mapped(self.args, leaf), {name: _mapped(value, leaf) for name, value in self.kwargs.items()})
+        """The same call with `leaf(value)` for every value, also inside of tuples, lists and dicts."""
+        return Call(_mapped(self.args, leaf), _mapped(dict(self.kwargs), leaf))
 
 
 def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    return tuple(_mapped(each, leaf) for each in value) if isinstance(value, (tuple, list)) else leaf(value)
+    if type(value) in {tuple, list}:
+        return type(value)(_mapped(each, leaf) for each in value)
+    return {key: _mapped(each, leaf) for key, each in value.items()} if type(value) is dict else leaf(value)
 
 
 def predict_q(layer: torch.nn.Module, call: Call) -> Tensor | None:
