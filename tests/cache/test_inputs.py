@@ -303,17 +303,34 @@ def test_what_does_not_fit_is_refused_and_nothing_has_changed() -> None:
     assert_kept(member)
 
 
+def without_inputs(cache: KVCache, num_tokens: int) -> None:
+    cache.begin_step(2, num_tokens)
+    for index in range(SPEC.num_layers):
+        cache.layer(index).append(*random_kv(2, 1, num_tokens, 16, SPEC.dtype))
+    cache.end_step()
+
+
 def test_a_gap_ends_what_is_kept() -> None:
     """Tokens that came without their inputs."""
     member = grown(keeping(), 10, 0)
-    member.cache.begin_step(2, 5)
-    for index in range(4):
-        member.cache.layer(index).append(*random_kv(2, 1, 5, 16, SPEC.dtype))
-    member.cache.end_step()
-    after = grown(Member(member.cache, member.x, member.beside), 5, 1)
+    without_inputs(member.cache, 5)
+    after = grown(member, 5, 1)
     assert after.cache.layer(0).num_inputs == 10
     with pytest.raises(InputError, match=r"inputs of tokens \[4, 11\) of \[0, 10\)"):
         after.cache.layer(0).rebuild(4, 11)
+
+
+@pytest.mark.parametrize("is_cut_off", [False, True])
+def test_inputs_do_not_outlive_their_tokens(is_cut_off: bool) -> None:
+    """Others may take their place, which came without theirs."""
+    member = grown(keeping(), 10, 0)
+    if is_cut_off:
+        grown(member, 7, 1, num_layers=3)
+    else:
+        member.cache.crop(4)
+    held = member.cache.seq_len
+    without_inputs(member.cache, 9)
+    assert [member.cache.layer(index).num_inputs for index in FULL] == [held] * 3
 
 
 def test_inputs_that_came_over_a_link() -> None:

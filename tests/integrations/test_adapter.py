@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
@@ -160,6 +161,19 @@ def test_forks_go_their_own_ways() -> None:
     assert not torch.allclose(a, b)
 
 
+def test_a_fork_that_keeps_nothing_more() -> None:
+    """What its parent has learnt of the layers it knows, too."""
+    model = attached(models.build("llama"))
+    cache = tiered(model)
+    cache.keep_inputs(KEPT)
+    read_in(model, cache, (120, 100), (110,))
+    fork = copy.deepcopy(cache)
+    cache.close()
+    read_in(model, fork, (120, 100), (111,))
+    for layer in full_layers(fork).values():
+        assert_rebuilt(layer, 0, KEPT)
+
+
 def test_crop_and_go_on() -> None:
     model = attached(models.build("llama"))
     cache = tiered(model)
@@ -198,6 +212,31 @@ def test_weights_that_take_the_place_of_others() -> None:
             attention = decoder_layer.self_attn
             attention.q_proj.weight = torch.nn.Parameter(torch.randn_like(attention.q_proj.weight))
             attention.k_proj.weight = torch.nn.Parameter(torch.randn_like(attention.k_proj.weight))
+
+
+class LowRank(torch.nn.Module):
+    """What adapters do to a projection."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base, self.a, self.b = base, torch.nn.Linear(64, 4, bias=False), torch.nn.Linear(4, 32)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.base(x) + self.b(self.a(x))
+
+
+def test_adapters_that_come_later() -> None:
+    """Weights have other names then, and there are more of them."""
+    model = attached(models.build("llama"))
+    for _ in range(2):
+        cache = tiered(model)
+        cache.keep_inputs(KEPT)
+        read_in(model, cache, (120, 100))
+        for layer in full_layers(cache).values():
+            assert_rebuilt(layer, 0, KEPT)
+        for decoder_layer in model.get_decoder().layers:
+            attention = decoder_layer.self_attn
+            attention.k_proj, attention.v_proj = LowRank(attention.k_proj), LowRank(attention.v_proj)
 
 
 # -- a trial tells what is needed --------------------------------------------------------------------------------------
@@ -420,6 +459,28 @@ def test_memory_comes_back(end: str, is_cut_off: bool) -> None:
         else:
             getattr(cache, end)()
         assert all(each() is None for each in buffers)
+
+
+def test_what_entered_a_layer_that_failed_goes_when_that_is_noticed() -> None:
+    model, entered = attached(models.build("llama")), []
+    cache = tiered(model)
+    cache.keep_inputs(KEPT)
+    layer = model.get_decoder().layers[1]
+    layer.register_forward_pre_hook(lambda _, args: entered.append(StorageWeakRef(args[0].untyped_storage())))
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    hook = layer.input_layernorm.register_forward_pre_hook(fail)
+    with no_garbage_collection():
+        with pytest.raises(KeyError):
+            read_in(model, cache, (120, 100))
+        assert not entered[0].expired()
+        cache.check()
+        assert entered[0].expired()
+    hook.remove()
+    read_in(model, cache, (120, 100))
+    assert kept(cache) == [KEPT] * 3
 
 
 @pytest.mark.parametrize("num_tokens", [37, 1])

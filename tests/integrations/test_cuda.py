@@ -36,3 +36,22 @@ def test_bf16_on_cuda() -> None:
         found = ours(ids[:, 119:], past_key_values=cache).logits[:, -1].float()
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
     assert_far(cache)
+
+
+@pytest.mark.parametrize("where", ["near", "far"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "qwen3_next"])
+def test_rebuilt_on_cuda(family: str, where: Any) -> None:
+    """Keys and values made again, of inputs on the device or in pinned host memory; beams have changed places."""
+    ours = attached(models.build(family).cuda())
+    cache: Any = tiered(ours)
+    cache.keep_inputs(70, where)
+    ids, mask = (x.cuda() for x in models.left_padded([60, 41]))
+    generate(ours, ids, mask, past_key_values=cache, num_beams=3)
+    for index in cache.kv.full_layers:
+        layer = cache.kv.layer(index)
+        assert layer.num_inputs == 70
+        x = layer.inputs.x(index, 0, 70)
+        assert (x.device.type == "cuda") == (where == "near")
+        for found in (layer.rebuild(0, 70), layer.rebuild(0, 70, x.cuda())):
+            for new, old in zip(found, layer.read(0, 70), strict=True):
+                torch.testing.assert_close(new, old, atol=2e-3, rtol=0)

@@ -98,12 +98,14 @@ class Call(NamedTuple):
         return self.mapped(lambda value: new if value is old else value)
 
     def mapped(self, leaf: Callable[[Any], Any]) -> "Call":
-        """The same call with `leaf(value)` for every value, also inside of tuples."""
-        return Call(_mapped(self.args, leaf), {name: _mapped(value, leaf) for name, value in self.kwargs.items()})
+        """The same call with `leaf(value)` for every value, also inside of tuples, lists and dicts."""
+        return Call(_mapped(self.args, leaf), _mapped(dict(self.kwargs), leaf))
 
 
 def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
-    return tuple(_mapped(each, leaf) for each in value) if isinstance(value, (tuple, list)) else leaf(value)
+    if type(value) in {tuple, list}:
+        return type(value)(_mapped(each, leaf) for each in value)
+    return {key: _mapped(each, leaf) for key, each in value.items()} if type(value) is dict else leaf(value)
 
 
 def predict_q(layer: torch.nn.Module, call: Call) -> Tensor | None:
@@ -237,9 +239,10 @@ class _Product(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Of a product's outputs, those that keys and values depend on: `blocks` of `unit` outputs, rising. width: of what
-    stands for the product; with no blocks it may be less than it has."""
+    """Of a product's outputs, those that keys and values depend on: `blocks` of `unit` outputs, rising. shape: of the
+    weight; width: of what stands for the product; with no blocks it may be less than it has."""
 
+    shape: torch.Size
     width: int
     unit: int
     blocks: tuple[int, ...]
@@ -251,18 +254,16 @@ class _Part(NamedTuple):
         first, last = self.blocks[0], self.blocks[-1] + 1
         if last - first == len(self.blocks):
             begin, end = first * self.unit, last * self.unit
+            bias = None if product.bias is None else product.bias[begin:end]
             out = product.x.new_empty((*product.x.shape[:-1], self.width))
             out[..., :begin] = out[..., end:] = 0.0
-            bias = None if product.bias is None else product.bias[begin:end]
             out[..., begin:end] = linear(product.x, product.rows[begin:end], bias)
             return out
-        places = list(self.blocks)
-        rows = product.rows.unflatten(0, (-1, self.unit))[places].flatten(0, 1)
-        bias = None if product.bias is None else product.bias.unflatten(0, (-1, self.unit))[places].flatten()
+        places, blocks = list(self.blocks), (-1, self.unit)
+        rows = product.rows.unflatten(0, blocks)[places].flatten(0, 1)
+        bias = None if product.bias is None else product.bias.unflatten(0, blocks)[places].flatten()
         out = product.zeros(self.width)
-        out.unflatten(-1, (-1, self.unit))[..., places, :] = linear(product.x, rows, bias).unflatten(
-            -1, (-1, self.unit)
-        )
+        out.unflatten(-1, blocks)[..., places, :] = linear(product.x, rows, bias).unflatten(-1, blocks)
         return out
 
 
@@ -280,11 +281,10 @@ class Needs(NamedTuple):
         Each rounding is off by u / sqrt(3) in the mean square, u the unit roundoff of the dtype (of float32 in sums of
         products), and they are independent; sqrt(2) for two results, and three times that.
         """
-        is_rough = device.type != "cpu" and torch.get_float32_matmul_precision() != "highest"  # TF32
-        u, u_sum = torch.finfo(dtype).eps / 2, 2.0**-11 if is_rough else 2.0**-24
-        return 3 * sqrt(
-            2 / 3 * (self.num_roundings * max(u, u_sum if is_rough else 0.0) ** 2 + self.num_inputs * u_sum**2)
-        )
+        is_tf32 = device.type != "cpu" and torch.get_float32_matmul_precision() != "highest"
+        u_sum = 2.0**-11 if is_tf32 else 2.0**-24
+        u = max(torch.finfo(dtype).eps / 2, u_sum)
+        return 3 * sqrt(2 / 3 * (self.num_roundings * u**2 + self.num_inputs * u_sum**2))
 
 
 _NEEDS: "WeakKeyDictionary[torch.nn.Module, Needs]" = WeakKeyDictionary()
@@ -303,12 +303,23 @@ class _Sparing(TorchFunctionMode):
 
     def __init__(self, layer: torch.nn.Module, parts: dict[str, _Part]) -> None:
         super().__init__()
-        self._part_of = {id(layer.get_parameter(name)): part for name, part in parts.items()}
+        found = ((_parameter(layer, name), part) for name, part in parts.items())
+        self._part_of = {
+            id(weight): part for weight, part in found if weight is not None and weight.shape == part.shape
+        }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         product = _Product.of(func, args, kwargs or {})
         part = None if product is None else self._part_of.get(id(product.weight))
         return func(*args, **(kwargs or {})) if product is None or part is None else part.of(product)
+
+
+def _parameter(layer: torch.nn.Module, name: str) -> Tensor | None:
+    """None where a layer has changed since it was tried: adapters (LoRA) wrap modules, and give weights other names."""
+    try:
+        return layer.get_parameter(name)
+    except AttributeError:
+        return None
 
 
 class _Zeros(TorchFunctionMode):
@@ -366,7 +377,7 @@ class _Trial:
         width = product.rows.shape[0]
         k, v = self._kv(_Zeros(poisoned=(id(product.weight), unit)), width // unit)
         is_needed = k.isnan().any(3).any(1)[0] | v.isnan().any(3).any(1)[0]
-        return _Part(width, unit, tuple(is_needed.nonzero().flatten().tolist()))
+        return _Part(product.weight.shape, width, unit, tuple(is_needed.nonzero().flatten().tolist()))
 
     def _narrowed(self, part: _Part, product: _Product, kv: tuple[Tensor, Tensor]) -> _Part:
         """One head's width, or two (a query and its gate), where the layer's code takes so many for all there are: so
