@@ -38,9 +38,11 @@ class Corrections:
         """measured: seconds of (lane, resource); step_s: of the whole step. predicted with this machine, corrections of
         it included."""
         if step_s is not None:
-            lanes = frozenset(predicted.busy) - {"near"}
-            expected = predicted.seconds / machine.mixture(lanes)
-            self._of_mixtures[lanes].append(step_s / expected)
+            spans = dict(predicted.resources)  # as they were, so that what a resource takes longer is not counted twice
+            for (lane, resource), seconds in measured.items():
+                if resource in spans:
+                    spans[resource] += seconds - predicted.busy.get(lane, {}).get(resource, 0.0)
+            self._of_mixtures[frozenset(predicted.busy) - {"near"}].append(step_s / max(spans.values()))
         for (lane, resource), seconds in measured.items():
             expected = predicted.busy.get(lane, {}).get(resource, 0.0)
             if min(expected, seconds) >= _SHORTEST_S:
