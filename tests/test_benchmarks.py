@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,13 +16,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import attend, capacity, common, contest, coverage, decode, plot, prefill, quantised, tradeoff
+from benchmarks import attend, capacity, common, contest, coverage, decode, lanes, plot, prefill, quantised, tradeoff
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
 from tandemkv import kernels
 from tandemkv.demo import speed as demo
 from tandemkv.evaluate.tasks import COUNTED
 from tandemkv.kernels import cpu
+from tandemkv.lanes import Crew
+from tandemkv.schedule import Scheduler, Speed
 from tandemkv.types import Partial, ScoreRule
+from tests.schedule.test_profile import PROFILE
 
 CONTRACT = (
     *("shape", "read_gbps", "ours_ms", "ours_gbps", "share_of_read", "peers_ms", "ratio_to_fastest_peer"),
@@ -473,3 +477,49 @@ def test_a_context_is_held_and_decoded() -> None:
     assert found.far_bytes < found.bf16_bytes / 3
     assert found.refusal == ""
     assert 0 < found.error < capacity.ERROR_TOLERANCE
+
+
+# -- lanes -------------------------------------------------------------------------------------------------------------
+
+
+def test_lanes_are_measured_beside_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One small case: what the last line says, and that shares follow from its numbers."""
+    monkeypatch.setattr(lanes, "measure_machine", lambda console: PROFILE)
+    monkeypatch.setattr(lanes, "ROTATED_BYTES", 1 << 20)
+    monkeypatch.setattr(sys, "argv", ["lanes", "--quick", "--json", "--context", "2048"])
+    lanes.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["link_ratio"] for row in result["rows"]] == [0.25, 1.0, 4.0]
+    for row in result["rows"]:
+        assert row["link_gbps"] == pytest.approx(row["link_ratio"] * row["a_gbps"])
+        assert row["gain"] == pytest.approx(min(row[f"{lane}_ms"] for lane in lanes.LANES) / row["tandem_ms"])
+        assert row["ideal"] == pytest.approx((row["a_gbps"] + row["b_gbps"]) / max(row["a_gbps"], row["b_gbps"]))
+        assert row["share_of_ideal"] == pytest.approx(row["gain"] / row["ideal"])
+        assert row["error"] == pytest.approx(row["predicted_ms"] / row["tandem_ms"] - 1)
+        assert sum(int(num.replace(",", "")) for num in re.findall(r"[\d,]*\d", row["plan"])) == 1024
+
+
+def test_lanes_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with lanes.rig_with(Speed(0, 10)) as rig:
+        layers = lanes.Layers(4, 2, 2048)
+        speeds = PROFILE.machine("bfloat16", 0, (rig.up.speed, rig.down.speed))
+        wrong = lanes.Contestant(Crew(rig, Scheduler(speeds, ("attend",))), layers)
+        lanes.check([wrong])
+        monkeypatch.setattr(wrong.crew, "attend", lambda q, *rest: Partial(q.float() * 0, q[..., 0].float()))
+        with pytest.raises(common.WrongResultError, match=r"\('attend',\): off by"):
+            lanes.check([wrong])
+
+
+def test_kvpr_gains_what_its_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "KVPR_TOKENS", 256)
+    monkeypatch.setattr(lanes, "KVPR_SHARES", (0.5,))
+    rows = list(lanes.measure_kvpr(PROFILE, 0.1))
+    assert [row.schedule for row in rows] == ["row", "column"]
+    assert [row.ideal for row in rows] == pytest.approx([2, 4 / 3])
+    for row in rows:
+        hidden = lanes.KVPR_HEADS * lanes.HEAD_DIM
+        assert row.link_gbps == pytest.approx(2 * row.rebuild_gflops * (1 - row.f) / (2 * hidden * row.f))
+        assert row.gain == pytest.approx(row.stream_ms / row.kvpr_ms)
+        assert 0 < row.rebuilt_tokens < 256
