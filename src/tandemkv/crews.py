@@ -84,7 +84,6 @@ def read_plan(path: Path, system: System) -> Plan:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the plan {path} cannot be read: {error}") from error
     if others := sorted(set(plan.tokens) - set(system.lanes)):
-        raise InputError(
-            f"the plan {path} uses {', '.join(others)}; this system has {', '.join(system.lanes) or 'none'}"
-        )
+        has = ", ".join(system.lanes) or "none"
+        raise InputError(f"the plan {path} uses the lanes {', '.join(others)}, this system has {has}")
     return plan
