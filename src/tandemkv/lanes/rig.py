@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
@@ -67,12 +66,12 @@ class Host:
         while (job := self._queue.get()) is not None:
             if job.ticket.is_cancelled:
                 continue
-            begin = time.perf_counter()
             try:
-                job.ticket.set(job.work())
+                with self._trace.span("host", job.name):  # recorded before anybody can see that it is done
+                    value = job.work()
+                job.ticket.set(value)
             except BaseException as error:  # noqa: BLE001  raised where the ticket is waited for
                 job.ticket.fail(error)
-            self._trace.add("host", job.name, begin, time.perf_counter())
 
 
 class Rig:
