@@ -47,7 +47,11 @@ def place(work: Work, machine: Machine, lanes: Sequence[str] = tuple(COSTS)) -> 
 
 def _near(work: Work, machine: Machine, lanes: Sequence[str]) -> list[Placement]:
     found = [(moved, solve(moved, machine, lanes)) for moved in near_works(work)]
-    return [Placement(moved.num_inputs, "near", moved.near_tokens, solution) for moved, solution in found]
+    return [
+        Placement(moved.num_inputs, "near", moved.near_tokens, solution)
+        for moved, solution in found
+        if "recompute" in solution.plan.tokens  # or it would be good for nothing but fewer tokens near
+    ]
 
 
 def near_works(work: Work) -> Iterator[Work]:
