@@ -67,7 +67,8 @@ def solve_with(work: Work, machine: Machine, lane: str, lanes: Sequence[str], li
 
     def best(like: Plan) -> Solution | None:
         found = [_balanced(work, machine, chosen, like) for chosen in sets]
-        return min((each for each in found if each is not None), key=_price, default=None)
+        having = [each for each in found if each is not None and lane in each.plan.tokens]  # pages may be too few
+        return min(having, key=_price, default=None)
 
     found = best(like)
     if found is None:
