@@ -160,6 +160,17 @@ def test_what_the_link_carries_takes_what_its_speed_says(run: Run) -> None:
 
 
 @needs_two
+@pytest.mark.parametrize(("memory_gbps", "num_doubts"), [(0.01, 1), (1000.0, 0)])
+def test_a_memory_that_is_faster_than_profiled_is_told(run: Run, memory_gbps: float, num_doubts: int) -> None:
+    """Feedback corrects what lanes clock; nobody clocks memory."""
+    made = replace(PROFILE, measured_on=profiling.measured_on(), memory_gbps=memory_gbps)
+    made.save(profiling.stored_profile_path())
+    group = run(*SMALL, "--json").group
+    assert len(group["doubts"]) == num_doubts
+    assert (group["predicted"]["binds"] == "memory") == bool(num_doubts)
+
+
+@needs_two
 def test_a_picture_and_a_trace_of_all_lanes(run: Run, tmp_path: Path) -> None:
     plan = plan_file(tmp_path, recompute=512, attend=1024, logits=1024, stream=1024)
     picture, trace = tmp_path / "step.png", tmp_path / "run.json"

@@ -110,6 +110,17 @@ class Explained:
         pairs = [(lane, name, factor) for (lane, name), factor in self.factors.items() if lane != ANY]
         return sorted(each for each in pairs if abs(each[2] - 1) > NOTABLE)
 
+    @property
+    def doubts(self) -> list[str]:
+        """What of the predictions the steps have shown to be wrong, and feedback cannot see: no clock is at memory."""
+        reading = sum(seconds for _, seconds in loads_of(self.predicted.prediction, "memory"))
+        if self.measured is None or self.measured.seconds >= reading:
+            return []
+        took = f"steps took {ms(self.measured.seconds)}, less than reading alone would at the profile's speed"
+        return [
+            f"The host's memory is faster than {ms(reading)} say: {took}; tandemkv profile --again measures it anew."
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
         work, found = self.work, self.measured
@@ -131,6 +142,7 @@ class Explained:
             "without": {name: _choice_dict(*choice) for name, choice in self.facts.without.items()},
             "beside": {name: _choice_dict(*choice) for name, choice in self.facts.beside.items()},
             "reasons": self.reasons,
+            "doubts": self.doubts,
         }
 
 
@@ -187,7 +199,7 @@ def _print_group(found: Explained, is_given: bool, console: Console) -> None:
     console.print(about)
     console.print(_resources(found))
     words = Table.grid(padding=(0, 1, 0, 0))
-    for sentence in found.reasons:
+    for sentence in (*found.reasons, *found.doubts):
         words.add_row("-", escape(sentence))
     for lane, resource, factor in found.notable:
         told = f"{lane} takes {factor:.2f} times as long of {NAMES[resource]} as the profile says."
@@ -230,7 +242,9 @@ def _resources(found: Explained) -> Table:
         mark = " (binds)" if name == predicted.binds else ""
         seen = "" if measured is None else "not seen" if took is None else ms(took)
         label = f"{NAMES[name].removeprefix('the ')}{mark}"
-        table.add_row(label, ms(told), seen, ratio, escape(", ".join(_whose(loads, measured, name))))
+        table.add_row(
+            label, ms(told) if told else "none", seen, ratio, escape(", ".join(_whose(loads, measured, name)))
+        )
     return table
 
 

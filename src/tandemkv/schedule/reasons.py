@@ -182,7 +182,9 @@ def _worth(facts: Facts, lane: str, choice: Choice) -> str:
     start = f"{lane} has {num:,} tokens, {percent(num / facts.work.far_tokens)} of the far ones"
     if choice.solution is None:
         return f"{start}: no other lane of this system can take them."
-    return f"{start}: without it a step would take {_compared(facts, choice.solution)}."
+    return (
+        f"{start}: without it a step would take {_compared(facts, choice.solution)} ({choice.solution.plan.summary})."
+    )
 
 
 def _left_out(facts: Facts, lane: str, choice: Choice) -> str:
