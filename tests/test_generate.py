@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tandemkv import cli, machine
+from tandemkv import cli, machine, profiling
 from tests.models import build, byte_tokenizer, random_ids
 from tests.models import tokenizer as numbered_words
+from tests.schedule.test_profile import PROFILE
 
 PROMPT = "Once upon a time, in a café by the sea…\n" * 25
 """About 1100 bytes, a token each: two chunks and a rest."""
@@ -103,6 +105,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     num_threads = torch.get_num_threads()
     yield call
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up profile of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    replace(PROFILE, measured_on=profiling.measured_on()).save(profiling.stored_profile_path())
 
 
 def stock(folder: Path, text: str, max_new_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[str, list[int]]:
@@ -461,3 +470,39 @@ def assert_refused(done: Done, expected: str) -> None:
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
     assert done.out == ""
+
+
+@pytest.mark.skipif(machine.usable_cpus() < 2, reason="a device and a host need two processors")
+@pytest.mark.usefixtures("profiled")
+@pytest.mark.parametrize("most", [4096, 3])
+def test_a_trace_of_decoding(
+    run: Run, folder: Path, prompt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Both layers of every token but the first, which comes with the prompt's last; no more steps than a file may
+    have."""
+    monkeypatch.setattr("tandemkv.generate.MAX_TRACED_STEPS", most)
+    path = tmp_path / "run.json"
+    args = (folder, "--prompt-file", prompt, "--dtype", "bfloat16", "--near-tokens", 128, "--max-new-tokens", 4)
+    done = run(*args, "--system", "tandem", "--link", "2", "--trace", path, "--json")
+    assert done.code == 0, done.err
+    events = json.loads(path.read_text())["traceEvents"]
+    rows = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"step", "near kernel", "link up", "link down"} & rows >= {"step", "near kernel"}
+    num_steps = sum(event["ph"] == "X" and event["name"].startswith("step ") for event in events)
+    num_decoded = 2 * len(done.report["new_ids"])
+    assert num_steps == min(num_decoded, most)
+    told = f"{num_steps} steps of layers" if most > 3 else f"the first 3 of {num_decoded} steps of layers"
+    assert done.report["trace"] == f"{path}: {told}"
+    assert f"{path}: {told}" in done.err
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--trace", "a.json"], "--link, --plan and --trace are for systems with lanes, such as 'tandem', got 'dense'"),
+        (["--system", "tandem", "--trace", "/no/where.json"], "--trace /no/where.json: there is no folder /no"),
+    ],
+)
+def test_a_trace_that_cannot_be(run: Run, folder: Path, prompt: Path, args: list[str], expected: str) -> None:
+    done = run(folder, "--prompt-file", prompt, *args)
+    assert (done.code, done.err) == (2, f"error: {expected}\n")

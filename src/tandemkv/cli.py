@@ -27,6 +27,7 @@ app = typer.Typer(name="tandemkv", no_args_is_help=True, add_completion=False, p
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for programs.")]
 Context = Annotated[int, typer.Option(help="Tokens of context. Up to 32768 are prefilled, more are filled in.")]
+Batch = Annotated[int, typer.Option(help="Sequences that a step is for.")]
 Budget = Annotated[
     int | None, typer.Option(help="Tokens per KV head that a sparse system attends to.", show_default="none")
 ]
@@ -54,9 +55,26 @@ FarDtype = Annotated[
         show_default="the model's dtype",
     ),
 ]
+FarFormat = Annotated[
+    str | None,
+    typer.Option("--far-dtype", help="What far tokens are kept in: int8, int4, or model.", show_default="model"),
+]
 FarDtypes = Annotated[
     list[str],
     typer.Option(help="Dense with older tokens in int8, int4, or by age, as int8:2048,int4; repeat it."),
+]
+GanttFile = Annotated[
+    Path | None,
+    typer.Option("--gantt", help="Draw the median step as a PNG: who was busy with what.", show_default="none"),
+]
+HeadDim = Annotated[int | None, typer.Option(help="Without MODEL.", show_default="128")]
+Heads = Annotated[str | None, typer.Option(help="Query heads:KV heads, without MODEL.", show_default="32:8")]
+Hidden = Annotated[
+    int | None, typer.Option(help="Width of what enters a layer, without MODEL.", show_default="of all query heads")
+]
+Layers = Annotated[int | None, typer.Option(help="Without MODEL.", show_default="32")]
+LanedSystem = Annotated[
+    str, typer.Option(help=f"Whose lanes: {', '.join(name for name, each in SYSTEMS.items() if each.lanes)}.")
 ]
 Link = Annotated[
     str | None,
@@ -73,6 +91,7 @@ Judge = Annotated[
 Length = Annotated[int, typer.Option(help="Tokens of a context; rows are as long as they are.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many, if the text does not end before.")]
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A local Hugging Face folder of a supported family.")]
+NoRun = Annotated[bool, typer.Option("--no-run", help="Predict alone: nothing is run, nothing is measured.")]
 NearTokens = Annotated[int, typer.Option(help="Recent tokens kept near, per layer; at least 128.")]
 OutFolder = Annotated[Path, typer.Option(help="Where scores and the picture go; a run that was stopped goes on there.")]
 PlanFile = Annotated[
@@ -91,7 +110,16 @@ RowsFolder = Annotated[
     Path | None,
     typer.Option(help="With kv-retrieval-75_keys.jsonl.gz and longchat_200_lines.jsonl, for kv_rows and lines_rows."),
 ]
+ShapeOf = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A local Hugging Face folder, of which config.json is read.",
+        show_default="the shape of --heads, --head-dim, --layers and --hidden: Llama-3-8B",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default="none")]
+Steps = Annotated[int, typer.Option(help="That are measured, behind some that let feedback settle.")]
 _KNOWN = ", ".join(SYSTEMS)
 System = Annotated[str, typer.Option(help=f"How to attend: {_KNOWN}.")]
 Systems = Annotated[list[str], typer.Option(help=f"Repeat it; dense always runs. Known: {_KNOWN}.")]
@@ -104,6 +132,15 @@ TextFile = Annotated[
     typer.Option(help="What facts are hidden in: a text or a folder of *.txt.", show_default="a novel that is shipped"),
 ]
 Threads = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="what this machine grants")]
+Tokens = Annotated[int, typer.Option(help="That each sequence has.")]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        help="Write the steps as a Chrome trace, which ui.perfetto.dev opens; needs lanes.",
+        show_default="none",
+    ),
+]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of this mass.", show_default="1")]
 
 
@@ -222,6 +259,69 @@ def demo(
 
 
 @app.command()
+def explain(  # noqa: PLR0913  one argument per option
+    folder: ShapeOf = None,
+    *,
+    context: Tokens = 32_768,
+    near_tokens: NearTokens = 4096,
+    link: Link = None,
+    system: LanedSystem = "tandem",
+    batch: Batch = 1,
+    far_dtype: FarFormat = None,
+    dtype: Dtype = "auto",
+    plan: PlanFile = None,
+    heads: Heads = None,
+    head_dim: HeadDim = None,
+    layers: Layers = None,
+    hidden: Hidden = None,
+    steps: Steps = 30,
+    no_run: NoRun = False,
+    gantt: GanttFile = None,
+    trace: TraceFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how a decode step splits its far tokens over lanes, what that takes, and why it is not split otherwise.
+
+    For each group of layers: the plan, seconds of device, host, memory and links as predicted and as measured here,
+    what binds, and what every alternative would take. Steps of one layer run over random keys and values; weights are
+    not read. Without a profile the machine is measured first (half a minute, once).
+
+    Example: tandemkv explain --context 32768 --link 8 --gantt step.png
+
+    Example: tandemkv explain ./Qwen3-0.6B --system kvpr --link 16 --no-run --json | jq .groups[0].reasons
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+    from tandemkv.explain import Settings, print_explanation
+    from tandemkv.explain import explain as run
+    from tandemkv.explain.shapes import Told
+
+    console = Console(stderr=True)
+    settings = Settings(
+        context=context,
+        near_tokens=near_tokens,
+        batch=batch,
+        system=system,
+        link=link,
+        far_dtype=far_dtype,
+        dtype=dtype,
+        plan_file=plan,
+        told=Told(heads, head_dim, layers, hidden),
+        num_steps=steps,
+        runs=not no_run,
+        gantt=gantt,
+        trace=trace,
+    )
+    try:
+        found = run(folder, settings, console)
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted[/yellow]")
+        raise typer.Exit(130) from None
+    print_explanation(found, Console(stderr=as_json))
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+
+
+@app.command()
 def generate(  # noqa: PLR0913  one argument per option
     folder: Model,
     *,
@@ -239,6 +339,7 @@ def generate(  # noqa: PLR0913  one argument per option
     far_dtype: FarDtype = None,
     link: Link = None,
     plan: PlanFile = None,
+    trace: TraceFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue the text of a file with a local model; nothing is downloaded.
@@ -274,6 +375,7 @@ def generate(  # noqa: PLR0913  one argument per option
             far_dtype,
             link,
             plan,
+            trace,
         )
         write = (lambda text: None) if as_json else partial(typer.echo, nl=False)
         found = run(folder, prompt_file, settings, console, write)

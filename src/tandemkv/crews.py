@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tandemkv.cache import CacheSpec
-from tandemkv.errors import InputError
+from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.lanes import Crew, Rig
 from tandemkv.schedule import Machine, Plan, Profile, Scheduler, Solution, Speed, Work, predict
 from tandemkv.schedule.placement import Placement, place
@@ -29,8 +29,11 @@ def links_of(profile: Profile, link: str | None) -> tuple[Speed, Speed]:
 
 
 def machine_for(profile: Profile, spec: CacheSpec, links: tuple[Speed, Speed]) -> Machine:
-    """Speeds for the costs of a cache's layers."""
+    """Speeds for the costs of a cache's layers; UnsupportedError where none were measured in their dtype."""
     dtype = str(spec.dtype).removeprefix("torch.")
+    if dtype not in profile.products:
+        known = ", ".join(profile.products)
+        raise UnsupportedError(f"what products in {dtype} cost is not measured: systems with lanes run in {known}")
     far = spec.far_formats[-1].packing if spec.far_formats else "panels"
     return profile.machine(dtype, spec.hidden_size or 0, links, None if far == "panels" else far)
 
@@ -48,7 +51,7 @@ def work_for(spec: CacheSpec, num_q_heads: int, num_seqs: int, num_tokens: int) 
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         v_head_dim=spec.v_width,
-        near_tokens=num_tokens - far_tokens,
+        near_tokens=min(num_tokens, spec.near_tokens),  # far ones are whole pages: a part of one may count twice
         far_tokens=far_tokens,
         k_bytes=spec.num_kv_heads * k_bytes,
         v_bytes=spec.num_kv_heads * v_bytes,

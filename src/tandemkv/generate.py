@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,6 +39,7 @@ from tandemkv.integrations.transformers.folders import (
     special_tokens,
     tokenize,
 )
+from tandemkv.lanes.timeline import Recorder, write_trace
 from tandemkv.profiling import profile_of_this_machine
 from tandemkv.schedule import Machine, Plan
 from tandemkv.schedule.placement import Placement
@@ -46,6 +47,9 @@ from tandemkv.select import MAX_SELECT_QUERIES, Tally
 from tandemkv.selection import sparse_mode
 from tandemkv.systems import SYSTEMS
 from tandemkv.types import format_bytes, parse_bytes
+
+MAX_TRACED_STEPS = 4096
+"""Of layers: 128 tokens of a model of 32; a trace of so many has some 20 MB."""
 
 MIN_TEMPERATURE = 1e-30  # logits divided by less leave float32
 Finish = Literal["eos", "length", "interrupted"]
@@ -59,6 +63,7 @@ class Settings:
     `TieredCache` takes it. temperature: 0 is greedy; top_p and seed belong to sampling. threads: None takes what this
     machine grants. link: of systems with lanes, GB/s or GB/s:us of the links between the processor that is the device
     and those that are the host; None is as fast as memory is copied. plan_file: the plan that every step has.
+    trace_file: where the first steps of layers are written, as a Chrome trace.
     """
 
     near_tokens: int = 4096
@@ -74,6 +79,7 @@ class Settings:
     far_dtype: str | None = None
     link: str | None = None
     plan_file: Path | None = None
+    trace_file: Path | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -88,8 +94,11 @@ class Settings:
             raise InputError(f"--seed must be at least 0 and below 2**63, got {self.seed}")
         if sparse_mode(self.system, self.budget_tokens) is None and self.budget_tokens is not None:
             raise InputError(f"system {self.system!r} attends to every token: leave budget_tokens out")
-        if not SYSTEMS[self.system].lanes and (self.link or self.plan_file):
-            raise InputError(f"--link and --plan are for systems with lanes, such as 'tandem', got {self.system!r}")
+        if not SYSTEMS[self.system].lanes and (self.link or self.plan_file or self.trace_file):
+            options = "--link, --plan and --trace"
+            raise InputError(f"{options} are for systems with lanes, such as 'tandem', got {self.system!r}")
+        if self.trace_file is not None and not self.trace_file.absolute().parent.is_dir():
+            raise InputError(f"--trace {self.trace_file}: there is no folder {self.trace_file.parent}")
         if self.link is not None:
             parse_link(self.link)
 
@@ -107,7 +116,7 @@ class Generation:
 
     Seconds count from the start of prefill, when the model is loaded. Rates are None where nothing was timed. verified:
     what came of a promise about the error, by layer; none where nothing was promised. plan: that the last step had,
-    where it had one.
+    where it had one. trace: the file that was written, and what is in it.
     """
 
     text: str
@@ -118,6 +127,7 @@ class Generation:
     tiers: list[TierUse]
     verified: dict[int, Tally] = field(default_factory=dict)
     plan: Plan | None = None
+    trace: str | None = None
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -150,6 +160,7 @@ class Generation:
             "tiers": [asdict(tier) for tier in self.tiers],
             "verified": _verified(self.verified) if self.verified else None,
             "plan": None if self.plan is None else self.plan.to_dict(),
+            "trace": self.trace,
         }
 
 
@@ -174,12 +185,18 @@ def generate(
     ids = tokenize(tokenizer, prompt, config.vocab_size)
     special = special_tokens(folder, config)
     cache = reserve_cache(folder, config, ids.shape[1], settings, console)
-    crew = cache.kv.crew
+    crew, recorder = cache.kv.crew, Recorder(MAX_TRACED_STEPS)
+    if crew is not None and settings.trace_file is not None:
+        crew.on_step = recorder
     with nullcontext() if crew is None else closing(crew), nullcontext() if crew is None else crew.rig.claimed():
         with console.status("loading the weights"):
             model = load_model(folder, config.dtype)
         model.generation_config = special
-        return _run(model, cache, ids, settings, console, TextStream(tokenizer, write))
+        found = _run(model, cache, ids, settings, console, TextStream(tokenizer, write))
+    if settings.trace_file is None:
+        return found
+    write_trace(settings.trace_file, recorder.steps)
+    return replace(found, trace=f"{settings.trace_file}: {recorder.told}")
 
 
 def read_prompt(path: Path) -> str:
@@ -308,6 +325,8 @@ def print_generation(generation: Generation, console: Console) -> None:
         worst = max(generation.verified, key=lambda layer: generation.verified[layer].to_dict()["share_read"])
         rows.append(("estimated error", Tally.of([*generation.verified.values()]).summary))
         rows.append((f"of them layer {worst}", f"{generation.verified[worst].summary}: --json has every layer"))
+    if generation.trace is not None:
+        rows.append(("trace", generation.trace))
     if generation.plan is not None:
         rows.append(("far tokens of the last step", generation.plan.summary))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

@@ -160,7 +160,10 @@ def _memory(num_bytes: int) -> tuple[Tier, float]:
 
 def _kernels(name: str, num_bytes: int) -> dict[int, Kernels]:
     """By threads: one, and all."""
-    arena = _random_arena(*FORMATS[name], num_bytes)
+    dtype, packing = FORMATS[name]
+    layout, (_, num_kv_heads, head_dim) = PageLayout(dtype, 64, packing), SHAPE
+    num_slots = num_bytes // layout.page_bytes(num_kv_heads, head_dim, head_dim)
+    arena = random_arena(layout, num_slots, num_kv_heads, head_dim, head_dim)
     k_bytes, v_bytes = (x.nbytes // arena.num_slots for x in (arena.k, arena.v))
     q = torch.randn((1, SHAPE[0], 1, SHAPE[2])).to(arena.layout.dtype)
     rule, found = ScoreRule(SHAPE[2] ** -0.5), {}
@@ -180,13 +183,11 @@ def _weigh(num_q_heads: int, pool: "cpu.WorkerPool", run: PagedKV) -> object:
     return kernels.weigh(torch.zeros((1, num_q_heads, 1, num_tokens), device="cpu"), run, pool=pool)
 
 
-def _random_arena(dtype: torch.dtype, packing: Packing, num_bytes: int) -> Arena:
+def random_arena(layout: PageLayout, num_slots: int, num_kv_heads: int, head_dim: int, v_head_dim: int) -> Arena:
     """Pages of random numbers: 64 that are made, and copies of them."""
-    _, num_kv_heads, head_dim = SHAPE
-    layout = PageLayout(dtype, 64, packing)
-    num_slots = num_bytes // layout.page_bytes(num_kv_heads, head_dim, head_dim)
-    arena = Arena.allocate(layout, num_slots, num_kv_heads, head_dim)
-    made = Arena.allocate(PageLayout(dtype, 64, "rows"), 64, num_kv_heads, head_dim)
+    arena = Arena.allocate(layout, num_slots, num_kv_heads, head_dim, v_head_dim=v_head_dim)
+    rows = PageLayout(layout.dtype, layout.page_size, "rows")
+    made = Arena.allocate(rows, 64, num_kv_heads, head_dim, v_head_dim=v_head_dim)
     made.k.normal_()
     made.v.normal_()
     for begin in range(0, num_slots, 64):

@@ -17,7 +17,7 @@ from tandemkv.errors import InputError, LaneError, LaneWarning
 from tandemkv.kernels import reference
 from tandemkv.lanes import LANES, Crew, Inputs, Rig
 from tandemkv.lanes.base import DeviceWork, Task
-from tandemkv.lanes.crew import work_of
+from tandemkv.lanes.crew import Step, work_of
 from tandemkv.lanes.tickets import Ticket
 from tandemkv.schedule import Plan, Scheduler, Speed
 from tandemkv.types import Arena, Packing, PagedKV, PageLayout, Partial, ScoreRule
@@ -154,6 +154,40 @@ def test_a_run_that_stands_for_others_goes_to_one_lane(rig: Rig, case: Case, tru
     first, second = far.part(0, 8), far.part(8, far.page_table.shape[2])
     crew = crew_of(rig, tuple(LANES), 512, 64)
     assert_right(crew.attend(case.q, near, (first, second), SHAPE.rule, inputs_of(case, 512, True)), truth)
+
+
+def test_whoever_listens_is_told_of_every_step(rig: Rig, case: Case) -> None:
+    far, near = parts_of(case, 64)
+    crew, steps = crew_of(rig, ("attend", "logits", "stream"), 896, 64), list[Step]()
+    crew.on_step = steps.append
+    for _ in range(3):
+        crew.attend(case.q, near, (far,), SHAPE.rule)
+    crew.on_step = None
+    crew.attend(case.q, near, (far,), SHAPE.rule)
+    assert len(steps) == 3
+    for step in steps:
+        assert step.solution.plan == crew.plan
+        assert {(span.row, span.name) for span in step.spans} == {
+            ("device", "near"),
+            *((row, "attend") for row in ("device", "down", "host", "up")),
+            *((row, "logits") for row in ("device", "down", "host", "up")),
+            *((row, "stream") for row in ("device", "up")),
+        }
+        assert all(step.begin <= span.begin <= span.end <= step.end for span in step.spans)
+
+
+def test_what_a_step_that_failed_did_is_not_the_next_ones(
+    rig: Rig, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far, near = parts_of(case, 64)
+    crew, steps = crew_of(rig, ("attend", "stream"), 896, 64), list[Step]()
+    crew.on_step = steps.append
+    with monkeypatch.context() as patch, pytest.warns(LaneWarning, match="'attend' has failed"):
+        patch.setitem(LANES, "attend", dying)
+        crew.attend(case.q, near, (far,), SHAPE.rule)
+    crew.attend(case.q, near, (far,), SHAPE.rule)
+    assert "dying" in {span.name for span in steps[0].spans}
+    assert {span.name for span in steps[1].spans} == {"near", "stream"}
 
 
 def test_no_far_token_at_all(rig: Rig, case: Case, truth: Truth) -> None:

@@ -146,6 +146,16 @@ def test_a_frozen_plan_stays() -> None:
         rebuilds.plan(replace(WORK, num_inputs=64))
 
 
+def test_a_plan_that_is_held_stays_and_one_that_is_forgotten_is_solved_anew() -> None:
+    run = Run(MACHINE, four_times(MACHINE, "host", 1 / 1.15), ("attend", "stream"))  # too little to be urgent
+    first = [run.step().plan for _ in range(10)][-1]
+    run.scheduler.forget_plans()
+    second = run.step().plan
+    assert second.tokens["attend"] < first.tokens["attend"]
+    run.scheduler.hold(first)
+    assert [run.step().plan for _ in range(10)] == [first] * 10
+
+
 def test_a_dropped_lane_has_no_tokens() -> None:
     for frozen in (None, Plan({"attend": 64, "stream": 64})):
         scheduler = Scheduler(MACHINE, ("attend", "stream"), frozen)

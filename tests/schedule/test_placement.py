@@ -49,6 +49,13 @@ def test_sent_inputs_never_pay_where_heads_share_k_and_v() -> None:
     assert place(plain_work(16384, 2, near_tokens=256), machine(), LANES).num_inputs == 0
 
 
+def test_inputs_that_no_plan_rebuilds_are_not_kept() -> None:
+    """Where the device is slower than the host, fewer near tokens are faster: that is no use of inputs."""
+    slow = replace(plain_machine(1, host_gbps=40), products=Products(((1, 1.0),)))
+    placed = place(plain_work(16384, near_tokens=8192), slow)
+    assert placed == (0, "near", 8192, placed.solution)
+
+
 def test_without_the_lane_nothing_is_kept() -> None:
     assert place(plain_work(16384, near_tokens=4096), machine(), ("attend", "stream")).num_inputs == 0
     assert place(plain_work(0, near_tokens=4096), machine()).num_inputs == 0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from tandemkv.errors import InputError
 from tandemkv.schedule import COSTS, Machine, Plan, Products, Solution, Speed, Work, predict, solve
-from tandemkv.schedule.solver import EXTRA_LANE
+from tandemkv.schedule.solver import EXTRA_LANE, solve_with
 from tests.schedule.machines import INF, MACHINES, PLANS, plain_machine, plain_work, works
 
 WHOLE = 1 << 30
@@ -87,6 +87,21 @@ def test_kvpr_figure_12() -> None:
     machine = replace(plain_machine(1e9, up_gbps=32), products=Products(((1, 312e3),)))
     found = solve(work, machine, ("recompute", "stream"), Plan(stage_tokens=1, piece_tokens=WHOLE))
     assert 180 <= found.plan.tokens["recompute"] <= 182
+
+
+@settings(max_examples=50, deadline=None)
+@given(works(12), MACHINES, PLANS)
+def test_a_plan_with_a_lane_has_it_and_is_no_better_than_the_best(work: Work, machine: Machine, like: Plan) -> None:
+    best = best_of_all(work, machine, like)
+    for lane in COSTS:
+        found = solve_with(work, machine, lane, tuple(COSTS), like)
+        if found is None:
+            assert lane == "recompute" or work.free_near_bytes < INF
+            continue
+        assert found.plan.tokens[lane] > 0
+        assert found.plan.num_tokens == work.far_tokens
+        if found.plan.stage_tokens == like.stage_tokens:
+            assert found.prediction.seconds * price(len(found.plan.tokens)) >= best * (1 - 1e-9)
 
 
 def test_all_on_the_host_where_the_link_is_slow() -> None:

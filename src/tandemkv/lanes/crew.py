@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from tandemkv.lanes.base import DeviceWork, Inputs, Task, drive
 from tandemkv.lanes.rig import Rig
 from tandemkv.lanes.table import LANES
 from tandemkv.lanes.tickets import Span
-from tandemkv.schedule import COSTS, Plan, Scheduler, Work
+from tandemkv.schedule import COSTS, Plan, Scheduler, Solution, Work
 from tandemkv.types import PagedKV, Partial, ScoreRule
 
 _SHORTEST_DEADLINE_S = 1.0
@@ -29,12 +29,22 @@ class Share(NamedTuple):
     run: PagedKV
 
 
+class Step(NamedTuple):
+    """A step that is over: how it was planned, who was busy with what, from when to when (`time.perf_counter`)."""
+
+    solution: Solution
+    spans: list[Span]
+    begin: float
+    end: float
+
+
 class Crew:
     """A rig and its scheduler. The thread that calls is the device."""
 
     def __init__(self, rig: Rig, scheduler: Scheduler) -> None:
         self.rig, self.scheduler = rig, scheduler
         self.plan: Plan | None = None  # of the last step
+        self.on_step: Callable[[Step], None] | None = None  # told of every step when it is over
 
     def close(self) -> None:
         """End the rig's threads; no step follows."""
@@ -47,17 +57,21 @@ class Crew:
 
         far: the first run is split by the plan; others go whole to one lane. inputs: of the first tokens, where kept.
         """
-        began = time.perf_counter()
+        begin = time.perf_counter()
         solution = self.scheduler.plan(work_of(q, near, far, inputs))
         plan = self.plan = solution.plan
         task = Task(q, rule, self.rig, plan.stage_tokens, plan.piece_tokens, inputs)
         shares = split(plan, self.scheduler.lanes, far)
         deadline_s = max(_SHORTEST_DEADLINE_S, _DEADLINE_STEPS * solution.prediction.seconds)
         outcome = drive(lambda: self._attend_near(task, near), _begun(task, shares), self.rig, deadline_s)
-        if not outcome.failed:
-            self.scheduler.observe(solution, _seconds(self.rig.trace.take()), time.perf_counter() - began)
         parts = [outcome.parts[name] for name in ("near", *shares) if name in outcome.parts]
-        return kernels.merge([*parts, *self._without(task, shares, outcome.failed, deadline_s)])
+        whole = kernels.merge([*parts, *self._without(task, shares, outcome.failed, deadline_s)])
+        spans = self.rig.trace.take()
+        if not outcome.failed:
+            self.scheduler.observe(solution, _seconds(spans), time.perf_counter() - begin)
+        if self.on_step is not None:
+            self.on_step(Step(solution, spans, begin, time.perf_counter()))
+        return whole
 
     def _attend_near(self, task: Task, near: PagedKV) -> Partial:
         return kernels.attend(task.q, near, rule=task.rule, causal=True, pool=self.rig.device_pool)

@@ -5,7 +5,7 @@ which then lie far. Of a multi-head layer an input is half as large as K and V, 
 query heads share K and V it is twice as large, and keeping K and V themselves is always better.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -46,26 +46,31 @@ def place(work: Work, machine: Machine, lanes: Sequence[str] = tuple(COSTS)) -> 
 
 
 def _near(work: Work, machine: Machine, lanes: Sequence[str]) -> list[Placement]:
-    """Inputs that share near memory with K and V, in steps of a sixteenth of what would fit."""
+    found = [(moved, solve(moved, machine, lanes)) for moved in near_works(work)]
+    return [
+        Placement(moved.num_inputs, "near", moved.near_tokens, solution)
+        for moved, solution in found
+        if "recompute" in solution.plan.tokens  # or it would be good for nothing but fewer tokens near
+    ]
+
+
+def near_works(work: Work) -> Iterator[Work]:
+    """The same with inputs that share near memory with K and V, in steps of a sixteenth of what would fit."""
     room = work.near_tokens - _MIN_NEAR_PAGES * work.page_size
     most = min(work.far_tokens, int(room * work.near_bytes / work.input_bytes))
-    found = []
     for i in range(1, _NUM_TRIES + 1):
         num_inputs = most * i // _NUM_TRIES // work.page_size * work.page_size
         displaced = -(-num_inputs * work.input_bytes // work.near_bytes)
         pages = int(-(-displaced // work.page_size))
         if not num_inputs or pages * work.page_size > room:
             continue
-        moved = replace(
+        yield replace(
             work,
             near_tokens=work.near_tokens - pages * work.page_size,
             far_tokens=work.far_tokens + pages * work.page_size,
             num_inputs=num_inputs,
             inputs_are_near=True,
         )
-        solution = solve(moved, machine, lanes)
-        found.append(Placement(num_inputs, "near", moved.near_tokens, solution))
-    return found
 
 
 def _far(work: Work, machine: Machine, lanes: Sequence[str]) -> Placement:

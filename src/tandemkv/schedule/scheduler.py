@@ -83,11 +83,20 @@ class Scheduler:
         self._corrections.observe(solution.prediction, self.machine, measured, step_s)
         self.machine = self._corrections.corrected(self.machine)
 
+    def forget_plans(self) -> None:
+        """The next step's plan is solved anew, with what has been measured until then."""
+        self._solved.clear()
+        self._last = None
+
+    def hold(self, plan: Plan) -> None:
+        """Every step has this plan's shares from now on, whatever is measured."""
+        self._frozen = plan
+        self._last = None
+
     def drop(self, lane: str) -> None:
         """A lane takes part no more. LaneError where it was the last one."""
         self.lanes = tuple(name for name in self.lanes if name != lane)
-        self._solved.clear()
-        self._last = None
+        self.forget_plans()
         if not self.lanes:
             raise LaneError(f"the last lane, {lane!r}, has failed: nothing is left that could attend to far tokens")
         if self._frozen is not None:

@@ -58,6 +58,25 @@ def solve(work: Work, machine: Machine, lanes: Sequence[str] = tuple(COSTS), lik
     return min(best, other, key=_price)
 
 
+def solve_with(work: Work, machine: Machine, lane: str, lanes: Sequence[str], like: Plan) -> Solution | None:
+    """The fastest plan over these lanes in which one of them has a page at least, be it worth that or not.
+
+    None where it cannot have one. like: where the sizes of pieces come from, and first of stages.
+    """
+    sets = [chosen for chosen in _sets(work, _usable(work, lanes)) if lane in chosen]
+
+    def best(like: Plan) -> Solution | None:
+        found = [_balanced(work, machine, chosen, like) for chosen in sets]
+        having = [each for each in found if each is not None and lane in each.plan.tokens]  # pages may be too few
+        return min(having, key=_price, default=None)
+
+    found = best(like)
+    if found is None:
+        return None
+    other = best(replace(like, stage_tokens=_balanced_stage(work, machine, found)))
+    return found if other is None else min(found, other, key=_price)
+
+
 def _usable(work: Work, lanes: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in lanes if name not in COSTS]
     if unknown or not lanes:
