@@ -12,7 +12,7 @@ from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, gather, merge
-from tandemkv.lanes import LANES, Inputs, Task, TorchRig, drive
+from tandemkv.lanes import LANES, Crew, Inputs, Task, TorchRig, drive
 from tandemkv.select import MAX_SELECT_QUERIES
 from tandemkv.selection import (
     is_verified,
@@ -155,10 +155,27 @@ def _decode_in_lanes(
     assert crew is not None
     with layer.extended(q.shape[2]) as held:
         layer.write(k, v)
-        part = crew.attend(q, held.near, taking_part(q, layer, held, crew.rig.host.pool), rule, _inputs_of(layer))
-        if sink_logit is not None:
-            part = merge([part], sink_logit=sink_logit)
-    return part.out.transpose(1, 2).to(q.dtype).contiguous()
+        runs = (*taking_part(q, layer, held, crew.rig.host.pool), held.near)
+        mass = None if observer_of(layer) is None else block_mass(q, *runs)
+        exact = crew.attend(q, held.near, runs[:-1], rule, _inputs_of(layer), mass)
+        step = Step(q, rule, crew.rig.host.pool, sink_logit)
+        rest = _verified_by_host(step, layer, runs, exact, crew) if is_verified(layer) else []
+        whole = merge([exact, *rest], sink_logit=sink_logit)
+        if mass is not None:
+            if sink_logit is not None and not is_verified(layer):
+                mass *= (exact.lse - whole.lse).exp_().nan_to_num_(0.0).unsqueeze(-1)
+            learn(layer, mass, runs, is_decoded=True)
+    return whole.out.transpose(1, 2).to(q.dtype).contiguous()
+
+
+def _verified_by_host(
+    step: Step, layer: LayerKV, runs: tuple[PagedKV, ...], exact: Partial, crew: Crew
+) -> list[Partial]:
+    """`verified_rest` on a rig, where the pages lie: q and the exact part go down, what was sampled comes up."""
+    part_bytes = exact.out.nbytes + exact.lse.nbytes
+    crew.rig.down.send("verify", part_bytes, lambda: None)
+    rest = crew.rig.ask_host("verify", step.q, lambda q: verified_rest(step, layer, runs, exact), 2 * part_bytes)
+    return rest.wait()
 
 
 def _inputs_of(layer: LayerKV) -> Inputs | None:

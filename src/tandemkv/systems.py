@@ -67,6 +67,7 @@ SYSTEMS: dict[str, System] = {
     "hgca": System(
         "HGCA (2507.03153): what weighed more than its head's mean while it was near; nothing is deleted",
         selector="salience",
+        lanes=("attend",),
         where_it_differs="blocks of 16 tokens, and a budget that cuts the set of a head",
     ),
     "flexgen": System(

@@ -37,7 +37,8 @@ class Task(NamedTuple):
     """A step of one layer, as lanes are told of it.
 
     q: `[num_seqs, num_q_heads, q_len, head_dim]` on the device. stage_tokens: that go over a link at once.
-    piece_tokens: that are rebuilt at once.
+    piece_tokens: that are rebuilt at once. mass: what `kernels.block_mass` made for a lane's tokens, to be filled with
+    their shares of its own result; None where nobody observes. It stays where it is made, beside what selects.
     """
 
     q: Tensor
@@ -46,6 +47,7 @@ class Task(NamedTuple):
     stage_tokens: int = 1024
     piece_tokens: int = 256
     inputs: Inputs | None = None
+    mass: Tensor | None = None
 
 
 class Lane(Protocol):

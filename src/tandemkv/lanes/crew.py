@@ -11,6 +11,7 @@ from tandemkv import kernels
 from tandemkv.errors import LaneWarning
 from tandemkv.lanes.base import DeviceWork, Inputs, Task, drive
 from tandemkv.lanes.rig import Rig
+from tandemkv.lanes.shares import Weighed, put_shares, room_like
 from tandemkv.lanes.table import LANES
 from tandemkv.lanes.tickets import Span
 from tandemkv.schedule import COSTS, Plan, Scheduler, Work
@@ -40,30 +41,51 @@ class Crew:
         self.rig.close()
 
     def attend(
-        self, q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], rule: ScoreRule, inputs: Inputs | None = None
+        self,
+        q: Tensor,
+        near: PagedKV,
+        far: tuple[PagedKV, ...],
+        rule: ScoreRule,
+        inputs: Inputs | None = None,
+        mass: Tensor | None = None,
     ) -> Partial:
         """Attention over near and far tokens; queries are the last of the near ones.
 
         far: the first run is split by the plan; others go whole to one lane. inputs: of the first tokens, where kept.
+        mass: what `kernels.block_mass` made for far runs and near ones, to be filled.
         """
         solution = self.scheduler.plan(work_of(q, near, far, inputs))
         plan = self.plan = solution.plan
         task = Task(q, rule, self.rig, plan.stage_tokens, plan.piece_tokens, inputs)
         shares = split(plan, self.scheduler.lanes, far)
         deadline_s = max(_SHORTEST_DEADLINE_S, _DEADLINE_STEPS * solution.prediction.seconds)
-        outcome = drive(lambda: self._attend_near(task, near), _begun(task, shares), self.rig, deadline_s)
+        rooms = {name: room_like(mass, q, run) for name, run in (*_runs(shares), ("near", near))}
+        of_near = task._replace(mass=rooms["near"])
+        works = _begun(task, shares, rooms)
+        outcome = drive(lambda: self._attend_near(of_near, near), works, self.rig, deadline_s)
         if not outcome.failed:
             self.scheduler.observe(solution, _seconds(self.rig.trace.take()))
-        parts = [outcome.parts[name] for name in ("near", *shares) if name in outcome.parts]
-        return kernels.merge([*parts, *self._without(task, shares, outcome.failed, deadline_s)])
+        parts = outcome.parts | self._without(task, shares, outcome.failed, deadline_s, rooms)
+        whole = kernels.merge([parts[name] for name in ("near", *shares)])
+        if mass is not None:
+            put_shares([Weighed(parts[name], rooms[name]) for name in (*shares, "near")], whole.lse, mass)
+        return whole
 
     def _attend_near(self, task: Task, near: PagedKV) -> Partial:
-        return kernels.attend(task.q, near, rule=task.rule, causal=True, pool=self.rig.device_pool)
+        pool = self.rig.device_pool
+        return kernels.attend(task.q, near, rule=task.rule, causal=True, mass=task.mass, pool=pool)
 
     def _without(
-        self, task: Task, shares: Mapping[str, Share], failed: Mapping[str, Exception], deadline_s: float
-    ) -> Iterator[Partial]:
-        """The shares of lanes that failed, by others; LaneError where none is left."""
+        self,
+        task: Task,
+        shares: Mapping[str, Share],
+        failed: Mapping[str, Exception],
+        deadline_s: float,
+        rooms: dict[str, Tensor | None],
+    ) -> dict[str, Partial]:
+        """The shares of lanes that failed, by others; LaneError where none is left. Their masses get new rooms: a lane
+        that has stalled may still write into its own."""
+        parts: dict[str, Partial] = {}
         for name, error in failed.items():
             lane, run = shares[name]
             if lane in self.scheduler.lanes:
@@ -72,9 +94,10 @@ class Crew:
                 )
                 self.scheduler.drop(lane)
             others = {name: Share(_whole_lane(self.scheduler.lanes), run)}
-            again = drive(None, _begun(task, others), self.rig, deadline_s)
-            yield from again.parts.values()
-            yield from self._without(task, others, again.failed, deadline_s)
+            rooms[name] = room_like(rooms[name], task.q, run)
+            again = drive(None, _begun(task, others, rooms), self.rig, deadline_s)
+            parts |= again.parts | self._without(task, others, again.failed, deadline_s, rooms)
+        return parts
 
 
 def split(plan: Plan, lanes: Sequence[str], far: tuple[PagedKV, ...]) -> dict[str, Share]:
@@ -95,8 +118,12 @@ def _whole_lane(lanes: Sequence[str]) -> str:
     return next((name for name in ("attend", "stream") if name in lanes), lanes[0])
 
 
-def _begun(task: Task, shares: Mapping[str, Share]) -> dict[str, DeviceWork]:
-    return {name: LANES[lane](task, run) for name, (lane, run) in shares.items()}
+def _runs(shares: Mapping[str, Share]) -> Iterator[tuple[str, PagedKV]]:
+    return ((name, share.run) for name, share in shares.items())
+
+
+def _begun(task: Task, shares: Mapping[str, Share], rooms: Mapping[str, Tensor | None]) -> dict[str, DeviceWork]:
+    return {name: LANES[lane](task._replace(mass=rooms[name]), run) for name, (lane, run) in shares.items()}
 
 
 def work_of(q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], inputs: Inputs | None = None) -> Work:

@@ -119,18 +119,20 @@ class Rig:
         self.down.send(name, q.nbytes, lambda: q).then(begin)
         return answer
 
-    def attend(self, q: Tensor, pages: PagedKV, rule: ScoreRule) -> Partial:
-        """On the device, over what lies in its memory."""
-        return kernels.attend(q, pages, rule=rule, pool=self.device_pool)
+    def attend(self, q: Tensor, pages: PagedKV, rule: ScoreRule, mass: Tensor | None = None) -> Partial:
+        """On the device, over what lies in its memory. mass: as `kernels.attend` fills it."""
+        return kernels.attend(q, pages, rule=rule, mass=mass, pool=self.device_pool)
 
-    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, pages: PagedKV, rule: ScoreRule) -> Partial:
+    def attend_rows(
+        self, q: Tensor, kv: tuple[Tensor, Tensor], pages: PagedKV, rule: ScoreRule, mass: Tensor | None = None
+    ) -> Partial:
         """On the device, over k and v `[num_seqs, num_kv_heads, num_tokens, head_dim]` in the place of these pages."""
         num_pages = pages.page_table.shape[2]
         arena = self._scratch(pages.arena.parts[0], q.shape[0] * num_pages)
         slots = torch.arange(q.shape[0] * num_pages, dtype=torch.int32, device="cpu").view(-1, 1, num_pages)
         table = slots.expand(q.shape[0], arena.num_kv_heads, num_pages)
-        kernels.append(arena, table, 0, k, v, self.device_pool)
-        return self.attend(q, PagedKV(arena, table, pages.kv_start, pages.kv_len), rule)
+        kernels.append(arena, table, 0, *kv, self.device_pool)
+        return self.attend(q, PagedKV(arena, table, pages.kv_start, pages.kv_len), rule, mass)
 
     def _scratch(self, like: Arena, num_slots: int) -> Arena:
         """Pages of the device's own, kept between calls."""

@@ -1,8 +1,8 @@
 """The stream lane (FlexGen, 2303.06865): pages come over the link into staging slots, and the device attends there."""
 
-from tandemkv import kernels
 from tandemkv.lanes.base import DeviceWork, Task
 from tandemkv.lanes.rig import Rig
+from tandemkv.lanes.shares import Weighed, joined, room_like
 from tandemkv.schedule.costs import NUM_SLOTS
 from tandemkv.types import PagedKV
 
@@ -16,10 +16,12 @@ def stream(task: Task, share: PagedKV) -> DeviceWork:
     try:
         for i in range(len(stages)):
             yield tickets[i]
-            parts.append(rig.attend(task.q, tickets[i].result(), task.rule))
+            stage = tickets[i].result()
+            mass = room_like(task.mass, task.q, stage)
+            parts.append(Weighed(rig.attend(task.q, stage, task.rule, mass), mass))
             if i + NUM_SLOTS < len(stages):  # the slot that was read is free
                 tickets.append(rig.send_pages("stream", stages[i + NUM_SLOTS]))
     finally:
         for ticket in tickets:
             ticket.cancel()
-    return kernels.merge(parts)
+    return joined(parts, task.mass)

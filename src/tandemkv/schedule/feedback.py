@@ -32,8 +32,8 @@ class Corrections:
                 self._ratios[lane, resource].append(seconds / expected * machine.factor(lane, resource))
 
     def corrected(self, machine: Machine) -> Machine:
-        """The machine as it was measured; what was measured less than three times is believed as it was. The same object
-        where nothing has moved by `NOTICED`."""
+        """The machine as it was measured; what was measured less than three times is believed as it was. The same
+        object where nothing has moved by `NOTICED`."""
         believed = {key: median(ratios) for key, ratios in self._ratios.items() if len(ratios) > WINDOW // 2}
         for resource in {resource for _, resource in believed}:  # a slow device is slow for other lanes, too
             believed[ANY, resource] = median(factor for (_, its), factor in believed.items() if its == resource)
