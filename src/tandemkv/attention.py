@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, gather, merge
-from tandemkv.lanes import LANES, Crew, Inputs, Task, TorchRig, drive
+from tandemkv.lanes import LANES, Crew, Inputs, Staging, Task, TorchRig, drive
 from tandemkv.select import MAX_SELECT_QUERIES
 from tandemkv.selection import (
     is_verified,
@@ -232,6 +233,9 @@ def _prefill_rows(
 ) -> Partial:
     """`prefill_chunk` for some sequences with the same padding."""
     history, q_len = layer.seq_len, q.shape[2]
+    oldest = 0 if rule.window is None else max(0, history - rule.window + 1)  # that the first query sees
+    first = max(oldest, min(kv_start, history))
+    staged = _staged(layer, seqs, first)  # on its way while the chunk attends to itself
     num_padded = min(max(kv_start - history, 0), q_len)  # of the chunk's own tokens
     queries = q[:, :, num_padded:].contiguous()  # once, or each piece would copy it to group its heads
     k, v = (x[:, :, num_padded:] for x in kv)
@@ -239,16 +243,64 @@ def _prefill_rows(
     # torch's kernel hides NaN in runs shorter than a block; in others it shows in lse, which is cheaper to read than q.
     if bool((queries if queries.shape[2] < BLOCK_TOKENS else part.lse).isnan().any()):
         raise InputError("q contains NaN, or k does: a layer before this attention produced it")
-    oldest = 0 if rule.window is None else max(0, history - rule.window + 1)  # that the first query sees
-    for begin in range(max(oldest, min(kv_start, history)), history, PREFILL_PIECE_TOKENS):
+    place = history + num_padded  # of the first query
+    for begin in range(first if staged is None else layer.first_near_token, history, PREFILL_PIECE_TOKENS):
         piece_k, piece_v = layer.read(begin, min(begin + PREFILL_PIECE_TOKENS, history), seqs)
-        first_query = history + num_padded - begin
-        older = attend_dense(queries, piece_k, piece_v, rule=rule, first_query=first_query)
+        older = attend_dense(queries, piece_k, piece_v, rule=rule, first_query=place - begin)
         part = merge([older, part], worker_pool())
+    if staged is not None:
+        part = merge([_attend_staged(queries, layer, seqs, staged, rule, place), part], worker_pool())
     if num_padded == 0:
         return part
     out = torch.nn.functional.pad(part.out, (0, 0, num_padded, 0))
     return Partial(out, torch.nn.functional.pad(part.lse, (num_padded, 0), value=-torch.inf))
+
+
+class _Piece(NamedTuple):
+    """Far tokens `[begin, end)` of one KV head; None: of all of them."""
+
+    begin: int
+    end: int
+    head: int | None
+
+
+class _Staged(NamedTuple):
+    """What a prompt's chunk needs of far tokens, as it comes up."""
+
+    pieces: list[_Piece]
+    staging: Staging
+
+
+def _staged(layer: LayerKV, seqs: slice, first: int) -> _Staged | None:
+    """The far tokens from `first` on, sent for: every page once, or once for each head. None where a chunk reads them
+    where they lie, and where there are none."""
+    crew, far = layer.crew, layer.far
+    if crew is None or layer.window is not None or first >= layer.far_tokens:
+        return None
+    page_size, num_heads = far.arena.layout.page_size, far.arena.num_kv_heads
+    step = max(1, PREFILL_PIECE_TOKENS // page_size) * page_size  # no page is in two pieces
+    cuts = [first, *range((first // step + 1) * step, layer.far_tokens, step), layer.far_tokens]
+    heads = range(num_heads) if crew.stages_heads else [None]
+    pieces = [_Piece(begin, end, head) for head in heads for begin, end in pairwise(cuts)]
+    sizes = [layer.far_bytes(begin, end, seqs) // len(heads) for begin, end in pairwise(cuts)] * len(heads)
+    return _Staged(pieces, Staging(crew.rig, "prefill", sizes))
+
+
+def _attend_staged(
+    q: Tensor, layer: LayerKV, seqs: slice, staged: _Staged, rule: ScoreRule, first_query: int
+) -> Partial:
+    """Attention over far tokens, each piece while the next is on its way; those of a head are for its queries alone."""
+    assert layer.crew is not None
+    pool, group_size = layer.crew.rig.device_pool, q.shape[1] // layer.far.arena.num_kv_heads
+    found: dict[int | None, Partial] = {}
+    for i in staged.staging.loads():
+        begin, end, head = staged.pieces[i]
+        heads = slice(None) if head is None else slice(head, head + 1)
+        rows = q if head is None else q[:, head * group_size : (head + 1) * group_size]
+        k, v = layer.read(begin, end, seqs, heads)
+        part = attend_dense(rows, k, v, rule=rule, first_query=first_query - begin)
+        found[head] = part if head not in found else merge([found[head], part], pool)
+    return Partial(*(torch.cat(xs, 1) for xs in zip(*found.values(), strict=True)))
 
 
 def _by_padding(kv_start: Tensor, attend: Callable[[slice, int], Partial]) -> Partial:

@@ -74,7 +74,8 @@ def crew_for(system: System, machine: Machine, plan: Plan | None = None) -> Crew
 
     InputError where this process has fewer than two processors.
     """
-    return Crew(Rig(machine.up, machine.down), Scheduler(machine, system.lanes, plan))
+    scheduler = Scheduler(machine, system.lanes, plan)
+    return Crew(Rig(machine.up, machine.down), scheduler, stages_heads=system.stages_heads)
 
 
 def read_plan(path: Path, system: System) -> Plan:

@@ -357,20 +357,30 @@ class LayerKV:
         """Nobody attends any more."""
         self._is_held = False
 
-    def read(self, begin: int, end: int, seqs: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """K and V of tokens `[begin, end)` of some sequences, `[seqs, num_kv_heads, tokens, head_dim]`, near device."""
+    def read(
+        self, begin: int, end: int, seqs: slice = slice(None), heads: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """K and V of tokens `[begin, end)` of some sequences and KV heads, `[seqs, heads, tokens, head_dim]`, near
+        device."""
         if not self.first_token <= begin < end <= self.seq_len:
             raise InputError(f"tokens [{begin}, {end}) of [{self.first_token}, {self.seq_len})")
         near = self._store.near.arena
-        shape = (self._map.slots[seqs].shape[0], near.num_kv_heads, end - begin)
+        num_heads = len(range(*heads.indices(near.num_kv_heads)))
+        shape = (self._map.slots[seqs].shape[0], num_heads, end - begin)
         k = torch.empty((*shape, near.head_dim), dtype=near.layout.dtype, device=near.k.device)
         v = torch.empty((*shape, near.v_head_dim), dtype=near.layout.dtype, device=near.k.device)
         middle = min(max(self.first_near_token, begin), end)
         for pool, first, last in ((self._store.far, begin, middle), (self._store.near, middle, end)):
             if first < last:
                 run = slice(first - begin, last - begin)
-                self._read_into(k[:, :, run], v[:, :, run], pool, first, seqs)
+                self._read_into((k[:, :, run], v[:, :, run]), pool, first, seqs, heads)
         return k, v
+
+    def far_bytes(self, begin: int, end: int, seqs: slice = slice(None)) -> int:
+        """Of the pages that far tokens `[begin, end)` of some sequences lie in, all KV heads."""
+        pages = slice(begin // self._page_size, -(-end // self._page_size))
+        run = self._run(self._store.far, pages.start, pages.stop)
+        return PagedKV(run.arena, run.page_table[seqs], run.kv_start[seqs], run.kv_len[seqs]).num_bytes
 
     @property
     def num_inputs(self) -> int:
@@ -387,11 +397,16 @@ class LayerKV:
             raise InputError(f"inputs of tokens [{begin}, {end}) of [0, {self.num_inputs})")
         return self.inputs.kv(self.index, begin, end, x)
 
-    def _read_into(self, k: Tensor, v: Tensor, pool: PagePool, begin: int, seqs: slice) -> None:
-        arena, first = pool.arena, begin // self._page_size
+    def _read_into(self, kv: tuple[Tensor, Tensor], pool: PagePool, begin: int, seqs: slice, heads: slice) -> None:
+        (k, v), arena, first = kv, pool.arena, begin // self._page_size
         last = -(-(begin + k.shape[2]) // self._page_size)
-        table = self._table(arena.num_kv_heads, self._map.slots[seqs, first:last])
+        slots = self._map.slots[seqs, first:last]
+        table = self._table(arena.num_kv_heads, slots)
         offset = begin - first * self._page_size
+        if heads != slice(None):  # every sequence's every head becomes a sequence of one head
+            its = torch.arange(arena.num_kv_heads, dtype=torch.int32, device="cpu")[heads]
+            table = (slots[:, None] * arena.num_kv_heads + its[:, None]).flatten(0, 1).unsqueeze(1)
+            arena, k, v = arena.of_heads(), _each_head(k), _each_head(v)
         if k.device == arena.k.device:
             kernels.gather(arena, table, offset, k, v, self._store.workers)
         else:
@@ -514,6 +529,11 @@ class LayerKV:
         """Slots of every near and of every far page, once for every sequence that has it."""
         far = self._map.slots[:, : self._map.num_older] if self.window is None else self._map.slots[:, :0]
         return self._map.near_slots.flatten(), far.flatten()
+
+
+def _each_head(x: Tensor) -> Tensor:
+    """`[num_seqs, heads, tokens, dim]` as `[num_seqs * heads, 1, tokens, dim]`: the same numbers."""
+    return x.view(-1, 1, *x.shape[2:])
 
 
 def _equal(a: object, b: object) -> bool:

@@ -32,8 +32,9 @@ class Share(NamedTuple):
 class Crew:
     """A rig and its scheduler. The thread that calls is the device."""
 
-    def __init__(self, rig: Rig, scheduler: Scheduler) -> None:
-        self.rig, self.scheduler = rig, scheduler
+    def __init__(self, rig: Rig, scheduler: Scheduler, *, stages_heads: bool = False) -> None:
+        """stages_heads: what a prompt needs of far tokens comes up one KV head after the other (HeadInfer)."""
+        self.rig, self.scheduler, self.stages_heads = rig, scheduler, stages_heads
         self.plan: Plan | None = None  # of the last step
 
     def close(self) -> None:
