@@ -48,7 +48,7 @@ def work_for(spec: CacheSpec, num_q_heads: int, num_seqs: int, num_tokens: int) 
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         v_head_dim=spec.v_width,
-        near_tokens=num_tokens - far_tokens,
+        near_tokens=spec.near_tokens,  # that there is room for, whatever the number of tokens
         far_tokens=far_tokens,
         k_bytes=spec.num_kv_heads * k_bytes,
         v_bytes=spec.num_kv_heads * v_bytes,

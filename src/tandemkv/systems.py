@@ -109,3 +109,6 @@ SYSTEMS: dict[str, System] = {
         verified=(0.05, 0.05),
     ),
 }
+
+EVALUATED = tuple(name for name, system in SYSTEMS.items() if name == "dense" or system.selector is not None)
+"""Those whose answers are their own: the others attend to every token, and answer as dense attention does."""
