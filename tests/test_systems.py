@@ -37,7 +37,7 @@ from tests.test_selectors import GROUP_SIZE, NUM_KV_HEADS, SCALE, Text, cache_of
 
 NAMES = {
     *("dense", "window", "streaming_llm", "h2o", "keyformer", "corm", "hgca", "quest", "infinigen", "retroinfer"),
-    *("flexgen", "moe-lightning", "kvpr", "headinfer", "tandem", "tandem-sparse", "tandem-verified"),
+    *("flexgen", "moe-lightning", "kvpr", "hybridgen", "headinfer", "tandem", "tandem-sparse", "tandem-verified"),
 }
 EXACT = {"dense", "flexgen", "moe-lightning", "kvpr", "headinfer", "tandem"}
 SPARSE = sorted(NAMES - EXACT)
@@ -46,6 +46,7 @@ LANES_OF = {
     "flexgen": ("stream",),
     "moe-lightning": ("attend",),
     "kvpr": ("recompute", "stream"),
+    "hybridgen": ("logits",),
     "headinfer": ("stream",),
     "tandem": ("recompute", "attend", "logits", "stream"),
 }
@@ -88,6 +89,7 @@ def test_the_table() -> None:
     assert set(EVALUATED) == {"dense", *SPARSE}
     assert {name: system.lanes for name, system in SYSTEMS.items() if system.lanes} == LANES_OF
     assert {name for name, system in SYSTEMS.items() if system.stages_heads} == {"headinfer"}
+    assert {name for name, system in SYSTEMS.items() if system.joins_logits} == {"hybridgen"}
     assert all(sparse_mode(name, None) is sparse_mode(name, 100) is None for name in EXACT)
     for name in SPARSE:
         mode = sparse_mode(name, 960)

@@ -13,10 +13,13 @@ from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, gather, merge
-from tandemkv.lanes import LANES, Crew, Inputs, Staging, Task, TorchRig, drive
+from tandemkv.lanes import LANES, Ahead, Crew, HybridCrew, Inputs, Staging, Task, TorchRig, drive
+from tandemkv.lanes.hybrid import join, near_logits, pick
 from tandemkv.select import MAX_SELECT_QUERIES
 from tandemkv.selection import (
+    far_question,
     is_verified,
+    joins_logits,
     learn,
     observe_chunk,
     observer_of,
@@ -49,6 +52,8 @@ def decode_step(
     newer than itself. sink_logit: float32 `[num_q_heads]`, an extra logit without a value (GPT-OSS).
     Returns `[num_seqs, q_len, num_q_heads, v_head_dim]` in q's dtype, contiguous.
     """
+    if joins_logits(layer):
+        return _decode_jointly(q, k, v, layer, rule, sink_logit)
     if layer.crew is not None:
         return _decode_in_lanes(q, k, v, layer, rule, sink_logit)
     if q.device.type != "cpu":
@@ -167,6 +172,47 @@ def _decode_in_lanes(
                 mass *= (exact.lse - whole.lse).exp_().nan_to_num_(0.0).unsqueeze(-1)
             learn(layer, mass, runs, is_decoded=True)
     return whole.out.transpose(1, 2).to(q.dtype).contiguous()
+
+
+def _decode_jointly(
+    q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None
+) -> Tensor:
+    """`decode_step` as HybridGen takes it, on a rig or on the one processor that there is: logits of far tokens are
+    those of the query that was foreseen, and join those of near tokens before one softmax."""
+    crew = layer.crew
+    with layer.extended(q.shape[2]) as held:
+        layer.write(k, v)
+        if isinstance(crew, HybridCrew):
+            part = crew.attend_jointly(layer.index, q, held.near, rule, _taken_up(q, layer, rule, crew))
+        else:
+            pool = worker_pool()
+            picked = pick(far_question(_foreseen(q, layer), layer, rule), pool)
+            part = join(picked, held.near, near_logits(q, held.near, rule, pool), pool)
+        if sink_logit is not None:
+            part = merge([part], sink_logit=sink_logit)
+    return part.out.transpose(1, 2).to(q.dtype).contiguous()
+
+
+def look_ahead(layer: LayerKV) -> None:
+    """Begin what the host can do for a layer's next step, whose query was foreseen."""
+    crew, q = layer.crew, layer.foreseen
+    if q is not None and isinstance(crew, HybridCrew) and joins_logits(layer) and layer.index in crew.rules:
+        layer.ahead = crew.ask(layer.index, far_question(q, layer, crew.rules[layer.index], q.shape[2]))
+
+
+def _taken_up(q: Tensor, layer: LayerKV, rule: ScoreRule, crew: HybridCrew) -> Ahead:
+    """What the host is at already, if it is about the pages that there are now: the layer may have evicted since."""
+    ahead, layer.ahead, stale = layer.ahead, None, _foreseen(q, layer)
+    if ahead is not None and ahead.asked.q is stale and ahead.asked.is_about(layer.far, rule):
+        return ahead
+    if ahead is not None:
+        ahead.ticket.cancel()
+    return crew.ask(layer.index, far_question(stale, layer, rule))
+
+
+def _foreseen(q: Tensor, layer: LayerKV) -> Tensor:
+    """The query as it was foreseen; the true one, where none of that shape was."""
+    return q if layer.foreseen is None or layer.foreseen.shape != q.shape else layer.foreseen
 
 
 def _verified_by_host(

@@ -31,7 +31,7 @@ from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import Copied, PageStore
 from tandemkv.errors import CacheError, InputError, PrecisionWarning
 from tandemkv.kernels.blocks import ChosenBlocks, FarPages
-from tandemkv.lanes import Crew
+from tandemkv.lanes import Ahead, Crew
 from tandemkv.select import Sparse, Summaries, Tally
 from tandemkv.types import BLOCK_TOKENS, PagedKV
 
@@ -103,6 +103,7 @@ class LayerKV:
         self.chosen: tuple[Standing | None, ChosenBlocks] | None = None  # the last choice, and what it was made from
         self.inputs: KeptInputs | None = None  # of the whole cache, where layers like this one keep theirs
         self.foreseen: Tensor | None = None  # the next query, predicted a layer ahead
+        self.ahead: Ahead | None = None  # what the host does with it already
         # float32 [num_seqs, num_kv_heads, head_dim]: how much each channel of K mattered to the newest queries
         self.channel_weights: Tensor | None = None
 
@@ -414,6 +415,12 @@ class LayerKV:
             kernels.gather(arena, table, offset, host_k, host_v, self._store.workers)
             k.copy_(host_k)
             v.copy_(host_v)
+
+    def forget_foreseen(self) -> None:
+        """What was foreseen is of no use any more."""
+        if self.ahead is not None:
+            self.ahead.ticket.cancel()
+        self.foreseen = self.ahead = None
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 

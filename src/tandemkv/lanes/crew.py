@@ -14,7 +14,7 @@ from tandemkv.lanes.rig import Rig
 from tandemkv.lanes.shares import Weighed, put_shares, room_like
 from tandemkv.lanes.table import LANES
 from tandemkv.lanes.tickets import Span
-from tandemkv.schedule import COSTS, Plan, Scheduler, Work
+from tandemkv.schedule import COSTS, Plan, Scheduler, Solution, Work
 from tandemkv.types import PagedKV, Partial, ScoreRule
 
 _SHORTEST_DEADLINE_S = 1.0
@@ -59,7 +59,7 @@ class Crew:
         plan = self.plan = solution.plan
         task = Task(q, rule, self.rig, plan.stage_tokens, plan.piece_tokens, inputs)
         shares = split(plan, self.scheduler.lanes, far)
-        deadline_s = max(_SHORTEST_DEADLINE_S, _DEADLINE_STEPS * solution.prediction.seconds)
+        deadline_s = deadline_of(solution)
         rooms = {name: room_like(mass, q, run) for name, run in (*_runs(shares), ("near", near))}
         of_near = task._replace(mass=rooms["near"])
         works = _begun(task, shares, rooms)
@@ -99,6 +99,11 @@ class Crew:
             again = drive(None, _begun(task, others, rooms), self.rig, deadline_s)
             parts |= again.parts | self._without(task, others, again.failed, deadline_s, rooms)
         return parts
+
+
+def deadline_of(solution: Solution) -> float:
+    """Seconds after which a lane has stalled."""
+    return max(_SHORTEST_DEADLINE_S, _DEADLINE_STEPS * solution.prediction.seconds)
 
 
 def split(plan: Plan, lanes: Sequence[str], far: tuple[PagedKV, ...]) -> dict[str, Share]:

@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
@@ -67,12 +66,13 @@ class Host:
         while (job := self._queue.get()) is not None:
             if job.ticket.is_cancelled:
                 continue
-            begin = time.perf_counter()
             try:
-                job.ticket.set(job.work())
+                with self._trace.span("host", job.name):  # over before anybody can ask what it took
+                    value = job.work()
             except BaseException as error:  # noqa: BLE001  raised where the ticket is waited for
                 job.ticket.fail(error)
-            self._trace.add("host", job.name, begin, time.perf_counter())
+            else:
+                job.ticket.set(value)
 
 
 class Rig:
@@ -102,15 +102,18 @@ class Rig:
         self.down = Link("down", down, self.bell, self.trace)
         atexit.register(self.close)  # a thread in the middle of a call would end the process with an abort
 
-    def ask_host(self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int) -> Ticket[T]:
-        """q down, work on the host, its answer up."""
+    def ask_host(
+        self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int | Callable[[T], int]
+    ) -> Ticket[T]:
+        """q down, work on the host, its answer up, of which up_bytes may tell the size."""
         answer: Ticket[T] = Ticket(self.bell)
 
         def send_up(done: Ticket[T]) -> None:
             if done.error is not None:
                 answer.fail(done.error)
             else:
-                self.up.send(name, up_bytes, done.result, answer)
+                num_bytes = up_bytes if isinstance(up_bytes, int) else up_bytes(done.result())
+                self.up.send(name, num_bytes, done.result, answer)
 
         def begin(arrived: Ticket[Tensor]) -> None:
             if not answer.is_cancelled:
@@ -178,7 +181,9 @@ class TorchRig:
         self.bell, self.trace = Condition(), Trace()
         self.host = Host(pool, self.bell, self.trace)
 
-    def ask_host(self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int) -> Ticket[T]:
+    def ask_host(
+        self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int | Callable[[T], int]
+    ) -> Ticket[T]:
         """q down, work on the host; the caller brings its answer up."""
         is_cuda = q.device.type == "cuda"
         host_q = torch.empty(q.shape, dtype=q.dtype, device="cpu", pin_memory=is_cuda).copy_(q, non_blocking=is_cuda)
