@@ -200,6 +200,25 @@ def look_ahead(layer: LayerKV) -> None:
         layer.ahead = crew.ask(layer.index, far_question(q, layer, crew.rules[layer.index], q.shape[2]))
 
 
+def stream_ahead(layer: LayerKV, q_len: int) -> None:
+    """Between two layers: let the first of what this one will stream cross the link already.
+
+    In exact mode that is of all its far tokens, in sparse mode of those that its foreseen query picks; where none was
+    foreseen, nothing is known yet. q_len: of the step under way; prompts stage their own.
+    """
+    crew, sparse = layer.crew, layer.sparse
+    is_step = q_len <= (MAX_DECODE_QUERIES if sparse is None else MAX_SELECT_QUERIES)
+    if crew is None or not layer.far_tokens or not is_step or "stream" not in crew.scheduler.lanes:
+        return
+    with layer.hold() as held:
+        far = held.far
+        if sparse is not None:
+            if not sparse.foresees or layer.foreseen is None:
+                return
+            far = taking_part(layer.foreseen, layer, held, crew.rig.host.pool, num_new=q_len)
+    crew.send_ahead(far)
+
+
 def _taken_up(q: Tensor, layer: LayerKV, rule: ScoreRule, crew: HybridCrew) -> Ahead:
     """What the host is at already, if it is about the pages that there are now: the layer may have evicted since."""
     ahead, layer.ahead, stale = layer.ahead, None, _foreseen(q, layer)

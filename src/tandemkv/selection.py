@@ -44,12 +44,13 @@ def sparse_mode(system: str, budget_tokens: int | None) -> Sparse | None:
     return Sparse(selector, budget_tokens, verified=None if promise is None else Verified(*promise))
 
 
-def taking_part(q: Tensor, layer: LayerKV, held: Held, pool: "WorkerPool") -> tuple[PagedKV, ...]:
-    """The far tokens that these queries attend to: all, or what the layer's selector picks within its budget."""
+def taking_part(q: Tensor, layer: LayerKV, held: Held, pool: "WorkerPool", num_new: int = 0) -> tuple[PagedKV, ...]:
+    """The far tokens that these queries attend to: all, or what the layer's selector picks within its budget. num_new:
+    tokens that will be near then, and are not yet held."""
     sparse = layer.sparse
     if sparse is None or not held.far or looks_at_all(layer, q.shape[2]):
         return held.far
-    num_wanted = (sparse.budget_tokens - layer.num_near_tokens) // BLOCK_TOKENS
+    num_wanted = (sparse.budget_tokens - layer.num_near_tokens - num_new) // BLOCK_TOKENS
     if num_wanted >= layer.num_far_blocks and not _forgets(layer):
         return held.far
     chosen = _choose(q, layer, num_wanted, sparse, pool)
@@ -217,7 +218,7 @@ def _choose(q: Tensor, layer: LayerKV, num_wanted: int, sparse: Sparse, pool: "W
         room = min(-(-sparse.budget_tokens // BLOCK_TOKENS), far.arena.num_slots * far.page_blocks)
         layer.chosen = None, ChosenBlocks.allocate(far.arena, q.shape[0], room)
     last, chosen = layer.chosen
-    if sparse.stands and now.is_like(last):
+    if (sparse.stands or (sparse.foresees and layer.foreseen is not None)) and now.is_like(last):
         return chosen
     layer.chosen = None, chosen  # until the new one is there
     scores = policy.score(q.cpu(), layer.summaries())  # far blocks are known on the host

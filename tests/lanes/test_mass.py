@@ -93,7 +93,7 @@ def pairs(rig: Rig, text: Text, sparse: Sparse, num_tokens: int) -> Iterator[tup
         yield there, here, feed(there, text, q_len), feed(here, text, q_len)
 
 
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", [name for name in SELECTORS if name != "logits"])  # it gives no partial results
 def test_a_selector_learns_and_chooses_as_without_a_rig(rig: Rig, selector: str) -> None:
     """Observers are told the same numbers, and who estimates adds the same estimate."""
     for there, here, out, expected in pairs(rig, Text(), Sparse(selector, 240), 600):

@@ -76,9 +76,10 @@ class Standing(NamedTuple):
     kv_start: Tensor
     epoch: int
     num_wanted: int
+    foreseen: Tensor | None
 
     def is_like(self, other: "Standing | None") -> bool:
-        """Whether the choice would be the same, where it does not depend on queries."""
+        """Whether the choice would be the same, where it depends on no query but the foreseen one."""
         return other is not None and all(
             mine is its or _equal(mine, its) for mine, its in zip(self, other, strict=True)
         )
@@ -452,7 +453,8 @@ class LayerKV:
     def standing(self, num_wanted: int) -> Standing:
         """What a choice of so many blocks would be made from now."""
         pages = self._map
-        return Standing(pages.slots, pages.num_older, self._kv_start, self.knowledge.epoch, num_wanted)
+        epoch = self.knowledge.epoch
+        return Standing(pages.slots, pages.num_older, self._kv_start, epoch, num_wanted, self.foreseen)
 
     @property
     def num_far_blocks(self) -> int:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from tandemkv import kernels
@@ -13,8 +14,9 @@ from tandemkv.lanes.base import DeviceWork, Inputs, Task, drive
 from tandemkv.lanes.rig import Rig
 from tandemkv.lanes.shares import Weighed, put_shares, room_like
 from tandemkv.lanes.table import LANES
-from tandemkv.lanes.tickets import Span
+from tandemkv.lanes.tickets import Span, Ticket
 from tandemkv.schedule import COSTS, Plan, Scheduler, Solution, Work
+from tandemkv.schedule.costs import NUM_SLOTS
 from tandemkv.types import PagedKV, Partial, ScoreRule
 
 _SHORTEST_DEADLINE_S = 1.0
@@ -36,6 +38,7 @@ class Crew:
         """stages_heads: what a prompt needs of far tokens comes up one KV head after the other (HeadInfer)."""
         self.rig, self.scheduler, self.stages_heads = rig, scheduler, stages_heads
         self.plan: Plan | None = None  # of the last step
+        self._sent: list[tuple[PagedKV, Ticket[PagedKV]]] = []  # ahead
 
     def close(self) -> None:
         """End the rig's threads; no step follows."""
@@ -62,7 +65,7 @@ class Crew:
         deadline_s = deadline_of(solution)
         rooms = {name: room_like(mass, q, run) for name, run in (*_runs(shares), ("near", near))}
         of_near = task._replace(mass=rooms["near"])
-        works = _begun(task, shares, rooms)
+        works = _begun(task._replace(sent=self._taken_up(shares)), shares, rooms)
         outcome = drive(lambda: self._attend_near(of_near, near), works, self.rig, deadline_s)
         if not outcome.failed:
             self.scheduler.observe(solution, _seconds(self.rig.trace.take()))
@@ -71,6 +74,29 @@ class Crew:
         if mass is not None:
             put_shares([Weighed(parts[name], rooms[name]) for name in (*shares, "near")], whole.lse, mass)
         return whole
+
+    def send_ahead(self, far: tuple[PagedKV, ...]) -> None:
+        """Let the first of what a layer will stream cross the link while the device is at something else, as far as
+        there are slots. The layer takes it up if it streams just these pages, with the same plan."""
+        self._cancel_sent()
+        if self.plan is None or not far or self.plan.num_tokens != far[0].page_table.shape[2] * far[0].entry_tokens:
+            return
+        for stage in _stages(split(self.plan, self.scheduler.lanes, far), self.plan):
+            self._sent.append((stage, self.rig.send_pages("stream", stage)))
+
+    def _taken_up(self, shares: Mapping[str, Share]) -> list[Ticket[PagedKV]]:
+        """What was sent ahead, where these shares begin with it: all of it, or it is sent again."""
+        assert self.plan is not None
+        stages, sent = _stages(shares, self.plan), [stage for stage, _ in self._sent]
+        if len(stages) != len(sent) or not all(_are_same(*pair) for pair in zip(stages, sent, strict=True)):
+            self._cancel_sent()
+        tickets, self._sent = [ticket for _, ticket in self._sent], []
+        return tickets
+
+    def _cancel_sent(self) -> None:
+        for _, ticket in self._sent:
+            ticket.cancel()
+        self._sent = []
 
     def _attend_near(self, task: Task, near: PagedKV) -> Partial:
         pool = self.rig.device_pool
@@ -122,6 +148,22 @@ def split(plan: Plan, lanes: Sequence[str], far: tuple[PagedKV, ...]) -> dict[st
 def _whole_lane(lanes: Sequence[str]) -> str:
     """Of these the one that can take any tokens, whatever they stand for."""
     return next((name for name in ("attend", "stream") if name in lanes), lanes[0])
+
+
+def _stages(shares: Mapping[str, Share], plan: Plan) -> list[PagedKV]:
+    """The first of what is streamed, as many as there are slots."""
+    share = shares.get("stream")
+    return [] if share is None else share.run.cut(plan.stage_tokens)[:NUM_SLOTS]
+
+
+def _are_same(run: PagedKV, other: PagedKV) -> bool:
+    """Whether both are the same pages; of blocks, those of every head."""
+    return (
+        run.arena is other.arena
+        and run.of_blocks == other.of_blocks
+        and torch.equal(run.page_table, other.page_table)
+        and torch.equal(run.kv_len, other.kv_len)
+    )
 
 
 def _runs(shares: Mapping[str, Share]) -> Iterator[tuple[str, PagedKV]]:

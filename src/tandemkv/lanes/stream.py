@@ -11,7 +11,7 @@ def stream(task: Task, share: PagedKV) -> DeviceWork:
     """See `Lane`. A slot is filled while the device reads the other: double-buffered."""
     rig, stages = task.rig, share.cut(task.stage_tokens)
     assert isinstance(rig, Rig), "pages of a CUDA device are not staged yet"
-    tickets = [rig.send_pages("stream", stage) for stage in stages[:NUM_SLOTS]]
+    tickets = [*task.sent, *(rig.send_pages("stream", stage) for stage in stages[len(task.sent) : NUM_SLOTS])]
     parts = []
     try:
         for i in range(len(stages)):
