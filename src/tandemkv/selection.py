@@ -85,9 +85,8 @@ def far_question(q: Tensor, layer: LayerKV, rule: ScoreRule, num_new: int = 0) -
         room = min(num_wanted + _SPARE_BLOCKS, far.arena.num_slots * far.page_blocks)
         layer.chosen = None, ChosenBlocks.allocate(far.arena, q.shape[0], room)
     assert layer.chosen is not None
-    room_of_choice = layer.chosen[1]
-    layer.chosen = None, room_of_choice
-    return FarQuestion(q, far, rule, room_of_choice, num_wanted, sparse.num_first_tokens, last)
+    layer.chosen = layer.standing(num_wanted), layer.chosen[1]
+    return FarQuestion(q, far, rule, layer.chosen[1], num_wanted, sparse.num_first_tokens, last)
 
 
 def observer_of(layer: LayerKV) -> Observer | None:

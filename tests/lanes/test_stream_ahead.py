@@ -107,7 +107,7 @@ def test_other_pages_are_sent_again_and_the_first_ones_dropped(rig: Rig, truth: 
 
 def filled(text: Text, crew: Crew | None, selector: str | None) -> KVCache:
     cache = KVCache(spec_of(16), worker_pool())
-    cache.sparse, cache.crew = None if selector is None else Sparse(selector, 240), crew
+    cache.sparse, cache.crew = None if selector is None else Sparse(selector, 245), crew
     cache.reserve(text.num_seqs, text.num_tokens)
     cache.layer(0).set_kv_start(torch.tensor(text.kv_start))
     feed(cache, text, 600)
