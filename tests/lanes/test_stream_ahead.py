@@ -131,7 +131,7 @@ def test_the_foreseen_choice_is_sent_ahead_and_made_once(
         return score(selector, q, summaries)
 
     monkeypatch.setattr(Lookahead, "score", logged)
-    for i in range(12):
+    for i in range(18):
         stale = torch.roll(text.q, 1, 1)[:, :, there.seq_len : there.seq_len + 1].contiguous()
         for each in (there, here):
             each.layer(0).foreseen = stale if foresees else None
