@@ -26,19 +26,30 @@ from tandemkv.evaluate.run import Settings, evaluate, write_prompts
 from tandemkv.select import MAX_SELECT_QUERIES, Sparse, Tally, Verified
 from tandemkv.select.clusters import Clustered, Clusters
 from tandemkv.selection import sparse_mode
-from tandemkv.systems import SYSTEMS
+from tandemkv.systems import EVALUATED, SYSTEMS
 from tandemkv.types import BLOCK_TOKENS
 from tests import models
 from tests.integrations.agreement import attached
+from tests.profiles import store_profile
 from tests.sparse import assert_attends_to
 from tests.test_generate import PROMPT, save_tiny_llama
 from tests.test_selectors import GROUP_SIZE, NUM_KV_HEADS, SCALE, Text, cache_of, chosen_of, feed, spec_of
 
 NAMES = {
     *("dense", "window", "streaming_llm", "h2o", "keyformer", "corm", "hgca", "quest", "infinigen", "retroinfer"),
-    *("tandem-sparse", "tandem-verified"),
+    *("flexgen", "moe-lightning", "kvpr", "hybridgen", "headinfer", "tandem", "tandem-sparse", "tandem-verified"),
 }
-SPARSE = sorted(NAMES - {"dense"})
+EXACT = {"dense", "flexgen", "moe-lightning", "kvpr", "headinfer", "tandem"}
+SPARSE = sorted(NAMES - EXACT)
+LANES_OF = {
+    "hgca": ("attend",),
+    "flexgen": ("stream",),
+    "moe-lightning": ("attend",),
+    "kvpr": ("recompute", "stream"),
+    "hybridgen": ("logits",),
+    "headinfer": ("stream",),
+    "tandem": ("recompute", "attend", "logits", "stream"),
+}
 OBSERVING = ["corm", "h2o", "hgca", "keyformer"]
 FORGETFUL = ["corm", "h2o", "keyformer"]
 ESTIMATING = ["retroinfer", "tandem-sparse", "tandem-verified"]
@@ -75,7 +86,11 @@ def assert_sees(cache: KVCache, text: Text, out: Tensor, blocks: list[list[set[i
 
 def test_the_table() -> None:
     assert set(SYSTEMS) == NAMES
-    assert sparse_mode("dense", None) is sparse_mode("dense", 100) is None
+    assert set(EVALUATED) == {"dense", *SPARSE}
+    assert {name: system.lanes for name, system in SYSTEMS.items() if system.lanes} == LANES_OF
+    assert {name for name, system in SYSTEMS.items() if system.stages_heads} == {"headinfer"}
+    assert {name for name, system in SYSTEMS.items() if system.joins_logits} == {"hybridgen"}
+    assert all(sparse_mode(name, None) is sparse_mode(name, 100) is None for name in EXACT)
     for name in SPARSE:
         mode = sparse_mode(name, 960)
         assert mode is not None
@@ -290,6 +305,10 @@ LEAST = BLOCK_TOKENS + SPEC.near_tokens + MAX_SELECT_QUERIES
             (lambda name=name: set_mode(name, LEAST - 1), f"budget_tokens must be at least {LEAST}: 16 for the blocks")
             for name in SPARSE
         ),
+        *(
+            (lambda name=name: contestants([name], [512]), f"system '{name}' attends to every token: its answers are")
+            for name in sorted(EXACT - {"dense"})
+        ),
         (lambda: contestants(SPARSE, [95]), "budget_tokens must be at least 96: 16 for the blocks of the first 4"),
     ],
 )
@@ -319,8 +338,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def command(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """`tandemkv generate` in this process: (exit code, stdout, stderr)."""
+    store_profile(tmp_path, monkeypatch)
 
     def call(*args: object) -> tuple[int, str, str]:
         prompt = ("--prompt-file", source / "prompt.txt", "--near-tokens", 128, "--max-new-tokens", 6)
@@ -340,7 +360,7 @@ def command(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_generate_runs_every_system(command: Any) -> None:
     said = {}
     for system in SYSTEMS:
-        budget = () if system == "dense" else ("--budget", 320)
+        budget = () if system in EXACT else ("--budget", 320)
         code, out, err = command("--system", system, *budget, "--json")
         assert code == 0, err
         report = json.loads(out)
@@ -354,7 +374,11 @@ def test_generate_runs_every_system(command: Any) -> None:
             assert all(0 <= share <= 1 for each in (verified, *layers) for share in each.values())
             assert verified["share_read_max"] == max(layer["share_read_max"] for layer in layers)
         said[system] = report["new_ids"]
+        lanes = set() if report["plan"] is None else set(report["plan"]["tokens"])
+        assert lanes <= set(SYSTEMS[system].lanes)
+        assert bool(lanes) == bool(SYSTEMS[system].lanes)
     assert said["window"] == said["streaming_llm"] != said["dense"]
+    assert all(said[name] == said["dense"] for name in EXACT)
 
 
 @pytest.mark.parametrize(
@@ -384,15 +408,16 @@ def test_help_lists_the_systems(name: str, monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit):
         cli.main()
     shown = re.sub(r"[\s│]+", "", capsys.readouterr().out)  # however it was wrapped
-    assert ",".join(SYSTEMS) in shown
+    assert ",".join(SYSTEMS if name == "generate" else EVALUATED) in shown
 
 
 # -- The evaluation ----------------------------------------------------------------------------------------------------
 
 
 def test_contestants_of_every_system() -> None:
-    found = contestants(list(SYSTEMS), [512, 1024])
-    expected = [Contestant("dense"), *(Contestant(name, b) for name in SYSTEMS if name != "dense" for b in (512, 1024))]
+    found = contestants(list(EVALUATED), [512, 1024])
+    others = [name for name in EVALUATED if name != "dense"]
+    expected = [Contestant("dense"), *(Contestant(name, b) for name in others for b in (512, 1024))]
     assert found == expected
     readers = {*OBSERVING, "retroinfer", "tandem-sparse"}
     assert {each.system for each in found if each.reader is not None} == readers
@@ -405,21 +430,21 @@ def test_a_short_evaluation_of_every_system(tmp_path: Path) -> None:
     A question comes in runs of several tokens, in which hgca attends to everything.
     """
     model = attached(models.llama(vocab_size=300, max_position_embeddings=4096))
-    everybody = tuple(contestants(list(SYSTEMS), [160]))
+    everybody = tuple(contestants(list(EVALUATED), [160]))
     text = assets.held_out_text()[:60_000]
     asked = Settings(("perplexity",), everybody, 700, text, tmp_path, num_contexts=2, num_questions=1)
     prompts = write_prompts(models.byte_tokenizer(), asked, model.config, Console(quiet=True))
     found = evaluate(model, "tiny", prompts, asked, Console(quiet=True)).found
-    losses: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+    losses: dict[str, list[float]] = {name: [] for name in EVALUATED}
     for context in range(2):
-        for name in SYSTEMS:
+        for name in EVALUATED:
             budget = None if name == "dense" else 160
             losses[name].append(found["perplexity", "text", context, Contestant(name, budget)].scores[0])
-    assert set(losses) == NAMES
+    assert set(losses) == {"dense", *SPARSE}
     assert all(math.isfinite(loss) for each in losses.values() for loss in each)
     assert losses["hgca"] == pytest.approx(losses["dense"], abs=1e-4)
     others = {tuple(each) for name, each in losses.items() if name not in {"hgca", "window"}}
-    assert len(others) == len(NAMES) - 2
+    assert len(others) == len(losses) - 2
     assert losses["window"] == losses["streaming_llm"]
     for scores in found.values():  # what a promise cost is kept beside the scores
         shares = [share for share in (scores.share_read, scores.share_fallbacks) if share is not None]

@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,13 @@ from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, gather, merge
-from tandemkv.lanes import LANES, Inputs, Task, TorchRig, drive
+from tandemkv.lanes import LANES, Ahead, Crew, HybridCrew, Inputs, Staging, Task, TorchRig, drive
+from tandemkv.lanes.hybrid import join, near_logits, pick
 from tandemkv.select import MAX_SELECT_QUERIES
 from tandemkv.selection import (
+    far_question,
     is_verified,
+    joins_logits,
     learn,
     observe_chunk,
     observer_of,
@@ -48,6 +52,8 @@ def decode_step(
     newer than itself. sink_logit: float32 `[num_q_heads]`, an extra logit without a value (GPT-OSS).
     Returns `[num_seqs, q_len, num_q_heads, v_head_dim]` in q's dtype, contiguous.
     """
+    if joins_logits(layer):
+        return _decode_jointly(q, k, v, layer, rule, sink_logit)
     if layer.crew is not None:
         return _decode_in_lanes(q, k, v, layer, rule, sink_logit)
     if q.device.type != "cpu":
@@ -155,10 +161,87 @@ def _decode_in_lanes(
     assert crew is not None
     with layer.extended(q.shape[2]) as held:
         layer.write(k, v)
-        part = crew.attend(q, held.near, taking_part(q, layer, held, crew.rig.host.pool), rule, _inputs_of(layer))
+        runs = (*taking_part(q, layer, held, crew.rig.host.pool), held.near)
+        mass = None if observer_of(layer) is None else block_mass(q, *runs)
+        exact = crew.attend(q, held.near, runs[:-1], rule, _inputs_of(layer), mass)
+        step = Step(q, rule, crew.rig.host.pool, sink_logit)
+        rest = _verified_by_host(step, layer, runs, exact, crew) if is_verified(layer) else []
+        whole = merge([exact, *rest], sink_logit=sink_logit)
+        if mass is not None:
+            if sink_logit is not None and not is_verified(layer):
+                mass *= (exact.lse - whole.lse).exp_().nan_to_num_(0.0).unsqueeze(-1)
+            learn(layer, mass, runs, is_decoded=True)
+    return whole.out.transpose(1, 2).to(q.dtype).contiguous()
+
+
+def _decode_jointly(
+    q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None
+) -> Tensor:
+    """`decode_step` as HybridGen takes it, on a rig or on the one processor that there is: logits of far tokens are
+    those of the query that was foreseen, and join those of near tokens before one softmax."""
+    crew = layer.crew
+    with layer.extended(q.shape[2]) as held:
+        layer.write(k, v)
+        if isinstance(crew, HybridCrew):
+            part = crew.attend_jointly(layer.index, q, held.near, rule, _taken_up(q, layer, rule, crew))
+        else:
+            pool = worker_pool()
+            picked = pick(far_question(_foreseen(q, layer), layer, rule), pool)
+            part = join(picked, held.near, near_logits(q, held.near, rule, pool), pool)
         if sink_logit is not None:
             part = merge([part], sink_logit=sink_logit)
     return part.out.transpose(1, 2).to(q.dtype).contiguous()
+
+
+def look_ahead(layer: LayerKV) -> None:
+    """Begin what the host can do for a layer's next step, whose query was foreseen."""
+    crew, q = layer.crew, layer.foreseen
+    if q is not None and isinstance(crew, HybridCrew) and joins_logits(layer) and layer.index in crew.rules:
+        layer.ahead = crew.ask(layer.index, far_question(q, layer, crew.rules[layer.index], q.shape[2]))
+
+
+def stream_ahead(layer: LayerKV, q_len: int) -> None:
+    """Between two layers: let the first of what this one will stream cross the link already.
+
+    In exact mode that is of all its far tokens, in sparse mode of those that its foreseen query picks; where none was
+    foreseen, nothing is known yet. q_len: of the step under way; prompts stage their own.
+    """
+    crew, sparse = layer.crew, layer.sparse
+    is_step = q_len <= (MAX_DECODE_QUERIES if sparse is None else MAX_SELECT_QUERIES)
+    if crew is None or not layer.far_tokens or not is_step or "stream" not in crew.scheduler.lanes:
+        return
+    with layer.hold() as held:
+        far = held.far
+        if sparse is not None:
+            if not sparse.foresees or layer.foreseen is None:
+                return
+            far = taking_part(layer.foreseen, layer, held, crew.rig.host.pool, num_new=q_len)
+    crew.send_ahead(far)
+
+
+def _taken_up(q: Tensor, layer: LayerKV, rule: ScoreRule, crew: HybridCrew) -> Ahead:
+    """What the host is at already, if it is about the pages that there are now: the layer may have evicted since."""
+    ahead, layer.ahead, stale = layer.ahead, None, _foreseen(q, layer)
+    if ahead is not None and ahead.asked.q is stale and ahead.asked.is_about(layer.far, rule):
+        return ahead
+    if ahead is not None:
+        ahead.ticket.cancel()
+    return crew.ask(layer.index, far_question(stale, layer, rule))
+
+
+def _foreseen(q: Tensor, layer: LayerKV) -> Tensor:
+    """The query as it was foreseen; the true one, where none of that shape was."""
+    return q if layer.foreseen is None or layer.foreseen.shape != q.shape else layer.foreseen
+
+
+def _verified_by_host(
+    step: Step, layer: LayerKV, runs: tuple[PagedKV, ...], exact: Partial, crew: Crew
+) -> list[Partial]:
+    """`verified_rest` on a rig, where the pages lie: q and the exact part go down, what was sampled comes up."""
+    part_bytes = exact.out.nbytes + exact.lse.nbytes
+    crew.rig.down.send("verify", part_bytes, lambda: None)
+    rest = crew.rig.ask_host("verify", step.q, lambda q: verified_rest(step, layer, runs, exact), 2 * part_bytes)
+    return rest.wait()
 
 
 def _inputs_of(layer: LayerKV) -> Inputs | None:
@@ -215,6 +298,9 @@ def _prefill_rows(
 ) -> Partial:
     """`prefill_chunk` for some sequences with the same padding."""
     history, q_len = layer.seq_len, q.shape[2]
+    oldest = 0 if rule.window is None else max(0, history - rule.window + 1)  # that the first query sees
+    first = max(oldest, min(kv_start, history))
+    staged = _staged(layer, seqs, first)  # on its way while the chunk attends to itself
     num_padded = min(max(kv_start - history, 0), q_len)  # of the chunk's own tokens
     queries = q[:, :, num_padded:].contiguous()  # once, or each piece would copy it to group its heads
     k, v = (x[:, :, num_padded:] for x in kv)
@@ -222,16 +308,64 @@ def _prefill_rows(
     # torch's kernel hides NaN in runs shorter than a block; in others it shows in lse, which is cheaper to read than q.
     if bool((queries if queries.shape[2] < BLOCK_TOKENS else part.lse).isnan().any()):
         raise InputError("q contains NaN, or k does: a layer before this attention produced it")
-    oldest = 0 if rule.window is None else max(0, history - rule.window + 1)  # that the first query sees
-    for begin in range(max(oldest, min(kv_start, history)), history, PREFILL_PIECE_TOKENS):
+    place = history + num_padded  # of the first query
+    for begin in range(first if staged is None else layer.first_near_token, history, PREFILL_PIECE_TOKENS):
         piece_k, piece_v = layer.read(begin, min(begin + PREFILL_PIECE_TOKENS, history), seqs)
-        first_query = history + num_padded - begin
-        older = attend_dense(queries, piece_k, piece_v, rule=rule, first_query=first_query)
+        older = attend_dense(queries, piece_k, piece_v, rule=rule, first_query=place - begin)
         part = merge([older, part], worker_pool())
+    if staged is not None:
+        part = merge([_attend_staged(queries, layer, seqs, staged, rule, place), part], worker_pool())
     if num_padded == 0:
         return part
     out = torch.nn.functional.pad(part.out, (0, 0, num_padded, 0))
     return Partial(out, torch.nn.functional.pad(part.lse, (num_padded, 0), value=-torch.inf))
+
+
+class _Piece(NamedTuple):
+    """Far tokens `[begin, end)` of one KV head; None: of all of them."""
+
+    begin: int
+    end: int
+    head: int | None
+
+
+class _Staged(NamedTuple):
+    """What a prompt's chunk needs of far tokens, as it comes up."""
+
+    pieces: list[_Piece]
+    staging: Staging
+
+
+def _staged(layer: LayerKV, seqs: slice, first: int) -> _Staged | None:
+    """The far tokens from `first` on, sent for: every page once, or once for each head. None where a chunk reads them
+    where they lie, and where there are none."""
+    crew, far = layer.crew, layer.far
+    if crew is None or layer.window is not None or first >= layer.far_tokens:
+        return None
+    page_size, num_heads = far.arena.layout.page_size, far.arena.num_kv_heads
+    step = max(1, PREFILL_PIECE_TOKENS // page_size) * page_size  # no page is in two pieces
+    cuts = [first, *range((first // step + 1) * step, layer.far_tokens, step), layer.far_tokens]
+    heads = range(num_heads) if crew.stages_heads else [None]
+    pieces = [_Piece(begin, end, head) for head in heads for begin, end in pairwise(cuts)]
+    sizes = [layer.far_bytes(begin, end, seqs) // len(heads) for begin, end in pairwise(cuts)] * len(heads)
+    return _Staged(pieces, Staging(crew.rig, "prefill", sizes))
+
+
+def _attend_staged(
+    q: Tensor, layer: LayerKV, seqs: slice, staged: _Staged, rule: ScoreRule, first_query: int
+) -> Partial:
+    """Attention over far tokens, each piece while the next is on its way; those of a head are for its queries alone."""
+    assert layer.crew is not None
+    pool, group_size = layer.crew.rig.device_pool, q.shape[1] // layer.far.arena.num_kv_heads
+    found: dict[int | None, Partial] = {}
+    for i in staged.staging.loads():
+        begin, end, head = staged.pieces[i]
+        heads = slice(None) if head is None else slice(head, head + 1)
+        rows = q if head is None else q[:, head * group_size : (head + 1) * group_size]
+        k, v = layer.read(begin, end, seqs, heads)
+        part = attend_dense(rows, k, v, rule=rule, first_query=first_query - begin)
+        found[head] = part if head not in found else merge([found[head], part], pool)
+    return Partial(*(torch.cat(xs, 1) for xs in zip(*found.values(), strict=True)))
 
 
 def _by_padding(kv_start: Tensor, attend: Callable[[slice, int], Partial]) -> Partial:

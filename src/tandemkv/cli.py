@@ -18,7 +18,7 @@ from rich.markup import escape
 import tandemkv
 from tandemkv import assets, machine
 from tandemkv.errors import TandemError
-from tandemkv.systems import SYSTEMS
+from tandemkv.systems import EVALUATED, SYSTEMS
 
 _SYSTEMS, _BUDGETS = ["window"], [528, 1024, 2048, 4096]
 _FAR_DTYPES: list[str] = []
@@ -120,9 +120,8 @@ ShapeOf = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default="none")]
 Steps = Annotated[int, typer.Option(help="That are measured, behind some that let feedback settle.")]
-_KNOWN = ", ".join(SYSTEMS)
-System = Annotated[str, typer.Option(help=f"How to attend: {_KNOWN}.")]
-Systems = Annotated[list[str], typer.Option(help=f"Repeat it; dense always runs. Known: {_KNOWN}.")]
+System = Annotated[str, typer.Option(help=f"How to attend: {', '.join(SYSTEMS)}.")]
+Systems = Annotated[list[str], typer.Option(help=f"Repeat it; dense always runs. Known: {', '.join(EVALUATED)}.")]
 Tasks = Annotated[
     str, typer.Option(help="Names with commas; counted: those the shipped model is a judge of; all: every one.")
 ]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tandemkv.cache import CacheSpec
 from tandemkv.errors import InputError, UnsupportedError
-from tandemkv.lanes import Crew, Rig
+from tandemkv.lanes import Crew, HybridCrew, Rig
 from tandemkv.schedule import Machine, Plan, Profile, Scheduler, Solution, Speed, Work, predict
+from tandemkv.schedule.budget import Budget, BudgetRule
 from tandemkv.schedule.placement import Placement, place
 from tandemkv.systems import System
 
@@ -72,12 +73,18 @@ def placement_for(system: System, work: Work, machine: Machine, plan: Plan | Non
     return Placement(num_inputs, "far", work.near_tokens, Solution(fitted, predict(priced, machine, fitted)))
 
 
-def crew_for(system: System, machine: Machine, plan: Plan | None = None) -> Crew:
-    """A rig with the machine's links, and a scheduler of the system's lanes. plan: that is not to change.
+def crew_for(system: System, machine: Machine, plan: Plan | None = None, budget: BudgetRule | None = None) -> Crew:
+    """A rig with the machine's links, and a scheduler of the system's lanes. plan: that is not to change. budget: of a
+    system that joins logits, within what it moves; with a plan it stays at its floor.
 
     InputError where this process has fewer than two processors.
     """
-    return Crew(Rig(machine.up, machine.down), Scheduler(machine, system.lanes, plan))
+    scheduler = Scheduler(machine, system.lanes, plan)
+    if system.joins_logits:
+        assert budget is not None
+        rule = budget if plan is None else replace(budget, most_tokens=budget.floor_tokens)
+        return HybridCrew(Rig(machine.up, machine.down), scheduler, Budget(rule))
+    return Crew(Rig(machine.up, machine.down), scheduler, stages_heads=system.stages_heads)
 
 
 def read_plan(path: Path, system: System) -> Plan:

@@ -42,6 +42,7 @@ from tandemkv.integrations.transformers.folders import (
 from tandemkv.lanes.timeline import Recorder, write_trace
 from tandemkv.profiling import profile_of_this_machine
 from tandemkv.schedule import Machine, Plan
+from tandemkv.schedule.budget import BudgetRule
 from tandemkv.schedule.placement import Placement
 from tandemkv.select import MAX_SELECT_QUERIES, Tally
 from tandemkv.selection import sparse_mode
@@ -236,7 +237,9 @@ def reserve_cache(
     cache.kv.sparse = sparse_mode(settings.system, settings.budget_tokens)
     if staff is not None:
         cache.keep_inputs(staff.placement.num_inputs, staff.placement.where)
-        cache.kv.crew = crew_for(SYSTEMS[settings.system], staff.machine, staff.plan)
+        floor = settings.budget_tokens
+        budget = None if floor is None else BudgetRule(floor, max(floor, num_tokens))
+        cache.kv.crew = crew_for(SYSTEMS[settings.system], staff.machine, staff.plan, budget)
     cache.reserve(1, num_tokens)
     return cache
 

@@ -9,6 +9,7 @@ from tandemkv.cache import Held, LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import attend, block_mass
 from tandemkv.kernels.blocks import ChosenBlocks, choose_blocks
+from tandemkv.lanes import FarQuestion, HybridCrew
 from tandemkv.select import Observer, Seen, Sparse, Tally, Verified
 from tandemkv.systems import SYSTEMS
 from tandemkv.types import BLOCK_TOKENS, PagedKV, Partial, ScoreRule
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 # A prompt's queries whose attention is looked at, of each chunk: flash kernels give no column sums, and all of a chunk
 # of 512 would take eight times as long.
 MASS_QUERIES = 64
+
+# Room beyond what is wanted, for a budget that rises.
+_SPARE_BLOCKS = 64
 
 # ThinK's window has 32; here it must also outlive a step of one query.
 WEIGHED_QUERIES = 64
@@ -40,18 +44,49 @@ def sparse_mode(system: str, budget_tokens: int | None) -> Sparse | None:
     return Sparse(selector, budget_tokens, verified=None if promise is None else Verified(*promise))
 
 
-def taking_part(q: Tensor, layer: LayerKV, held: Held, pool: "WorkerPool") -> tuple[PagedKV, ...]:
-    """The far tokens that these queries attend to: all, or what the layer's selector picks within its budget."""
+def taking_part(q: Tensor, layer: LayerKV, held: Held, pool: "WorkerPool", num_new: int = 0) -> tuple[PagedKV, ...]:
+    """The far tokens that these queries attend to: all, or what the layer's selector picks within its budget. num_new:
+    tokens that will be near then, and are not yet held."""
     sparse = layer.sparse
     if sparse is None or not held.far or looks_at_all(layer, q.shape[2]):
         return held.far
-    num_wanted = (sparse.budget_tokens - layer.num_near_tokens) // BLOCK_TOKENS
+    num_wanted = (sparse.budget_tokens - layer.num_near_tokens - num_new) // BLOCK_TOKENS
     if num_wanted >= layer.num_far_blocks and not _forgets(layer):
         return held.far
     chosen = _choose(q, layer, num_wanted, sparse, pool)
     if sparse.estimator is None or sparse.verified is not None:
         return (chosen.run,)
     return chosen.run, sparse.estimator.estimate(chosen, layer.summaries())
+
+
+def joins_logits(layer: LayerKV) -> bool:
+    """Whether the logits of far tokens join those of near ones, as HybridGen's do (`lanes/hybrid.py`); not for the
+    lanes of another crew, which give partial results, and not beside a promise."""
+    sparse, crew = layer.sparse, layer.crew
+    if sparse is None or sparse.verified is not None or not layer.far_tokens:
+        return False
+    return getattr(sparse.policy, "joins_logits", False) and (crew is None or isinstance(crew, HybridCrew))
+
+
+def far_question(q: Tensor, layer: LayerKV, rule: ScoreRule, num_new: int = 0) -> FarQuestion:
+    """What the host is asked for a step of a layer that joins logits, of which num_new tokens are not yet held."""
+    sparse, crew = layer.sparse, layer.crew
+    assert sparse is not None
+    budget = crew.budget if isinstance(crew, HybridCrew) else None
+    budget_tokens = sparse.budget_tokens if budget is None else max(budget.tokens, sparse.budget_tokens)
+    wanted = max(0, budget_tokens - layer.num_near_tokens - num_new) // BLOCK_TOKENS
+    num_wanted, far = min(wanted, layer.num_far_blocks), layer.far
+    old = None if layer.chosen is None else layer.chosen[1]
+    last = None
+    if budget is not None and budget.picks_before:
+        last = torch.zeros((q.shape[0], far.arena.num_kv_heads, far.num_blocks), dtype=torch.float32, device="cpu")
+        last = last if old is None else old.put(last, torch.ones_like(old.blocks, dtype=torch.float32))
+    if old is None or old.run.arena is not far.arena or old.capacity < num_wanted:
+        room = min(num_wanted + _SPARE_BLOCKS, far.arena.num_slots * far.page_blocks)
+        layer.chosen = None, ChosenBlocks.allocate(far.arena, q.shape[0], room)
+    assert layer.chosen is not None
+    layer.chosen = layer.standing(num_wanted), layer.chosen[1]
+    return FarQuestion(q, far, rule, layer.chosen[1], num_wanted, sparse.num_first_tokens, last)
 
 
 def observer_of(layer: LayerKV) -> Observer | None:
@@ -182,7 +217,7 @@ def _choose(q: Tensor, layer: LayerKV, num_wanted: int, sparse: Sparse, pool: "W
         room = min(-(-sparse.budget_tokens // BLOCK_TOKENS), far.arena.num_slots * far.page_blocks)
         layer.chosen = None, ChosenBlocks.allocate(far.arena, q.shape[0], room)
     last, chosen = layer.chosen
-    if sparse.stands and now.is_like(last):
+    if (sparse.stands or (sparse.foresees and layer.foreseen is not None)) and now.is_like(last):
         return chosen
     layer.chosen = None, chosen  # until the new one is there
     scores = policy.score(q.cpu(), layer.summaries())  # far blocks are known on the host

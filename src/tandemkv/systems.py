@@ -9,8 +9,9 @@ class System:
 
     verified: epsilon and delta, where what is left out is estimated with a promise. lanes: that far tokens may take
     part by, on a device and a host with links between them; none where one processor reaches near and far.
-    stages_heads: a prompt's far tokens come up one KV head after the other. where_it_differs: from what the paper has,
-    said beside its results.
+    stages_heads: a prompt's far tokens come up one KV head after the other. joins_logits: those of far tokens join
+    those of near ones in one softmax, and what the lane has time for raises the budget. where_it_differs: from what the
+    paper has, said beside its results.
     """
 
     about: str
@@ -18,6 +19,7 @@ class System:
     verified: tuple[float, float] | None = None
     lanes: tuple[str, ...] = ()
     stages_heads: bool = False
+    joins_logits: bool = False
     where_it_differs: str = ""
 
 
@@ -67,6 +69,7 @@ SYSTEMS: dict[str, System] = {
     "hgca": System(
         "HGCA (2507.03153): what weighed more than its head's mean while it was near; nothing is deleted",
         selector="salience",
+        lanes=("attend",),
         where_it_differs="blocks of 16 tokens, and a budget that cuts the set of a head",
     ),
     "flexgen": System(
@@ -84,6 +87,16 @@ SYSTEMS: dict[str, System] = {
         lanes=("recompute", "stream"),
         where_it_differs="inputs come up in pieces, of which the first is rebuilt while the next is on its way; near "
         "memory for inputs is taken from that for K and V",
+    ),
+    "hybridgen": System(
+        "HybridGen (2604.18529): the host computes logits with a query foreseen a layer ahead, and picks; logits and V "
+        "come up, and join those of near tokens in one softmax; spare time raises the budget",
+        selector="logits",
+        lanes=("logits",),
+        joins_logits=True,
+        where_it_differs="blocks of 16 tokens are picked by the mass of their logits in this step, not by what "
+        "accumulated; the device foresees the query and sends it down; the first two layers ask with the true one; "
+        "step, period and return of Algorithm 1 are ours",
     ),
     "headinfer": System(
         "HeadInfer (2502.12574): all far tokens come over the link, those of a prompt one KV head after the other",
@@ -108,3 +121,6 @@ SYSTEMS: dict[str, System] = {
         verified=(0.05, 0.05),
     ),
 }
+
+EVALUATED = tuple(name for name, system in SYSTEMS.items() if name == "dense" or system.selector is not None)
+"""Those whose answers are their own: the others attend to every token, and answer as dense attention does."""

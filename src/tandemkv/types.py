@@ -261,6 +261,11 @@ class Arena:
         """Heads of every page."""
         return self.k.shape[1]
 
+    def of_heads(self) -> "Arena":
+        """The same memory as pages of one head each: head h of a slot is slot * num_kv_heads + h."""
+        k, v = (x.flatten(0, 1).unsqueeze(1) for x in (self.k, self.v))
+        return Arena(k, v, self.layout, self.head_dim, self.v_head_dim)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of both arenas."""
@@ -287,6 +292,10 @@ class Arenas:
     def check_tokens(self, num_seqs: int, k: Tensor, v: Tensor) -> None:
         """See `Arena`."""
         self.parts[0].check_tokens(num_seqs, k, v)
+
+    def of_heads(self) -> "Arenas":
+        """See `Arena`."""
+        return Arenas(tuple(part.of_heads() for part in self.parts))
 
     @property
     def layout(self) -> PageLayout:

@@ -31,7 +31,7 @@ from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import Copied, PageStore
 from tandemkv.errors import CacheError, InputError, PrecisionWarning
 from tandemkv.kernels.blocks import ChosenBlocks, FarPages
-from tandemkv.lanes import Crew
+from tandemkv.lanes import Ahead, Crew
 from tandemkv.select import Sparse, Summaries, Tally
 from tandemkv.types import BLOCK_TOKENS, PagedKV
 
@@ -76,9 +76,10 @@ class Standing(NamedTuple):
     kv_start: Tensor
     epoch: int
     num_wanted: int
+    foreseen: Tensor | None
 
     def is_like(self, other: "Standing | None") -> bool:
-        """Whether the choice would be the same, where it does not depend on queries."""
+        """Whether the choice would be the same, where it depends on no query but the foreseen one."""
         return other is not None and all(
             mine is its or _equal(mine, its) for mine, its in zip(self, other, strict=True)
         )
@@ -103,6 +104,7 @@ class LayerKV:
         self.chosen: tuple[Standing | None, ChosenBlocks] | None = None  # the last choice, and what it was made from
         self.inputs: KeptInputs | None = None  # of the whole cache, where layers like this one keep theirs
         self.foreseen: Tensor | None = None  # the next query, predicted a layer ahead
+        self.ahead: Ahead | None = None  # what the host does with it already
         # float32 [num_seqs, num_kv_heads, head_dim]: how much each channel of K mattered to the newest queries
         self.channel_weights: Tensor | None = None
 
@@ -357,20 +359,30 @@ class LayerKV:
         """Nobody attends any more."""
         self._is_held = False
 
-    def read(self, begin: int, end: int, seqs: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """K and V of tokens `[begin, end)` of some sequences, `[seqs, num_kv_heads, tokens, head_dim]`, near device."""
+    def read(
+        self, begin: int, end: int, seqs: slice = slice(None), heads: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """K and V of tokens `[begin, end)` of some sequences and KV heads, `[seqs, heads, tokens, head_dim]`, near
+        device."""
         if not self.first_token <= begin < end <= self.seq_len:
             raise InputError(f"tokens [{begin}, {end}) of [{self.first_token}, {self.seq_len})")
         near = self._store.near.arena
-        shape = (self._map.slots[seqs].shape[0], near.num_kv_heads, end - begin)
+        num_heads = len(range(*heads.indices(near.num_kv_heads)))
+        shape = (self._map.slots[seqs].shape[0], num_heads, end - begin)
         k = torch.empty((*shape, near.head_dim), dtype=near.layout.dtype, device=near.k.device)
         v = torch.empty((*shape, near.v_head_dim), dtype=near.layout.dtype, device=near.k.device)
         middle = min(max(self.first_near_token, begin), end)
         for pool, first, last in ((self._store.far, begin, middle), (self._store.near, middle, end)):
             if first < last:
                 run = slice(first - begin, last - begin)
-                self._read_into(k[:, :, run], v[:, :, run], pool, first, seqs)
+                self._read_into((k[:, :, run], v[:, :, run]), pool, first, seqs, heads)
         return k, v
+
+    def far_bytes(self, begin: int, end: int, seqs: slice = slice(None)) -> int:
+        """Of the pages that far tokens `[begin, end)` of some sequences lie in, all KV heads."""
+        pages = slice(begin // self._page_size, -(-end // self._page_size))
+        run = self._run(self._store.far, pages.start, pages.stop)
+        return PagedKV(run.arena, run.page_table[seqs], run.kv_start[seqs], run.kv_len[seqs]).num_bytes
 
     @property
     def num_inputs(self) -> int:
@@ -387,11 +399,16 @@ class LayerKV:
             raise InputError(f"inputs of tokens [{begin}, {end}) of [0, {self.num_inputs})")
         return self.inputs.kv(self.index, begin, end, x)
 
-    def _read_into(self, k: Tensor, v: Tensor, pool: PagePool, begin: int, seqs: slice) -> None:
-        arena, first = pool.arena, begin // self._page_size
+    def _read_into(self, kv: tuple[Tensor, Tensor], pool: PagePool, begin: int, seqs: slice, heads: slice) -> None:
+        (k, v), arena, first = kv, pool.arena, begin // self._page_size
         last = -(-(begin + k.shape[2]) // self._page_size)
-        table = self._table(arena.num_kv_heads, self._map.slots[seqs, first:last])
+        slots = self._map.slots[seqs, first:last]
+        table = self._table(arena.num_kv_heads, slots)
         offset = begin - first * self._page_size
+        if heads != slice(None):  # every sequence's every head becomes a sequence of one head
+            its = torch.arange(arena.num_kv_heads, dtype=torch.int32, device="cpu")[heads]
+            table = (slots[:, None] * arena.num_kv_heads + its[:, None]).flatten(0, 1).unsqueeze(1)
+            arena, k, v = arena.of_heads(), _each_head(k), _each_head(v)
         if k.device == arena.k.device:
             kernels.gather(arena, table, offset, k, v, self._store.workers)
         else:
@@ -399,6 +416,12 @@ class LayerKV:
             kernels.gather(arena, table, offset, host_k, host_v, self._store.workers)
             k.copy_(host_k)
             v.copy_(host_v)
+
+    def forget_foreseen(self) -> None:
+        """What was foreseen is of no use any more."""
+        if self.ahead is not None:
+            self.ahead.ticket.cancel()
+        self.foreseen = self.ahead = None
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 
@@ -430,7 +453,8 @@ class LayerKV:
     def standing(self, num_wanted: int) -> Standing:
         """What a choice of so many blocks would be made from now."""
         pages = self._map
-        return Standing(pages.slots, pages.num_older, self._kv_start, self.knowledge.epoch, num_wanted)
+        epoch = self.knowledge.epoch
+        return Standing(pages.slots, pages.num_older, self._kv_start, epoch, num_wanted, self.foreseen)
 
     @property
     def num_far_blocks(self) -> int:
@@ -514,6 +538,11 @@ class LayerKV:
         """Slots of every near and of every far page, once for every sequence that has it."""
         far = self._map.slots[:, : self._map.num_older] if self.window is None else self._map.slots[:, :0]
         return self._map.near_slots.flatten(), far.flatten()
+
+
+def _each_head(x: Tensor) -> Tensor:
+    """`[num_seqs, heads, tokens, dim]` as `[num_seqs * heads, 1, tokens, dim]`: the same numbers."""
+    return x.view(-1, 1, *x.shape[2:])
 
 
 def _equal(a: object, b: object) -> bool:

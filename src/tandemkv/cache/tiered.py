@@ -210,7 +210,8 @@ class KVCache:
     def _refuse_on_device(self, sparse: Sparse) -> None:
         """UnsupportedError for what needs the near tokens' attention in host memory."""
         device = self.spec.device
-        if device.type != "cpu" and (sparse.observer is not None or sparse.estimates):
+        joins = getattr(sparse.policy, "joins_logits", False)
+        if device.type != "cpu" and (sparse.observer is not None or sparse.estimates or joins):
             why = "estimates what is left out" if sparse.estimates else "lives from what near tokens are attended with"
             raise UnsupportedError(
                 f"{sparse.selector!r} {why}, which works with a CPU as the near device, got {device}: use bounds, "

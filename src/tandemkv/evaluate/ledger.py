@@ -11,7 +11,7 @@ from tandemkv.errors import InputError
 from tandemkv.evaluate.answers import NEAR_TOKENS
 from tandemkv.select import Selector, Sparse
 from tandemkv.selection import sparse_mode
-from tandemkv.systems import SYSTEMS
+from tandemkv.systems import EVALUATED, SYSTEMS
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,17 @@ class Contestant:
 def contestants(systems: list[str], budgets: list[int], far_dtypes: Sequence[str] = ()) -> list[Contestant]:
     """Every system with every budget, and dense with every format of far tokens; dense as the model computes first.
 
-    InputError for unknown names and for budgets that are too small.
+    InputError for unknown names, for exact systems, whose answers are dense's, and for budgets that are too small.
     """
     unknown = [name for name in systems if name not in SYSTEMS]
     if unknown:
         raise InputError(f"unknown system {unknown[0]!r}: the known ones are {', '.join(SYSTEMS)}")
+    exact = [name for name in systems if name not in EVALUATED]
+    if exact:
+        raise InputError(f"system {exact[0]!r} attends to every token: its answers are those of 'dense', leave it out")
     found = [Contestant("dense")]
     for name in dict.fromkeys(systems):
-        if SYSTEMS[name].selector is None:
+        if name == "dense":
             continue
         if not budgets:
             raise InputError(f"system {name!r} needs a budget, in tokens per KV head: give --budget")

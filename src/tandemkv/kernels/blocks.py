@@ -85,6 +85,12 @@ class FarPages(NamedTuple):
         """Blocks of every sequence and KV head."""
         return self.slots.shape[1] * self.page_blocks
 
+    @property
+    def run(self) -> PagedKV:
+        """All their tokens, to be attended."""
+        table = self.slots[:, None].expand(-1, self.arena.num_kv_heads, -1)
+        return PagedKV(self.arena, table, self.kv_start, torch.full_like(self.kv_start, self.num_blocks * BLOCK_TOKENS))
+
 
 class ChosenBlocks(NamedTuple):
     """Room for a choice, and in it the last one. blocks: int32 `[num_seqs, num_kv_heads, capacity]`, rising positions,

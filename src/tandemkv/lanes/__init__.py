@@ -2,7 +2,22 @@
 
 from tandemkv.lanes.base import Inputs, Lane, Task, drive
 from tandemkv.lanes.crew import Crew
+from tandemkv.lanes.hybrid import Ahead, FarQuestion, HybridCrew
 from tandemkv.lanes.rig import Rig, TorchRig
+from tandemkv.lanes.staging import Staging
 from tandemkv.lanes.table import LANES
 
-__all__ = ["LANES", "Crew", "Inputs", "Lane", "Rig", "Task", "TorchRig", "drive"]
+__all__ = [
+    "LANES",
+    "Ahead",
+    "Crew",
+    "FarQuestion",
+    "HybridCrew",
+    "Inputs",
+    "Lane",
+    "Rig",
+    "Staging",
+    "Task",
+    "TorchRig",
+    "drive",
+]

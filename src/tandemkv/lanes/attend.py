@@ -10,7 +10,10 @@ def attend(task: Task, share: PagedKV) -> DeviceWork:
     rig, (num_seqs, num_q_heads, q_len, _) = task.rig, task.q.shape
     up_bytes = num_seqs * num_q_heads * q_len * (share.arena.v_head_dim + 1) * 4
     part = rig.ask_host(
-        "attend", task.q, lambda q: kernels.attend(q, share, rule=task.rule, pool=rig.host.pool), up_bytes
+        "attend",
+        task.q,
+        lambda q: kernels.attend(q, share, rule=task.rule, mass=task.mass, pool=rig.host.pool),
+        up_bytes,
     )
     yield part
     return part.result()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -37,7 +37,9 @@ class Task(NamedTuple):
     """A step of one layer, as lanes are told of it.
 
     q: `[num_seqs, num_q_heads, q_len, head_dim]` on the device. stage_tokens: that go over a link at once.
-    piece_tokens: that are rebuilt at once.
+    piece_tokens: that are rebuilt at once. mass: what `kernels.block_mass` made for a lane's tokens, to be filled with
+    their shares of its own result; None where nobody observes. It stays where it is made, beside what selects. sent:
+    of the stages that are streamed, the first, which are on their way already.
     """
 
     q: Tensor
@@ -46,6 +48,8 @@ class Task(NamedTuple):
     stage_tokens: int = 1024
     piece_tokens: int = 256
     inputs: Inputs | None = None
+    mass: Tensor | None = None
+    sent: Sequence[Ticket[PagedKV]] = ()
 
 
 class Lane(Protocol):

@@ -6,15 +6,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from tandemkv import kernels
 from tandemkv.errors import LaneWarning
 from tandemkv.lanes.base import DeviceWork, Inputs, Task, drive
 from tandemkv.lanes.rig import Rig
+from tandemkv.lanes.shares import Weighed, put_shares, room_like
 from tandemkv.lanes.table import LANES
-from tandemkv.lanes.tickets import Span
+from tandemkv.lanes.tickets import Span, Ticket
 from tandemkv.schedule import COSTS, Plan, Scheduler, Solution, Work
+from tandemkv.schedule.costs import NUM_SLOTS
 from tandemkv.types import PagedKV, Partial, ScoreRule
 
 _SHORTEST_DEADLINE_S = 1.0
@@ -41,45 +44,96 @@ class Step(NamedTuple):
 class Crew:
     """A rig and its scheduler. The thread that calls is the device."""
 
-    def __init__(self, rig: Rig, scheduler: Scheduler) -> None:
-        self.rig, self.scheduler = rig, scheduler
+    def __init__(self, rig: Rig, scheduler: Scheduler, *, stages_heads: bool = False) -> None:
+        """stages_heads: what a prompt needs of far tokens comes up one KV head after the other (HeadInfer)."""
+        self.rig, self.scheduler, self.stages_heads = rig, scheduler, stages_heads
         self.plan: Plan | None = None  # of the last step
         self.on_step: Callable[[Step], None] | None = None  # told of every step when it is over
+        self._sent: list[tuple[PagedKV, Ticket[PagedKV]]] = []  # ahead
 
     def close(self) -> None:
         """End the rig's threads; no step follows."""
         self.rig.close()
 
     def attend(
-        self, q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], rule: ScoreRule, inputs: Inputs | None = None
+        self,
+        q: Tensor,
+        near: PagedKV,
+        far: tuple[PagedKV, ...],
+        rule: ScoreRule,
+        inputs: Inputs | None = None,
+        mass: Tensor | None = None,
     ) -> Partial:
         """Attention over near and far tokens; queries are the last of the near ones.
 
         far: the first run is split by the plan; others go whole to one lane. inputs: of the first tokens, where kept.
+        mass: what `kernels.block_mass` made for far runs and near ones, to be filled.
         """
         begin = time.perf_counter()
         solution = self.scheduler.plan(work_of(q, near, far, inputs))
         plan = self.plan = solution.plan
         task = Task(q, rule, self.rig, plan.stage_tokens, plan.piece_tokens, inputs)
         shares = split(plan, self.scheduler.lanes, far)
-        deadline_s = max(_SHORTEST_DEADLINE_S, _DEADLINE_STEPS * solution.prediction.seconds)
-        outcome = drive(lambda: self._attend_near(task, near), _begun(task, shares), self.rig, deadline_s)
-        parts = [outcome.parts[name] for name in ("near", *shares) if name in outcome.parts]
-        whole = kernels.merge([*parts, *self._without(task, shares, outcome.failed, deadline_s)])
-        spans = self.rig.trace.take()
-        if not outcome.failed:
-            self.scheduler.observe(solution, _seconds(spans), time.perf_counter() - begin)
-        if self.on_step is not None:
-            self.on_step(Step(solution, spans, begin, time.perf_counter()))
+        deadline_s = deadline_of(solution)
+        rooms = {name: room_like(mass, q, run) for name, run in (*_runs(shares), ("near", near))}
+        of_near = task._replace(mass=rooms["near"])
+        works = _begun(task._replace(sent=self._taken_up(shares)), shares, rooms)
+        outcome = drive(lambda: self._attend_near(of_near, near), works, self.rig, deadline_s)
+        parts = outcome.parts | self._without(task, shares, outcome.failed, deadline_s, rooms)
+        whole = kernels.merge([parts[name] for name in ("near", *shares)])
+        if mass is not None:
+            put_shares([Weighed(parts[name], rooms[name]) for name in (*shares, "near")], whole.lse, mass)
+        self._tell(solution, begin, is_whole=not outcome.failed)
         return whole
 
+    def _tell(self, solution: Solution, begin: float, *, is_whole: bool) -> None:
+        """The scheduler, and whoever listens, of a step that is over; of one in which a lane failed not the former."""
+        spans, end = self.rig.trace.take(), time.perf_counter()
+        if is_whole:
+            self.scheduler.observe(solution, _seconds(spans), end - begin)
+        if self.on_step is not None:
+            self.on_step(Step(solution, spans, begin, end))
+
+    def send_ahead(self, far: tuple[PagedKV, ...]) -> None:
+        """Let the first of what a layer will stream cross the link while the device is at something else, as far as
+        there are slots. The layer takes it up if it streams just these pages, with the same plan."""
+        self._cancel_sent()
+        if self.plan is None or not far or self.plan.num_tokens != far[0].page_table.shape[2] * far[0].entry_tokens:
+            return
+        for stage in _stages(split(self.plan, self.scheduler.lanes, far), self.plan):
+            self._sent.append((stage, self.rig.send_pages("stream", stage)))
+
+    def _taken_up(self, shares: Mapping[str, Share]) -> list[Ticket[PagedKV]]:
+        """What was sent ahead, where these shares begin with it: all of it, or it is sent again."""
+        assert self.plan is not None
+        stages, sent = _stages(shares, self.plan), [stage for stage, _ in self._sent]
+        if len(stages) != len(sent) or not all(_are_same(*pair) for pair in zip(stages, sent, strict=True)):
+            self._cancel_sent()
+        tickets, self._sent = [ticket for _, ticket in self._sent], []
+        return tickets
+
+    def _cancel_sent(self) -> None:
+        if self._sent:  # nothing else is on its way between two layers
+            self.rig.clear()
+        for _, ticket in self._sent:
+            ticket.cancel()
+        self._sent = []
+
     def _attend_near(self, task: Task, near: PagedKV) -> Partial:
-        return kernels.attend(task.q, near, rule=task.rule, causal=True, pool=self.rig.device_pool)
+        pool = self.rig.device_pool
+        return kernels.attend(task.q, near, rule=task.rule, causal=True, mass=task.mass, pool=pool)
 
     def _without(
-        self, task: Task, shares: Mapping[str, Share], failed: Mapping[str, Exception], deadline_s: float
-    ) -> Iterator[Partial]:
-        """The shares of lanes that failed, by others; LaneError where none is left."""
+        self,
+        task: Task,
+        shares: Mapping[str, Share],
+        failed: Mapping[str, Exception],
+        deadline_s: float,
+        rooms: dict[str, Tensor | None],
+    ) -> dict[str, Partial]:
+        """The shares of lanes that failed, by others; LaneError where none is left. Their masses get new rooms: a lane
+        that has stalled may still write into its own."""
+        parts: dict[str, Partial] = {}
         for name, error in failed.items():
             lane, run = shares[name]
             if lane in self.scheduler.lanes:
@@ -88,9 +142,15 @@ class Crew:
                 )
                 self.scheduler.drop(lane)
             others = {name: Share(_whole_lane(self.scheduler.lanes), run)}
-            again = drive(None, _begun(task, others), self.rig, deadline_s)
-            yield from again.parts.values()
-            yield from self._without(task, others, again.failed, deadline_s)
+            rooms[name] = room_like(rooms[name], task.q, run)
+            again = drive(None, _begun(task, others, rooms), self.rig, deadline_s)
+            parts |= again.parts | self._without(task, others, again.failed, deadline_s, rooms)
+        return parts
+
+
+def deadline_of(solution: Solution) -> float:
+    """Seconds after which a lane has stalled."""
+    return max(_SHORTEST_DEADLINE_S, _DEADLINE_STEPS * solution.prediction.seconds)
 
 
 def split(plan: Plan, lanes: Sequence[str], far: tuple[PagedKV, ...]) -> dict[str, Share]:
@@ -111,8 +171,28 @@ def _whole_lane(lanes: Sequence[str]) -> str:
     return next((name for name in ("attend", "stream") if name in lanes), lanes[0])
 
 
-def _begun(task: Task, shares: Mapping[str, Share]) -> dict[str, DeviceWork]:
-    return {name: LANES[lane](task, run) for name, (lane, run) in shares.items()}
+def _stages(shares: Mapping[str, Share], plan: Plan) -> list[PagedKV]:
+    """The first of what is streamed, as many as there are slots."""
+    share = shares.get("stream")
+    return [] if share is None else share.run.cut(plan.stage_tokens)[:NUM_SLOTS]
+
+
+def _are_same(run: PagedKV, other: PagedKV) -> bool:
+    """Whether both are the same pages; of blocks, those of every head."""
+    return (
+        run.arena is other.arena
+        and run.of_blocks == other.of_blocks
+        and torch.equal(run.page_table, other.page_table)
+        and torch.equal(run.kv_len, other.kv_len)
+    )
+
+
+def _runs(shares: Mapping[str, Share]) -> Iterator[tuple[str, PagedKV]]:
+    return ((name, share.run) for name, share in shares.items())
+
+
+def _begun(task: Task, shares: Mapping[str, Share], rooms: Mapping[str, Tensor | None]) -> dict[str, DeviceWork]:
+    return {name: LANES[lane](task._replace(mass=rooms[name]), run) for name, (lane, run) in shares.items()}
 
 
 def work_of(q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], inputs: Inputs | None = None) -> Work:

@@ -6,6 +6,7 @@ from torch import Tensor
 from tandemkv import kernels
 from tandemkv.lanes.base import DeviceWork, Task
 from tandemkv.lanes.rig import Rig
+from tandemkv.lanes.shares import Weighed, joined, mass_of
 from tandemkv.lanes.tickets import Ticket
 from tandemkv.schedule.costs import NUM_SLOTS
 from tandemkv.types import PagedKV
@@ -30,10 +31,12 @@ def logits(task: Task, share: PagedKV) -> DeviceWork:
     try:
         for i, stage in enumerate(stages):
             yield tickets[i]
-            parts.append(kernels.weigh(tickets[i].result(), stage, pool=rig.device_pool))
+            scores = tickets[i].result()
+            part = kernels.weigh(scores, stage, pool=rig.device_pool)
+            parts.append(Weighed(part, None if task.mass is None else mass_of(scores, part.lse)))
             if i + NUM_SLOTS + 1 < len(stages):
                 tickets.append(ask(stages[i + NUM_SLOTS + 1]))
     finally:
         for ticket in tickets:
             ticket.cancel()
-    return kernels.merge(parts)
+    return joined(parts, task.mass)

@@ -3,9 +3,9 @@ their layer. It lies near (the paper's row schedule), or comes up before anythin
 
 from itertools import pairwise
 
-from tandemkv import kernels
 from tandemkv.lanes.base import DeviceWork, Task
 from tandemkv.lanes.rig import Rig
+from tandemkv.lanes.shares import Weighed, joined, room_like
 from tandemkv.types import PagedKV
 
 
@@ -24,8 +24,9 @@ def recompute(task: Task, share: PagedKV) -> DeviceWork:
         for piece, x, ticket, (begin, end) in zip(pieces, xs, sent, pairwise(ends), strict=True):
             yield ticket
             k, v = inputs.kv(begin, end, x)
-            parts.append(rig.attend_rows(task.q, k, v, piece, task.rule))
+            mass = room_like(task.mass, task.q, piece)
+            parts.append(Weighed(rig.attend_rows(task.q, (k, v), piece, task.rule, mass), mass))
     finally:
         for ticket in sent:
             ticket.cancel()
-    return kernels.merge(parts)
+    return joined(parts, task.mass)

@@ -4,7 +4,7 @@ import atexit
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from queue import SimpleQueue
@@ -135,28 +135,33 @@ class Rig:
         self.down = Link("down", down, self.bell, self.trace)
         atexit.register(self.close)  # a thread in the middle of a call would end the process with an abort
 
-    def ask_host(self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int) -> Ticket[T]:
-        """q down, work on the host, its answer up."""
+    def ask_host(
+        self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int | Callable[[T], int]
+    ) -> Ticket[T]:
+        """q down, work on the host, its answer up, of which up_bytes may tell the size."""
         answer: Ticket[T] = Ticket(self.bell)
         is_down_at = self.down.carry(name, q.nbytes)
 
         def send_up(value: T) -> None:
-            self.up.send(name, up_bytes, lambda: value, answer)
+            num_bytes = up_bytes if isinstance(up_bytes, int) else up_bytes(value)
+            self.up.send(name, num_bytes, lambda: value, answer)
 
         return self.host.submit(name, lambda: work(q), ticket=answer, not_before=is_down_at, then=send_up)
 
-    def attend(self, q: Tensor, runs: Sequence[PagedKV], rule: ScoreRule) -> Partial:
-        """On the device, over what lies in its memory: one call is cheaper than one for each run."""
-        return kernels.attend(q, *runs, rule=rule, pool=self.device_pool)
+    def attend(self, q: Tensor, pages: PagedKV, rule: ScoreRule, mass: Tensor | None = None) -> Partial:
+        """On the device, over what lies in its memory. mass: as `kernels.attend` fills it."""
+        return kernels.attend(q, pages, rule=rule, mass=mass, pool=self.device_pool)
 
-    def attend_rows(self, q: Tensor, k: Tensor, v: Tensor, pages: PagedKV, rule: ScoreRule) -> Partial:
+    def attend_rows(
+        self, q: Tensor, kv: tuple[Tensor, Tensor], pages: PagedKV, rule: ScoreRule, mass: Tensor | None = None
+    ) -> Partial:
         """On the device, over k and v `[num_seqs, num_kv_heads, num_tokens, head_dim]` in the place of these pages."""
         num_pages = pages.page_table.shape[2]
         arena = self._scratch(pages.arena.parts[0], q.shape[0] * num_pages)
         slots = torch.arange(q.shape[0] * num_pages, dtype=torch.int32, device="cpu").view(-1, 1, num_pages)
         table = slots.expand(q.shape[0], arena.num_kv_heads, num_pages)
-        kernels.append(arena, table, 0, k, v, self.device_pool)
-        return self.attend(q, [PagedKV(arena, table, pages.kv_start, pages.kv_len)], rule)
+        kernels.append(arena, table, 0, *kv, self.device_pool)
+        return self.attend(q, PagedKV(arena, table, pages.kv_start, pages.kv_len), rule, mass)
 
     def _scratch(self, like: Arena, num_slots: int) -> Arena:
         """Pages of the device's own, kept between calls."""
@@ -236,7 +241,9 @@ class TorchRig:
         self.bell, self.trace = Condition(), Trace()
         self.host = Host(pool, self.bell, self.trace)
 
-    def ask_host(self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int) -> Ticket[T]:
+    def ask_host(
+        self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int | Callable[[T], int]
+    ) -> Ticket[T]:
         """q down, work on the host; the caller brings its answer up."""
         is_cuda = q.device.type == "cuda"
         host_q = torch.empty(q.shape, dtype=q.dtype, device="cpu", pin_memory=is_cuda).copy_(q, non_blocking=is_cuda)

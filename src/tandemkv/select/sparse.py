@@ -76,6 +76,11 @@ class Sparse:
         """Whether a choice is the same for every query until what is known changes."""
         return self.observer is not None or getattr(self.policy, "is_standing", False)
 
+    @cached_property
+    def foresees(self) -> bool:
+        """Whether a choice follows from the query that was foreseen, where one was."""
+        return getattr(self.policy, "foresees", False)
+
     @property
     def estimates(self) -> bool:
         """Whether what is left out is not dropped."""

@@ -6,6 +6,7 @@ from tandemkv.select.clusters import Clusters
 from tandemkv.select.columns import Columns
 from tandemkv.select.heavy_hitters import HeavyHitters
 from tandemkv.select.keyformer import Keyformer
+from tandemkv.select.logits import Logits
 from tandemkv.select.lookahead import Lookahead
 from tandemkv.select.recall import Recall
 from tandemkv.select.salience import Salience
@@ -22,5 +23,6 @@ SELECTORS: dict[str, Selector] = {
     "recall": Recall(),
     "clusters": Clusters(),
     "lookahead": Lookahead(),
+    "logits": Logits(),
     "tandem": Tandem(),
 }

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tandemkv import machine
-from tandemkv.attention import extend_and_attend, worker_pool
+from tandemkv.attention import extend_and_attend, stream_ahead, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, Moment, Tier, TierUse, parse_far_dtype
 from tandemkv.errors import CacheError, InputError, UnsupportedError
 from tandemkv.integrations.transformers.adapter import Call
@@ -490,12 +490,14 @@ class TieredLayer(CacheLayerMixin):
             )
         layer = kv.layer(self.index)
         layer.set_kv_start(cache.padding(padding))
-        if cache.keeper is None:
-            return extend_and_attend(q, k, v, layer, rule, sink_logit)
         begin = layer.seq_len
-        cache.keeper.keep(layer)
+        if cache.keeper is not None:
+            cache.keeper.keep(layer)
         out = extend_and_attend(q, k, v, layer, rule, sink_logit)
-        cache.keeper.prove(layer, begin, k, v)
+        if cache.keeper is not None:
+            cache.keeper.prove(layer, begin, k, v)
+        if kv.crew is not None and self.index + 1 < kv.spec.num_layers:
+            stream_ahead(kv.layer(self.index + 1), q.shape[2])
         return out
 
     def get_seq_length(self) -> int | Tensor:

@@ -10,6 +10,7 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
+from tandemkv.attention import look_ahead
 from tandemkv.cache import LayerKV
 from tandemkv.errors import UnsupportedError
 from tandemkv.integrations.transformers.adapter import Call, Onlooker, predict_q
@@ -49,7 +50,7 @@ class Foresight:
     def end(self) -> None:
         """Predictions are of no use any more."""
         for pages in self._pages.values():
-            pages.foreseen = None
+            pages.forget_foreseen()
 
     def _foresee(self, place: int) -> None:
         """Tell layer `place` its query, from what entered the last layer."""
@@ -62,6 +63,7 @@ class Foresight:
                 f"the query of a {type(layer).__name__} cannot be foreseen: take another selector, such as 'columns'"
             )
         self._pages[place].foreseen = q
+        look_ahead(self._pages[place])
 
 
 def layers_in(decoder: Any) -> torch.nn.ModuleList | None:
