@@ -289,11 +289,11 @@ def test_a_link_that_slows_down_tenfold_gets_less(rig: Rig, monkeypatch: pytest.
         plan = crew.scheduler.plan(work_of(case.q, near, (far,))).plan
         return plan.tokens.get("stream", 0) / plan.num_tokens
 
-    before = share_streamed(10)
+    before = share_streamed(60)
     rig.up.speed = Speed(100, 0.1)
     after = share_streamed(20)
-    assert before == pytest.approx(2 / 3, abs=0.15)
-    assert after == pytest.approx(1 / 6, abs=0.1)
+    assert before > 0.5
+    assert after < 0.3
 
 
 def test_pages_are_free_when_an_error_is_raised(rig: Rig, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

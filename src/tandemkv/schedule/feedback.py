@@ -17,6 +17,8 @@ WINDOW = 5
 NOTICED = 0.01
 """Of a factor: what moved less is not worth a new machine."""
 
+_REMEMBERED = 0.995
+
 _SHORTEST_S = 20e-6
 """Shorter ones say more about the clock than about the machine."""
 
@@ -42,11 +44,20 @@ class Corrections:
             for (lane, resource), seconds in measured.items():
                 if resource in spans:
                     spans[resource] += seconds - predicted.busy.get(lane, {}).get(resource, 0.0)
-            self._of_mixtures[frozenset(predicted.busy) - {"near"}].append(step_s / max(spans.values()))
+            used = frozenset(predicted.busy) - {"near"}
+            self._of_mixtures[used].append(step_s / max(spans.values()))
+            self._forget_unused(used)
         for (lane, resource), seconds in measured.items():
             expected = predicted.busy.get(lane, {}).get(resource, 0.0)
             if min(expected, seconds) >= _SHORTEST_S:
                 self._ratios[lane, resource].append(seconds / expected * machine.factor(lane, resource))
+
+    def _forget_unused(self, used: frozenset[str]) -> None:
+        """What was late once may not be for ever: the lateness of other mixtures halves in 140 steps."""
+        for lanes, ratios in self._of_mixtures.items():
+            if lanes != used:
+                for i, ratio in enumerate(ratios):
+                    ratios[i] = 1 + (ratio - 1) * _REMEMBERED
 
     def corrected(self, machine: Machine) -> Machine:
         """The machine as it was measured; what was measured less than three times is believed as it was.
