@@ -141,4 +141,6 @@ def test_what_needs_the_host_is_refused_on_a_device(sparse: Sparse) -> None:
         cache.adapt(on_device)
     for name in ("window", "bounds", "columns", "lookahead"):
         KVCache(on_device).sparse = Sparse(name, BUDGET)
+    with pytest.raises(UnsupportedError, match="'logits' joins logits of far and near tokens, which works with a CPU"):
+        KVCache(on_device).sparse = Sparse("logits", BUDGET)
     assert set(SELECTORS) >= {"window", "bounds", "columns", "lookahead"}

@@ -212,7 +212,9 @@ class KVCache:
         device = self.spec.device
         joins = getattr(sparse.policy, "joins_logits", False)
         if device.type != "cpu" and (sparse.observer is not None or sparse.estimates or joins):
-            why = "estimates what is left out" if sparse.estimates else "lives from what near tokens are attended with"
+            why = "lives from what near tokens are attended with"
+            if sparse.estimates or joins:
+                why = "estimates what is left out" if sparse.estimates else "joins logits of far and near tokens"
             raise UnsupportedError(
                 f"{sparse.selector!r} {why}, which works with a CPU as the near device, got {device}: use bounds, "
                 "columns or window, without verified"
