@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import common
+from benchmarks import common, plot
 from tandemkv import machine
 
 machine.set_passive_spin()
@@ -388,6 +388,14 @@ def print_rows(rows: Sequence[Row], kvpr: Sequence[KvprRow], console: Console) -
     console.print(table)
 
 
+def _save(rows: list[dict[str, Any]], kvpr: list[dict[str, Any]], run: common.Run, console: Console) -> None:
+    """Rows and pictures."""
+    for name, found, draw in (("lanes", rows, plot.draw_lanes), ("kvpr", kvpr, plot.draw_kvpr)):
+        if found:
+            common.append_rows(common.RESULTS / f"{name}.csv", found, run)
+            console.print(draw(found, run, common.RESULTS / f"{name}.png"), highlight=False)
+
+
 def main() -> None:
     """Run, print, save."""
     parser = common.argument_parser(MODULE, HELP)
@@ -410,9 +418,7 @@ def main() -> None:
         kvpr = list(measure_kvpr(profile, budget_s / 2))
     print_rows(rows, kvpr, console)
     if not arguments.quick or arguments.save:
-        common.append_rows(common.RESULTS / "lanes.csv", [asdict(row) for row in rows], run)
-        if kvpr:
-            common.append_rows(common.RESULTS / "kvpr.csv", [asdict(row) for row in kvpr], run)
+        _save([asdict(row) for row in rows], [asdict(row) for row in kvpr], run, console)
     if arguments.json:
         result = {**asdict(rows[-1]), "rows": [asdict(row) for row in rows], "kvpr": [asdict(row) for row in kvpr]}
         common.print_json({**result, **asdict(run)})

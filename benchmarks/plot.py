@@ -58,6 +58,58 @@ def draw(rows: Sequence[Row], run: Run, path: Path) -> str:
     return _save(figure, path)
 
 
+def draw_lanes(rows: Sequence[Mapping[str, Any]], run: Run, path: Path) -> str:
+    """Save ms over context of every lane and of their mixture, a panel for each shape and link."""
+    if find_spec("matplotlib") is None:
+        return MISSING
+    from matplotlib.figure import Figure
+
+    heads, ratios = (list(dict.fromkeys(row[key] for row in rows)) for key in ("heads", "link_ratio"))
+    figure = Figure(figsize=(1.5 + 3.6 * len(ratios), 1.6 + 3.0 * len(heads)), layout="constrained")
+    panels = figure.subplots(len(heads), len(ratios), sharex=True, squeeze=False)
+    for i, shape in enumerate(heads):
+        for j, ratio in enumerate(ratios):
+            axes, found = panels[i, j], [row for row in rows if (row["heads"], row["link_ratio"]) == (shape, ratio)]
+            contexts = [row["context"] for row in found]
+            for name in ("attend", "logits", "stream", "swept", "tandem"):
+                style = "--" if name == "swept" else "-"
+                axes.plot(contexts, [row[f"{name}_ms"] for row in found], style, marker="o", markersize=4, label=name)
+            axes.set(xscale="log", yscale="log", title=f"{shape} heads, link {ratio:g} times the host")
+            axes.set_xticks(contexts, [f"{context // 1024}K" for context in contexts])
+            axes.grid(alpha=0.25, which="both")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("ms of a step of one layer")
+    figure.suptitle(
+        f"Far tokens over every lane; swept: the best of nine frozen splits\n{run.machine}; {run.commit}", fontsize=10
+    )
+    return _save(figure, path)
+
+
+def draw_kvpr(rows: Sequence[Mapping[str, Any]], run: Run, path: Path) -> str:
+    """Save what recomputation gains over streaming, beside what is ideal."""
+    if find_spec("matplotlib") is None:
+        return MISSING
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    axes.bar(
+        [place - 0.2 for place in places],
+        [row["gain"] for row in rows],
+        0.4,
+        label="measured",
+        color=COLORS["tandemkv"],
+    )
+    axes.bar([place + 0.2 for place in places], [row["ideal"] for row in rows], 0.4, label="ideal", color="0.75")
+    axes.set_xticks(places, [f"{row['schedule']}\nf = {row['f']:g}" for row in rows])
+    axes.set_ylabel("times as fast as streaming everything")
+    axes.legend(frameon=False)
+    figure.suptitle(f"KVPR's recomputation, multi-head, hidden 1024\n{run.machine}; {run.commit}", fontsize=10)
+    return _save(figure, path)
+
+
 def draw_over_context(
     panels: Mapping[str, Mapping[str, Sequence[float]]], contexts: Sequence[int], title: str, run: Run, path: Path
 ) -> str:
