@@ -74,7 +74,11 @@ def draw_lanes(rows: Sequence[Mapping[str, Any]], run: Run, path: Path) -> str:
             for name in ("attend", "logits", "stream", "swept", "tandem"):
                 style = "--" if name == "swept" else "-"
                 axes.plot(contexts, [row[f"{name}_ms"] for row in found], style, marker="o", markersize=4, label=name)
-            axes.set(xscale="log", yscale="log", title=f"{shape} heads, link {ratio:g} times the host")
+            axes.set(yscale="log", title=f"{shape} heads, link {ratio:g} times the host")
+            axes.set_xscale("log", base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.tick_params(axis="y", which="both", labelsize=8)
             axes.set_xticks(contexts, [f"{context // 1024}K" for context in contexts])
             axes.grid(alpha=0.25, which="both")
     panels[0, 0].legend(frameon=False, fontsize=8)
