@@ -45,6 +45,9 @@ LIGHT = {
     "tandemkv.kernels.blocks": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.sample": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.cpu": ("transformers", "triton"),
+    "tandemkv.kernels.probes": ("transformers", "triton"),
+    "tandemkv.schedule": ("torch", "transformers", "triton", "tandemkv._native"),
+    "tandemkv.systems": ("torch", "numpy", "transformers", "triton", "tandemkv._native"),
 }
 
 
