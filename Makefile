@@ -64,9 +64,9 @@ native: $(INSTALLED)  ## the native tests as they ship
 
 # -O1 keeps the reports readable; the library's own -O3 follows it on the command line.
 sanitize: $(INSTALLED)  ## the native tests under AddressSanitizer and UBSan, what uses threads under ThreadSanitizer
-	$(call build_native,asan,-O1 -g -fno-omit-frame-pointer -fsanitize=address$(,)undefined -fno-sanitize-recover=all)
+	$(call build_native,asan,-O1 -g1 -fno-omit-frame-pointer -fsanitize=address$(,)undefined -fno-sanitize-recover=all)
 	$(call run_native,asan)
-	$(call build_native,tsan,-O1 -g -fsanitize=thread)
+	$(call build_native,tsan,-O1 -g1 -fsanitize=thread)
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/worker_pool_test
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/calls_test threads
 
