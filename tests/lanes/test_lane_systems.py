@@ -73,9 +73,9 @@ def run(
     rows: set[str] = set()
     observe = crew.scheduler.observe
 
-    def observed(solution: Any, measured: Any) -> None:
+    def observed(solution: Any, measured: Any, step_s: float) -> None:
         rows.update(row for _, row in measured)
-        observe(solution, measured)
+        observe(solution, measured, step_s)
 
     monkeypatch.setattr(crew.scheduler, "observe", observed)
     far, near = parts_of(truth.case, SHAPE.page_size)
