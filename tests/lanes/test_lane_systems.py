@@ -65,11 +65,11 @@ def run(
     for row, found in links.items():
         link = getattr(crew.rig, row)
 
-        def send(name: str, num_bytes: int, *more: Any, link_send: Any = link.send, found: Any = found) -> Any:
+        def carry(name: str, num_bytes: int, link_carry: Any = link.carry, found: Any = found) -> Any:
             found.append((name, num_bytes))
-            return link_send(name, num_bytes, *more)
+            return link_carry(name, num_bytes)
 
-        monkeypatch.setattr(link, "send", send)
+        monkeypatch.setattr(link, "carry", carry)
     rows: set[str] = set()
     observe = crew.scheduler.observe
 
