@@ -24,6 +24,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 
 from tandemkv import kernels  # noqa: E402
+from tandemkv.kernels.cpu import WorkerPool  # noqa: E402
 from tandemkv.lanes import Crew, Inputs, Rig  # noqa: E402
 from tandemkv.lanes.crew import work_of  # noqa: E402
 from tandemkv.profiling import measure as measure_machine  # noqa: E402
@@ -171,9 +172,9 @@ def raw_speeds(layers: Layers, rig: Rig, seconds: float) -> tuple[float, float]:
     taken: list[float] = []
     halves = [far.cut(far.page_table.shape[2] * PAGE // 2) for far in layers.far]
 
-    def attend(run: PagedKV, pool: object) -> float:
+    def attend(run: PagedKV, pool: WorkerPool) -> float:
         begin = time.perf_counter()
-        kernels.attend(layers.q, run, rule=RULE, pool=pool)  # type: ignore[arg-type]
+        kernels.attend(layers.q, run, rule=RULE, pool=pool)
         return run.num_bytes / (time.perf_counter() - begin) / 1e9
 
     def serve() -> None:

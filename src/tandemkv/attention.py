@@ -365,6 +365,7 @@ def _attend_staged(
         k, v = layer.read(begin, end, seqs, heads)
         part = attend_dense(rows, k, v, rule=rule, first_query=first_query - begin)
         found[head] = part if head not in found else merge([found[head], part], pool)
+    layer.crew.rig.trace.take()  # of a long prompt they would be millions, and no step's
     return Partial(*(torch.cat(xs, 1) for xs in zip(*found.values(), strict=True)))
 
 

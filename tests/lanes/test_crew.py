@@ -249,6 +249,20 @@ def test_a_lane_that_fails_is_done_without(
             assert_right(crew.attend(case.q, near, (far,), SHAPE.rule, inputs), truth)
 
 
+def test_what_was_streamed_is_not_rebuilt_as_the_first_tokens(
+    rig: Rig, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """recompute is left alone: it knows the inputs of the first tokens, and would answer with their K and V."""
+    far, near = parts_of(case, 64)
+    crew = crew_of(rig, ("recompute", "stream"), 896, 64)
+    monkeypatch.setitem(LANES, "stream", dying)
+    with (
+        pytest.warns(LaneWarning, match="'stream' has failed"),
+        pytest.raises(LaneError, match="of recompute no lane can take the tokens of another"),
+    ):
+        crew.attend(case.q, near, (far,), SHAPE.rule, inputs_of(case, 896, are_near=True))
+
+
 def test_the_last_lane_that_fails_is_an_error(rig: Rig, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     far, near = parts_of(case, 64)
     monkeypatch.setitem(LANES, "attend", dying)

@@ -105,6 +105,23 @@ def test_a_wrong_profile_is_corrected() -> None:
     assert solution.prediction.seconds == pytest.approx(run.seconds(last), rel=0.02)
 
 
+def test_what_a_mixture_takes_beyond_its_longest_resource_is_learnt() -> None:
+    """As the second shortest of five, so that steps that were late now and then do not count; nor does what a prompt
+    has sent, and what no step of these lanes has shown for long is half forgotten."""
+    scheduler = Scheduler(MACHINE, ("attend", "stream"))
+    solution = scheduler.plan(WORK)
+    expected = max(solution.prediction.resources.values())
+    for late in (1.2, 9.0, 1.25, 7.0, 8.0):
+        scheduler.observe(solution, {("prefill", "up"): 60.0}, late * expected)
+    mixed = frozenset(("attend", "stream"))
+    assert scheduler.machine.mixture(mixed) == pytest.approx(1.25)
+    assert predict(WORK, scheduler.machine, solution.plan).seconds == pytest.approx(1.25 * expected)
+    alone = predict(WORK, scheduler.machine, Plan({"attend": WORK.far_tokens}))
+    for _ in range(140):
+        scheduler.observe(Solution(Plan({"attend": WORK.far_tokens}), alone), {}, alone.seconds)
+    assert scheduler.machine.mixture(mixed) == pytest.approx(1.125, abs=0.015)
+
+
 def test_the_best_single_lane_where_mixing_loses() -> None:
     """The host alone reads all that memory gives: whoever else reads takes it away."""
     machine = replace(MACHINE, memory_gbps=20.0)

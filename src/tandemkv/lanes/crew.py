@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tandemkv import kernels
-from tandemkv.errors import LaneWarning
+from tandemkv.errors import LaneError, LaneWarning
 from tandemkv.lanes.base import DeviceWork, Inputs, Task, drive
 from tandemkv.lanes.rig import Rig
 from tandemkv.lanes.shares import Weighed, put_shares, room_like
@@ -167,8 +167,12 @@ def split(plan: Plan, lanes: Sequence[str], far: tuple[PagedKV, ...]) -> dict[st
 
 
 def _whole_lane(lanes: Sequence[str]) -> str:
-    """Of these the one that can take any tokens, whatever they stand for."""
-    return next((name for name in ("attend", "stream") if name in lanes), lanes[0])
+    """Of these the one that can take any tokens, whatever they stand for; LaneError where there is none, since only the
+    first tokens can be rebuilt."""
+    for name in ("attend", "stream", "logits"):
+        if name in lanes:
+            return name
+    raise LaneError(f"of {', '.join(lanes)} no lane can take the tokens of another: allow attend, stream or logits")
 
 
 def _stages(shares: Mapping[str, Share], plan: Plan) -> list[PagedKV]:
@@ -207,8 +211,7 @@ def work_of(q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], inputs: Inputs |
         num_kv_heads=arena.num_kv_heads,
         head_dim=arena.head_dim,
         v_head_dim=arena.v_head_dim,
-        near_tokens=near.page_table.shape[2]
-        * page_size,  # whole pages: a plan is asked for again when there is one more
+        near_tokens=near.page_table.shape[2] * page_size,  # whole pages, so that a plan is not asked for at every token
         far_tokens=far_tokens,
         k_bytes=k_bytes,
         v_bytes=v_bytes,
