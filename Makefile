@@ -68,6 +68,7 @@ sanitize: $(INSTALLED)  ## the native tests under AddressSanitizer and UBSan, wh
 	$(call run_native,asan)
 	$(call build_native,tsan,-O1 -g1 -fsanitize=thread)
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/worker_pool_test
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/driver_test
 	TSAN_OPTIONS=halt_on_error=1 build/tsan/calls_test threads
 
 # Nothing has to be installed for it where Debian's packages can be fetched (tools/arm-toolchain.sh). max has bf16 dot

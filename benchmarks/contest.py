@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.common import WrongResultError, in_ms, medians_in_turn
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
-from tandemkv import machine
+from tandemkv import kernels, machine
 from tandemkv.kernels import cpu, probes
 from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
 
@@ -277,7 +277,7 @@ def _ours(problem: Problem, paged: list[PagedKV], pool: cpu.WorkerPool) -> Call:
     turns = cycle(paged)
 
     def call() -> Tensor:
-        return cpu.attend(problem.q, [next(turns)], rule=ScoreRule(problem.scale), causal=False, pool=pool).out
+        return kernels.attend(problem.q, next(turns), rule=ScoreRule(problem.scale), pool=pool).out
 
     return call
 

@@ -32,7 +32,7 @@ from tandemkv.schedule import Machine, Plan, Products, Profile, Scheduler, Speed
 from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule  # noqa: E402
 
 MODULE = "benchmarks.lanes"
-HEAD_DIM, PAGE, NEAR_TOKENS, LATENCY_US = 128, 64, 1024, 10.0
+HEAD_DIM, PAGE, NEAR_TOKENS, LATENCY_US = 128, 64, 256, 10.0
 HEADS = ((32, 8), (32, 32))
 CONTEXTS = (4096, 16_384, 65_536, 131_072)
 RATIOS = (0.25, 1.0, 4.0)

@@ -52,6 +52,7 @@ from benchmarks.common import (
     print_json,
     this_run,
 )
+from tandemkv import kernels
 from tandemkv.attention import extend_and_attend, use_threads
 from tandemkv.cache import CacheSpec, KVCache, parse_far_dtype
 from tandemkv.kernels import cpu, probes
@@ -178,7 +179,7 @@ class Pages:
     def calls(self, q: Tensor, pool: cpu.WorkerPool) -> Callable[[], Tensor]:
         """Attention over the next copy."""
         turns = cycle(self.runs)
-        return lambda: cpu.attend(q, [next(turns)], rule=RULE, causal=False, pool=pool).out
+        return lambda: kernels.attend(q, next(turns), rule=RULE, pool=pool).out
 
 
 def _as_float32(arena: Arena) -> Arena:
@@ -245,7 +246,7 @@ def _errors(name: str, sequence: Tokens, pages: Pages, exact: tuple[Tensor, Tens
     """WrongResultError where the kernel's is not small."""
     exact_logits, exact_out = exact
     logits, out = sequence.attend(*pages.stored())
-    got = cpu.attend(sequence.q, [pages.runs[0]], rule=RULE, causal=False).out[0, :, 0].double()
+    got = kernels.attend(sequence.q, pages.runs[0], rule=RULE).out[0, :, 0].double()
     got = got.view(NUM_KV_HEADS, -1, HEAD_DIM)[:2]
     kernel = float((got - out).norm() / out.norm())
     # Rows of int4 are rounded to bf16, 2^-9, before they are compared.

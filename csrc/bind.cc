@@ -2,11 +2,13 @@
 // dtype, shape and strides, and hold the tensors while a call runs. Every call leaves the interpreter free.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "blocks.h"
+#include "driver.h"
 #include "kernels.h"
 #include "pages.h"
 #include "sample.h"
@@ -78,6 +80,36 @@ struct PreparedCall {
   ScoreRule rule;
 };
 
+// A call that was checked and can be made on any thread, once or more often.
+struct Call {
+  std::function<Status()> make;
+};
+
+// A Python callable as a call: on whatever thread makes it, or drops it.
+std::function<Status()> call_of(nb::object callable) {
+  struct Held {
+    nb::object callable;
+    ~Held() {
+      nb::gil_scoped_acquire acquire;
+      callable.reset();
+    }
+  };
+  return [held = std::shared_ptr<Held>(new Held{std::move(callable)})] {
+    nb::gil_scoped_acquire acquire;
+    held->callable();
+    return Status::kOk;
+  };
+}
+
+// All that `attend` takes but where the operands lie, which changes with every step.
+struct PreparedAttend {
+  const KernelTable* kernels;
+  std::vector<Run> runs;
+  Rows q;
+  ScoreRule rule;
+  bool causal;
+};
+
 // append and gather: one copies where the other reads.
 auto copying(Direction direction) {
   return [direction](WorkerPool& pool, const std::string& isa, const Arenas& arenas, Address table,
@@ -113,6 +145,32 @@ NB_MODULE(_native, m) {
       .def(nb::init<int, std::vector<int>>(), "num_threads"_a, "cpus"_a = std::vector<int>())
       .def("rouse", &WorkerPool::rouse)
       .def_prop_ro("num_threads", &WorkerPool::num_threads);
+
+  nb::class_<Bell>(m, "Bell")
+      .def(nb::new_([] { return std::make_shared<Bell>(); }))
+      .def_prop_ro("num_rung", &Bell::num_rung)
+      .def("ring", &Bell::ring)
+      .def("wait", &Bell::wait, "num_rung"_a, "until"_a, nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<Driver::Job>(m, "Job")
+      .def_prop_ro("begin", [](const Driver::Job& job) { return job.begin; })
+      .def_prop_ro("end", [](const Driver::Job& job) { return job.end.load(std::memory_order_acquire); })
+      .def_prop_ro("status", [](const Driver::Job& job) { return job.status; })
+      .def("cancel", [](Driver::Job& job) { job.is_cancelled.store(true); });
+
+  nb::class_<Driver>(m, "Driver")
+      .def(nb::init<std::shared_ptr<Bell>, int>(), "bell"_a, "cpu"_a)
+      .def(
+          "make",
+          [](Driver& driver, const Call& call, double not_before) { return driver.submit(call.make, not_before); },
+          "call"_a, "not_before"_a)
+      .def(
+          "do",
+          [](Driver& driver, nb::object callable, double not_before) {
+            return driver.submit(call_of(std::move(callable)), not_before);
+          },
+          "callable"_a, "not_before"_a)
+      .def("close", &Driver::close, "seconds"_a, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Arena>(m, "Arena")
       .def(
@@ -180,16 +238,31 @@ NB_MODULE(_native, m) {
           },
           "out"_a, "lse"_a, "mass"_a, "mass_blocks"_a);
 
+  nb::class_<PreparedAttend>(m, "PreparedAttend")
+      .def(
+          "__init__",
+          [](PreparedAttend* call, const std::string& isa, const std::vector<Run>& runs, const Rows& q,
+             const ScoreRule& rule,
+             bool causal) { new (call) PreparedAttend{&kernels_named(isa), runs, q, rule, causal}; },
+          "isa"_a, "runs"_a, "q"_a, "rule"_a, "causal"_a);
+
+  // Pool and tensors are the caller's to hold until the call was made.
+  nb::class_<Call>(m, "Call").def("make", [](const Call& call) {
+    nb::gil_scoped_release release;
+    return call.make();
+  });
+  // The output is [num_seqs, num_heads, q_len, v_head_dim], float32, contiguous.
   m.def(
       "attend",
-      [](WorkerPool& pool, const std::string& isa, const std::vector<Run>& runs, const Rows& q, const ScoreRule& rule,
-         bool causal, const Output& to) {
-        const std::vector<AttendArgs> args = args_of(runs, q, rule, causal);
-        const KernelTable& kernels = kernels_named(isa);
-        nb::gil_scoped_release release;
-        return attend(pool, kernels, args, to);
+      [](WorkerPool& pool, const PreparedAttend& call, Address q, Address out, Address lse, Address mass,
+         int64_t mass_blocks) {
+        const int64_t dim = call.runs.front().arena().v_head_dim, head = call.q.num_tokens * dim;
+        const Output to{as<void>(out),  DType::kFloat32, call.q.num_heads * head, head,       dim,
+                        as<float>(lse), nullptr,         as<float>(mass),         mass_blocks};
+        return Call{[&pool, kernels = call.kernels, args = args_of(call.runs, call.q.at(q), call.rule, call.causal),
+                     to] { return attend(pool, *kernels, args, to); }};
       },
-      "pool"_a, "isa"_a, "runs"_a, "q"_a, "rule"_a, "causal"_a, "to"_a);
+      "pool"_a, "call"_a, "q"_a, "out"_a, "lse"_a, "mass"_a, "mass_blocks"_a);
 
   // The halves of attention: logits are [num_seqs, num_q_heads, q_len, tokens of the table], contiguous.
   m.def(
@@ -199,8 +272,7 @@ NB_MODULE(_native, m) {
         std::vector<AttendArgs> args = args_of({run}, q, rule, false);
         args[0].logits = as<float>(logits_to);
         const KernelTable& kernels = kernels_named(isa);
-        nb::gil_scoped_release release;
-        return logits(pool, kernels, args);
+        return Call{[&pool, &kernels, args = std::move(args)] { return logits(pool, kernels, args); }};
       },
       "pool"_a, "isa"_a, "run"_a, "q"_a, "rule"_a, "logits_to"_a);
   m.def(

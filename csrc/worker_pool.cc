@@ -1,7 +1,5 @@
 #include "worker_pool.h"
 
-#include <pthread.h>
-#include <sched.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -12,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "threads.h"
+
 namespace tandem {
 namespace {
 
@@ -19,23 +19,6 @@ namespace {
 // job it announces, and between jobs that follow each other, and no longer: spinning for milliseconds is what makes
 // libgomp lose its bandwidth when another job runs.
 constexpr auto kSpin = std::chrono::microseconds(50);
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// A processor that was taken from this process meanwhile leaves the thread where it is, as Linux does with pinned
-// threads of a processor that goes offline.
-void pin_this_thread(int cpu) {
-  cpu_set_t only;
-  CPU_ZERO(&only);
-  CPU_SET(cpu, &only);
-  pthread_setaffinity_np(pthread_self(), sizeof only, &only);
-}
 
 }  // namespace
 

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tandemkv import attention, machine
+from tandemkv import attention, kernels, machine
 from tandemkv.attention import decode_step, extend_and_attend, prefill_chunk, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, LayerKV
 from tandemkv.errors import InputError
@@ -261,7 +261,7 @@ def test_near_attention_as_on_a_device(kv_start: list[int]) -> None:
     layer, q, k, v = filled(100, kv_start)
     queries = q[:, :, -1:]
     with layer.hold() as held:
-        far = cpu.attend(queries, held.far, rule=RULE, causal=False)
+        far = kernels.attend(queries, *held.far, rule=RULE)
         near = attention._attend_near(queries, held.near, RULE)
     visible = causal_visible(100, 1, layer.kv_start)
     bound = attend_bound(queries, k, v, visible, SCALE, TORCH_FLOAT32, num_merges=2)
@@ -292,7 +292,7 @@ def test_an_error_in_the_lane_reaches_the_caller_and_releases_the_pages(monkeypa
         failed_on.append(threading.current_thread())
         raise RuntimeError("the lane failed")
 
-    monkeypatch.setattr("tandemkv.lanes.attend.kernels.attend", failing_attend)
+    monkeypatch.setattr("tandemkv.lanes.attend.kernels.prepare_attend", failing_attend)
     with pytest.raises(RuntimeError, match="the lane failed"):
         attention._decode_on_device(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], layer, RULE)
     assert len(failed_on) == 1
@@ -304,18 +304,18 @@ def test_an_error_in_the_lane_reaches_the_caller_and_releases_the_pages(monkeypa
 def test_pages_are_held_until_the_lane_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """The near part fails while the lane still reads: the layer must not move pages under it."""
     layer, q, k, v = filled(100, [0])
-    may_end, seen = threading.Event(), []
+    may_end, seen, prepare = threading.Event(), [], kernels.prepare_attend
 
-    def slow_attend(*args: Any, **kwargs: Any) -> Partial:
+    def slow_attend(*args: Any, **kwargs: Any) -> "cpu.Call[Partial]":
         may_end.wait(10)
         seen.append(layer._is_held)
-        return cpu.attend(args[0], args[1:], causal=False, **kwargs)
+        return prepare(*args, **kwargs)
 
     def failing_near(*args: Any) -> Partial:
         threading.Timer(0.05, may_end.set).start()
         raise RuntimeError("the device failed")
 
-    monkeypatch.setattr("tandemkv.lanes.attend.kernels.attend", slow_attend)
+    monkeypatch.setattr("tandemkv.lanes.attend.kernels.prepare_attend", slow_attend)
     monkeypatch.setattr(attention, "_attend_near", failing_near)
     with pytest.raises(RuntimeError, match="the device failed"):
         attention._decode_on_device(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], layer, RULE)

@@ -21,7 +21,6 @@ from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
 from tandemkv import kernels
 from tandemkv.demo import speed as demo
 from tandemkv.evaluate.tasks import COUNTED
-from tandemkv.kernels import cpu
 from tandemkv.lanes import Crew
 from tandemkv.schedule import Scheduler, Speed
 from tandemkv.types import Partial, ScoreRule
@@ -135,7 +134,7 @@ def test_every_copy_is_the_same_sequence(rules: contest.Rules) -> None:
     slots = torch.cat([paged.page_table[0, 0] for paged in made.copies.paged]).tolist()
     assert len(set(slots)) == len(slots), "copies that share memory would be read from a cache"
     for paged in made.copies.paged:
-        out = cpu.attend(made.problem.q, [paged], rule=ScoreRule(made.problem.scale), causal=False).out
+        out = kernels.attend(made.problem.q, paged, rule=ScoreRule(made.problem.scale)).out
         assert made.judge.error(out) <= made.judge.tolerance
 
 
@@ -151,7 +150,7 @@ def test_wrong_result_of_ours_is_an_exit_status(
 ) -> None:
     monkeypatch.setattr(attend, "QUICK", {SHAPE: (1,)})
     monkeypatch.setattr(attend, "QUICK_RULES", rules)
-    monkeypatch.setattr(cpu, "attend", lambda q, *_, **__: Partial(torch.zeros(q.shape), torch.zeros(q.shape[:3])))
+    monkeypatch.setattr(kernels, "attend", lambda q, *_, **__: Partial(torch.zeros(q.shape), torch.zeros(q.shape[:3])))
     assert attend.main(["--quick", "--json"]) == 1
     output = capsys.readouterr()
     assert output.out == ""
@@ -434,8 +433,8 @@ def test_quantised_rows_are_checked_before_they_are_timed(monkeypatch: pytest.Mo
     assert by_name["bf16"].kv_bytes > 3.4 * by_name["int4"].kv_bytes
     errors = [by_name[name].logit_error or 0.0 for name in ("bf16", "int8", "int4")]
     assert errors[0] == 0 < errors[1] < 0.02 < errors[2] < 0.3
-    attended = cpu.attend
-    monkeypatch.setattr(cpu, "attend", lambda *a, **k: Partial(attended(*a, **k).out * 1.01, torch.zeros(1)))
+    attended = kernels.attend
+    monkeypatch.setattr(kernels, "attend", lambda *a, **k: Partial(attended(*a, **k).out * 1.01, torch.zeros(1)))
     with pytest.raises(common.WrongResultError, match="bf16 at 1024: off by"):
         quantised.measure(1024, (1,), 0.0)
 

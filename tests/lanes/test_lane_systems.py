@@ -65,9 +65,9 @@ def run(
     for row, found in links.items():
         link = getattr(crew.rig, row)
 
-        def carry(name: str, num_bytes: int, link_carry: Any = link.carry, found: Any = found) -> Any:
-            found.append((name, num_bytes))
-            return link_carry(name, num_bytes)
+        def carry(*args: Any, link_carry: Any = link.carry, found: Any = found) -> Any:
+            found.append(args[:2])
+            return link_carry(*args)
 
         monkeypatch.setattr(link, "carry", carry)
     rows: set[str] = set()

@@ -4,12 +4,12 @@ import threading
 import time
 from functools import partial
 from itertools import pairwise
-from threading import Condition
 
 import pytest
 import torch
 
 from tandemkv import kernels
+from tandemkv.kernels.cpu import Bell
 from tandemkv.lanes import Crew, Rig
 from tandemkv.lanes.links import SMALL_BYTES, Link
 from tandemkv.lanes.tickets import Trace
@@ -25,7 +25,7 @@ class Bench:
     """One link, with its bell and trace."""
 
     def __init__(self, start_us: float = 1000.0, gbps: float = 1.0, copies: bool = False) -> None:
-        self.bell, self.trace = Condition(), Trace()
+        self.bell, self.trace = Bell(), Trace()
         self.link = Link("up", Speed(start_us, gbps), self.bell, self.trace, copies=copies)
 
     def __enter__(self) -> "Bench":

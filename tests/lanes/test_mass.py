@@ -139,13 +139,13 @@ def test_hgca_moves_no_page(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     crew = Crew(rig, Scheduler(plain_machine(), ("attend",)))
     cache = filled(text, Sparse("salience", 240), crew, 600)
     sent: list[tuple[str, int]] = []
-    up = rig.up.send
+    carry_up = rig.up.carry
 
-    def send(name: str, num_bytes: int, *more: Any) -> Any:
+    def carry(name: str, num_bytes: int, *more: Any) -> Any:
         sent.append((name, num_bytes))
-        return up(name, num_bytes, *more)
+        return carry_up(name, num_bytes, *more)
 
-    monkeypatch.setattr(rig.up, "send", send)
+    monkeypatch.setattr(rig.up, "carry", carry)
     out = feed(cache, text, 1)
     num_seqs, _, num_heads, width = out.shape
     assert sent == [("attend", num_seqs * num_heads * (width + 1) * 4)]

@@ -15,7 +15,7 @@ from tandemkv.errors import InputError
 from tandemkv.types import AnyArena, Arena, PagedKV, Partial, ScoreRule
 
 if TYPE_CHECKING:
-    from tandemkv.kernels.cpu import WorkerPool
+    from tandemkv.kernels.cpu import Call, WorkerPool
 
 
 def attend(
@@ -45,9 +45,22 @@ def attend(
     Raises InputError for shapes, dtypes or devices that do not fit and for NaN in q, UnsupportedError for a q that
     requires a gradient.
     """
+    return prepare_attend(q, *runs, rule=rule, causal=causal, mass=mass, pool=pool, isa=isa).make()
+
+
+def prepare_attend(
+    q: Tensor,
+    *runs: PagedKV,
+    rule: ScoreRule,
+    causal: bool = False,
+    mass: Tensor | None = None,
+    pool: "WorkerPool | None" = None,
+    isa: str | None = None,
+) -> "Call[Partial]":
+    """`attend`, checked and not made: any thread may make the call, without Python. Raises as it does, of NaN later."""
     from tandemkv.kernels import cpu
 
-    return cpu.attend(q, runs, rule=rule, causal=causal, mass=mass, pool=pool, isa=isa)
+    return cpu.prepare_attend(q, runs, rule=rule, causal=causal, mass=mass, pool=pool, isa=isa)
 
 
 def block_mass(q: Tensor, *runs: PagedKV) -> Tensor:
@@ -72,9 +85,16 @@ def logits(
     `attend`, for any number of threads.
     Raises as `attend` does, and InputError for a rule with a window.
     """
+    return prepare_logits(q, kv, rule=rule, pool=pool, isa=isa).make()
+
+
+def prepare_logits(
+    q: Tensor, kv: PagedKV, *, rule: ScoreRule, pool: "WorkerPool | None" = None, isa: str | None = None
+) -> "Call[Tensor]":
+    """`logits`, checked and not made: see `prepare_attend`."""
     from tandemkv.kernels import cpu
 
-    return cpu.logits(q, kv, rule=rule, pool=pool, isa=isa)
+    return cpu.prepare_logits(q, kv, rule=rule, pool=pool, isa=isa)
 
 
 def weigh(logits: Tensor, kv: PagedKV, *, pool: "WorkerPool | None" = None, isa: str | None = None) -> Partial:

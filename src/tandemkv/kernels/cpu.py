@@ -6,7 +6,7 @@ dtypes and strides are checked here, before any pointer is used.
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +22,12 @@ except ImportError as error:  # doctor prints this reason
         f"the native module is not there ({error}): install a wheel, or build with a C++ compiler"
     ) from error
 
+T = TypeVar("T")
+
 native = _native
+Bell = _native.Bell
+Driver = _native.Driver
+Job = _native.Job
 WorkerPool = _native.WorkerPool
 _DTYPES = {
     torch.float32: _native.DType.float32,
@@ -60,7 +65,25 @@ def single_thread() -> WorkerPool:
     return WorkerPool(1)
 
 
-def attend(
+class Call(NamedTuple, Generic[T]):
+    """A call of the kernel that was checked and not made yet; whoever makes it holds it, and with it what is read."""
+
+    native: _native.Call
+    runs: Sequence[PagedKV]
+    value: T  # when it was made
+    held: tuple[object, ...]
+
+    def make(self) -> T:
+        """Here and now."""
+        return self.result(self.native.make())
+
+    def result(self, status: _native.Status) -> T:
+        """Of a call that somebody else has made, which ended so."""
+        _raise_for(status, self.runs)
+        return self.value
+
+
+def prepare_attend(
     q: Tensor,
     runs: Sequence[PagedKV],
     *,
@@ -69,32 +92,50 @@ def attend(
     mass: Tensor | None = None,
     pool: WorkerPool | None = None,
     isa: str | None = None,
-) -> Partial:
+) -> Call[Partial]:
     """See `tandemkv.kernels.attend`."""
     if not isinstance(causal, bool):
         raise InputError(f"causal must be True or False, got {causal!r}")
+    pool, known = _pool(pool), _checked(q, runs, rule, causal, isa)
+    q = _dense(q) if known.copies else q
+    out = q.new_empty((*q.shape[:3], runs[0].arena.v_head_dim), dtype=torch.float32)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    addresses = q.data_ptr(), out.data_ptr(), lse.data_ptr()
+    call = _native.attend(pool, known.native, *addresses, *_mass(mass, q, runs))
+    return Call(call, runs, Partial(out, lse), (pool, q, mass))
+
+
+class _Checked(NamedTuple):
+    """What was checked of a call; the next step of decoding differs from it in addresses alone. Checking everything in
+    every step was half of a call's Python. copies: the query does not lie as C++ reads it."""
+
+    layout: tuple[object, ...]
+    native: _native.PreparedAttend
+    copies: bool
+
+
+_attends: WeakKeyDictionary[PagedKV, _Checked] = WeakKeyDictionary()
+
+
+def _checked(q: Tensor, runs: Sequence[PagedKV], rule: ScoreRule, causal: bool, isa: str | None) -> _Checked:
+    """The last call over these runs, where all that is checked is the same; else everything is checked."""
+    layout: tuple[object, ...] = ()
+    if runs and type(q) is Tensor and all(type(kv) is PagedKV for kv in runs):
+        layout = *_layout(q), rule, causal, isa, torch.is_grad_enabled(), *[_run_layout(kv) for kv in runs]
+        known = _attends.get(runs[0])
+        if known is not None and known.layout == layout:
+            return known
     _check_query(q, runs, causal)
-    native_rule = _native_rule(rule, causal, len(runs))
-    q = _dense(q)
-    shape = (*q.shape[:3], runs[0].arena.v_head_dim)
-    out = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the default device is
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device="cpu")
-    status = _native.attend(
-        _pool(pool),
-        resolve_isa(isa),
-        [_native_run(kv) for kv in runs],
-        _rows(q),
-        native_rule,
-        causal,
-        _native.Output(_rows(out), lse.data_ptr(), *_mass(mass, q, runs)),
-    )
-    _raise_for(status, runs)
-    return Partial(out, lse)
+    native_rule, dense_q = _native_rule(rule, causal, len(runs)), _dense(q)
+    native_runs = [_native_run(kv) for kv in runs]
+    native = _native.PreparedAttend(resolve_isa(isa), native_runs, _rows(dense_q), native_rule, causal)
+    checked = _attends[runs[0]] = _Checked(layout, native, dense_q is not q)
+    return checked
 
 
-def logits(
+def prepare_logits(
     q: Tensor, kv: PagedKV, *, rule: ScoreRule, pool: WorkerPool | None = None, isa: str | None = None
-) -> Tensor:
+) -> Call[Tensor]:
     """See `tandemkv.kernels.logits`."""
     _check_query(q, [kv], False)
     if isinstance(rule, ScoreRule) and rule.window is not None:
@@ -102,8 +143,9 @@ def logits(
     native_rule = _native_rule(rule, False, 1)
     q, run = _dense(q), _native_run(kv)
     found = torch.empty((*q.shape[:3], _table_tokens(kv)), dtype=torch.float32, device="cpu")
-    _raise_for(_native.logits(_pool(pool), resolve_isa(isa), run, _rows(q), native_rule, found.data_ptr()), [kv])
-    return found
+    pool = _pool(pool)
+    call = _native.logits(pool, resolve_isa(isa), run, _rows(q), native_rule, found.data_ptr())
+    return Call(call, [kv], found, (pool, q))
 
 
 def weigh(logits: Tensor, kv: PagedKV, *, pool: WorkerPool | None = None, isa: str | None = None) -> Partial:

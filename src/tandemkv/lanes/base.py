@@ -9,10 +9,8 @@ from torch import Tensor
 
 from tandemkv.errors import LaneError, TandemError
 from tandemkv.lanes.rig import AnyRig
-from tandemkv.lanes.tickets import Ticket
+from tandemkv.lanes.tickets import LONGEST_WAIT_S, Ticket
 from tandemkv.types import PagedKV, Partial, ScoreRule
-
-_LONGEST_WAIT_S = 3600.0  # Python refuses inf
 
 DeviceWork = Generator[Ticket[Any], None, Partial]
 """What the device does for a lane. It yields a ticket where it can only go on when that is done: until then the device
@@ -132,16 +130,16 @@ def _go_on(
 
 def _next(waiting: Mapping[str, _Waiting], rig: AnyRig, deadline_s: float) -> str:
     """The first that can go on, waiting for it; or the one that has waited for too long."""
-    with rig.bell:
-        while True:
-            now = time.perf_counter()
-            next_at = min(each.ticket.ready_at for each in waiting.values())
-            if next_at <= now:
-                return min((each.since, name) for name, each in waiting.items() if each.ticket.ready_at <= now)[1]
-            since, oldest = min((each.since, name) for name, each in waiting.items())
-            if now >= since + deadline_s:
-                return oldest
-            rig.bell.wait(min(next_at, since + deadline_s, now + _LONGEST_WAIT_S) - now)
+    while True:
+        num_rung = rig.bell.num_rung  # before they are asked: what comes meanwhile is not slept through
+        ready = {name: each.ticket.ready_at for name, each in waiting.items()}
+        now = time.perf_counter()
+        if (next_at := min(ready.values())) <= now:
+            return min((waiting[name].since, name) for name in ready if ready[name] <= now)[1]
+        since, oldest = min((each.since, name) for name, each in waiting.items())
+        if now >= since + deadline_s:
+            return oldest
+        rig.bell.wait(num_rung, min(next_at, since + deadline_s, now + LONGEST_WAIT_S))
 
 
 def _abandon(waiting: Iterable[_Waiting], rig: AnyRig) -> None:

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
-from threading import Condition, Lock, Thread
-from typing import Any, NamedTuple, TypeVar
+from threading import Lock, Thread
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tandemkv.lanes.tickets import Ticket, Trace
 from tandemkv.schedule import Speed
+
+if TYPE_CHECKING:
+    from tandemkv.kernels.cpu import Bell
 
 T = TypeVar("T")
 
@@ -33,7 +36,7 @@ class _Copy(NamedTuple):
 class Link:
     """One direction between two memories; large transfers are carried in the order they were sent."""
 
-    def __init__(self, row: str, speed: Speed, bell: Condition, trace: Trace, *, copies: bool = False) -> None:
+    def __init__(self, row: str, speed: Speed, bell: "Bell", trace: Trace, *, copies: bool = False) -> None:
         """speed: may be replaced at any time, for what is sent later."""
         self.speed = speed
         self._row, self._bell, self._trace = row, bell, trace
@@ -54,9 +57,9 @@ class Link:
             self._copies.put(_Copy(get, ticket, due))
         return ticket
 
-    def carry(self, name: str, num_bytes: int) -> float:
-        """The moment when so many bytes will have been carried."""
-        now, seconds = time.perf_counter(), self.speed.seconds(num_bytes)
+    def carry(self, name: str, num_bytes: int, sent_at: float | None = None) -> float:
+        """The moment when so many bytes will have been carried that were sent now, or at a moment before."""
+        now, seconds = time.perf_counter() if sent_at is None else sent_at, self.speed.seconds(num_bytes)
         if num_bytes <= SMALL_BYTES:
             begin = now
         else:

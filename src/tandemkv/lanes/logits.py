@@ -19,10 +19,10 @@ def logits(task: Task, share: PagedKV) -> DeviceWork:
 
     def ask(stage: PagedKV) -> Ticket[Tensor]:
         num_scores = task.q[..., 0].numel() * stage.page_table.shape[2] * stage.entry_tokens
-        return rig.ask_host(
+        return rig.call_host(
             "logits",
             task.q,
-            lambda q: kernels.logits(q, stage, rule=rule, pool=rig.host.pool),
+            lambda q: kernels.prepare_logits(q, stage, rule=rule, pool=rig.host.pool),
             stage.v_bytes + 4 * num_scores,
         )
 

@@ -1,21 +1,18 @@
 """What a step runs on: a device, which is the caller's thread, a host, and a link between them for each direction."""
 
 import atexit
-import ctypes
 import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from queue import SimpleQueue
-from threading import Condition, Thread
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from tandemkv import kernels
 from tandemkv.errors import InputError, UnsupportedError
+from tandemkv.lanes.host import Host
 from tandemkv.lanes.links import Link
 from tandemkv.lanes.tickets import Ticket, Trace
 from tandemkv.schedule import Speed
@@ -23,87 +20,9 @@ from tandemkv.schedule.costs import NUM_SLOTS
 from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule
 
 if TYPE_CHECKING:
-    from tandemkv.kernels.cpu import WorkerPool
-
+    from tandemkv.kernels.cpu import Call, WorkerPool
 
 T = TypeVar("T")
-
-_SECONDS_TO_SETTLE = 10.0
-_PR_SET_TIMERSLACK = 29
-_TIMER_SLACK_NS = 1000
-
-
-class _Job(NamedTuple):
-    name: str
-    work: Callable[[], Any]
-    ticket: Ticket[Any]
-    not_before: float
-    then: Callable[[Any], None] | None
-
-
-class Host:
-    """The processor beside far memory: a thread that drives native workers, one job after the other."""
-
-    def __init__(self, pool: "WorkerPool", bell: Condition, trace: Trace, cpu: int | None = None) -> None:
-        """pool: whom the thread drives. cpu: where the thread itself stays; None is anywhere."""
-        self.pool = pool
-        self._cpu, self._bell, self._trace = cpu, bell, trace
-        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
-        self._thread = Thread(target=self._serve, name="tandemkv-host", daemon=True)
-        self._thread.start()
-
-    def submit(
-        self,
-        name: str,
-        work: Callable[[], T],
-        *,
-        ticket: Ticket[T] | None = None,
-        not_before: float = 0.0,
-        then: Callable[[T], None] | None = None,
-    ) -> Ticket[T]:
-        """Do this on the host's thread, not before a moment. The ticket, a new one or the one given, gets what comes of
-        it; where there is a `then`, that gets it, and sets the ticket. An error is the ticket's in any case."""
-        ticket = Ticket(self._bell) if ticket is None else ticket
-        self._queue.put(_Job(name, work, ticket, not_before, then))
-        return ticket
-
-    def settle(self) -> None:
-        """Until it reads no page any more; one that hangs is not waited for longer than ten seconds."""
-        with suppress(TimeoutError):
-            self.submit("settle", lambda: None).wait(_SECONDS_TO_SETTLE)
-
-    def close(self) -> None:
-        """Ends the thread after what was submitted."""
-        self._queue.put(None)
-        self._thread.join(_SECONDS_TO_SETTLE)
-
-    def _serve(self) -> None:
-        if self._cpu is not None:
-            os.sched_setaffinity(0, {self._cpu})
-        sleep_finely()
-        while (job := self._queue.get()) is not None:
-            if not job.ticket.is_cancelled:
-                self._do(job)
-
-    def _do(self, job: _Job) -> None:
-        if (early := job.not_before - time.perf_counter()) > 0:
-            time.sleep(early)
-        begin = time.perf_counter()
-        try:
-            value = job.work()
-            self._trace.add("host", job.name, begin, time.perf_counter())
-            if job.then is None:
-                job.ticket.set(lambda: value)
-            else:
-                job.then(value)
-        except BaseException as error:  # noqa: BLE001  raised where the ticket is waited for
-            job.ticket.fail(error)
-
-
-def sleep_finely() -> None:
-    """Let this thread wake when it has to: with Linux's 50 us of slack a sleeper woke 80 us late here (median), with 1
-    us 32."""
-    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)
 
 
 class Rig:
@@ -118,12 +37,12 @@ class Rig:
 
         InputError where there are fewer than two.
         """
-        from tandemkv.kernels.cpu import WorkerPool
+        from tandemkv.kernels.cpu import Bell, WorkerPool
 
         cpus = tuple(sorted(os.sched_getaffinity(0))) if cpus is None else cpus
         if len(cpus) < 2:
             raise InputError(f"a device and a host need two processors, this process may use {len(cpus)}")
-        self.bell, self.trace = Condition(), Trace()
+        self.bell, self.trace = Bell(), Trace()
         self.device_pool = WorkerPool(1)
         self.done: Ticket[None] = Ticket(self.bell)  # for work that waits for nobody, but lets others go on
         self.done.set(lambda: None)
@@ -138,7 +57,7 @@ class Rig:
     def ask_host(
         self, name: str, q: Tensor, work: Callable[[Tensor], T], up_bytes: int | Callable[[T], int]
     ) -> Ticket[T]:
-        """q down, work on the host, its answer up, of which up_bytes may tell the size."""
+        """q down, work in Python on the host, its answer up, of which up_bytes may tell the size."""
         answer: Ticket[T] = Ticket(self.bell)
         is_down_at = self.down.carry(name, q.nbytes)
 
@@ -147,6 +66,11 @@ class Rig:
             self.up.send(name, num_bytes, lambda: value, answer)
 
         return self.host.submit(name, lambda: work(q), ticket=answer, not_before=is_down_at, then=send_up)
+
+    def call_host(self, name: str, q: Tensor, prepare: "Callable[[Tensor], Call[T]]", up_bytes: int) -> Ticket[T]:
+        """q down, a call of the kernel on the host, its result up; no Python runs there."""
+        is_down_at = self.down.carry(name, q.nbytes)
+        return self.host.call(name, prepare(q), is_down_at, partial(self.up.carry, name, up_bytes))
 
     def attend(self, q: Tensor, pages: PagedKV, rule: ScoreRule, mass: Tensor | None = None) -> Partial:
         """On the device, over what lies in its memory. mass: as `kernels.attend` fills it."""
@@ -185,7 +109,6 @@ class Rig:
         cpus, num_threads = os.sched_getaffinity(0), torch.get_num_threads()
         os.sched_setaffinity(0, {self.device_cpu})
         torch.set_num_threads(1)
-        sleep_finely()
         try:
             yield self
         finally:
@@ -238,7 +161,9 @@ class TorchRig:
     """
 
     def __init__(self, pool: "WorkerPool") -> None:
-        self.bell, self.trace = Condition(), Trace()
+        from tandemkv.kernels.cpu import Bell
+
+        self.bell, self.trace = Bell(), Trace()
         self.host = Host(pool, self.bell, self.trace)
 
     def ask_host(
@@ -255,6 +180,10 @@ class TorchRig:
             return work(host_q)
 
         return self.host.submit(name, job)
+
+    def call_host(self, name: str, q: Tensor, prepare: "Callable[[Tensor], Call[T]]", up_bytes: int) -> Ticket[T]:
+        """q down, a call of the kernel on the host; the caller brings its result up."""
+        return self.ask_host(name, q, lambda q: prepare(q).make(), up_bytes)
 
     def clear(self) -> None:
         """Torch's own copies are ordered by its streams."""

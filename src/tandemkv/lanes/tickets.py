@@ -3,8 +3,10 @@
 import math
 import time
 from collections.abc import Callable
-from threading import Condition
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from tandemkv.kernels.cpu import Bell
 
 T = TypeVar("T")
 
@@ -37,18 +39,23 @@ class Trace:
 class Ticket(Generic[T]):
     """A value that somebody else is at work on. It is done from a moment on that is known when it is set.
 
-    Tickets that one thread waits for share a bell, which rings when a moment becomes known, so that it can wait for the
-    first of many.
+    Tickets that one thread waits for share a bell, which rings when something has come of one, so that it can wait for
+    the first of many.
     """
 
-    __slots__ = ("_bell", "_get", "error", "is_cancelled", "ready_at")
+    __slots__ = ("_bell", "_error", "_get", "_ready_at", "is_cancelled")
 
-    def __init__(self, bell: Condition) -> None:
+    def __init__(self, bell: "Bell") -> None:
         self._bell = bell
         self._get: Callable[[], T] | None = None
-        self.ready_at = math.inf
-        self.error: BaseException | None = None
+        self._ready_at = math.inf
+        self._error: BaseException | None = None
         self.is_cancelled = False
+
+    @property
+    def ready_at(self) -> float:
+        """The moment from which it is done; inf as long as nobody knows."""
+        return self._ready_at
 
     @property
     def is_done(self) -> bool:
@@ -58,12 +65,14 @@ class Ticket(Generic[T]):
     def set(self, get: Callable[[], T], ready_at: float = 0.0) -> None:
         """It will be what `get` gives, from then on."""
         self._get = get
-        self._ring(ready_at)
+        self._ready_at = ready_at
+        self._bell.ring()
 
     def fail(self, error: BaseException) -> None:
         """It will never come: `result` raises this."""
-        self.error = error
-        self._ring(0.0)
+        self._error = error
+        self._ready_at = 0.0
+        self._bell.ring()
 
     def cancel(self) -> None:
         """Nobody waits any more: who has not begun need not."""
@@ -72,22 +81,23 @@ class Ticket(Generic[T]):
     def result(self) -> T:
         """The value of a ticket that is done; raises what the work raised."""
         assert self.is_done
-        if self.error is not None:
-            raise self.error
+        if self._error is not None:
+            raise self._error
         assert self._get is not None
         return self._get()
 
     def wait(self, seconds: float = 3600.0) -> T:
         """`result`, when it is done. TimeoutError where it is not done after so long."""
         deadline = time.perf_counter() + seconds
-        with self._bell:
-            while (now := time.perf_counter()) < self.ready_at:
-                if now >= deadline:
-                    raise TimeoutError(f"nothing came within {seconds:g} s")
-                self._bell.wait(min(self.ready_at, deadline) - now)
-        return self.result()
+        while True:
+            num_rung = self._bell.num_rung  # before it is asked: what comes meanwhile is not slept through
+            now, ready_at = time.perf_counter(), self.ready_at
+            if now >= ready_at:
+                return self.result()
+            if now >= deadline:
+                raise TimeoutError(f"nothing came within {seconds:g} s")
+            self._bell.wait(num_rung, min(ready_at, deadline, now + LONGEST_WAIT_S))
 
-    def _ring(self, ready_at: float) -> None:
-        with self._bell:
-            self.ready_at = ready_at
-            self._bell.notify_all()
+
+LONGEST_WAIT_S = 0.1
+"""A bell is waited for outside of Python, which looks after signals, such as Ctrl-C, in between."""
