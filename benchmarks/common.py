@@ -88,22 +88,32 @@ def in_ms(call: Callable[[], object]) -> Callable[[], float]:
 def medians_in_turn(
     contestants: Mapping[str, Callable[[], float]], budget_s: float, min_rounds: int = 3
 ) -> dict[str, float]:
-    """Each contestant's median score, all in turn, round after round, so that noise hits all of them alike.
+    """Each contestant's median score over all rounds of `rounds_in_turn`."""
+    rounds = rounds_in_turn(contestants, budget_s, min_rounds)
+    return {name: statistics.median(score for each in rounds for score in each[name]) for name in contestants}
+
+
+def rounds_in_turn(
+    contestants: Mapping[str, Callable[[], float]], budget_s: float, min_rounds: int = 3
+) -> list[dict[str, list[float]]]:
+    """Scores of contestants that take turns, round after round, so that noise hits all of them alike.
 
     A contestant returns its own score (`in_ms`, or GB/s) and is called for at least TURN_S in its turn. Rounds go on
     until `budget_s` is spent, but at least `min_rounds`.
     """
-    scores: dict[str, list[float]] = {name: [] for name in contestants}
-    start, rounds = time.perf_counter(), 0
-    while rounds < min_rounds or time.perf_counter() - start < budget_s:
-        for name, score in contestants.items():
-            turn = time.perf_counter()
-            while True:
-                scores[name].append(score())
-                if time.perf_counter() - turn >= TURN_S:
-                    break
-        rounds += 1
-    return {name: statistics.median(values) for name, values in scores.items()}
+    rounds: list[dict[str, list[float]]] = []
+    start = time.perf_counter()
+    while len(rounds) < min_rounds or time.perf_counter() - start < budget_s:
+        rounds.append({name: _turn(score) for name, score in contestants.items()})
+    return rounds
+
+
+def _turn(score: Callable[[], float]) -> list[float]:
+    scores: list[float] = []
+    begin = time.perf_counter()
+    while not scores or time.perf_counter() - begin < TURN_S:
+        scores.append(score())
+    return scores
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, object]], run: Run) -> None:

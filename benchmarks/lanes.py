@@ -2,9 +2,8 @@
 
 import math
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +23,6 @@ from torch import Tensor  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 
 from tandemkv import kernels  # noqa: E402
-from tandemkv.kernels.cpu import WorkerPool  # noqa: E402
 from tandemkv.lanes import Crew, Inputs, Rig  # noqa: E402
 from tandemkv.lanes.crew import work_of  # noqa: E402
 from tandemkv.profiling import measure as measure_machine  # noqa: E402
@@ -39,6 +37,7 @@ RATIOS = (0.25, 1.0, 4.0)
 ROTATED_BYTES = 1 << 30
 SPLITS = tuple(i / 10 for i in range(1, 10))
 LANES = ("attend", "logits", "stream")
+LEARNING_STEPS = 40  # until feedback believes what it has seen, of several plans
 KVPR_TOKENS, KVPR_HEADS, KVPR_SHARES = 4096, 8, (0.3, 0.5, 0.7)
 MAX_ERROR = 0.01  # of out, relative, bf16 K and V
 HELP = """One decode step of one layer, its far tokens over every lane: the host attends, or computes logits; or K and V
@@ -56,7 +55,12 @@ Example: python -m benchmarks.lanes --context 32768 --json
 
 @dataclass(frozen=True)
 class Row:
-    """One shape and link. Times are medians in ms; speeds count K and V of far tokens. error: of the prediction."""
+    """One shape and link. Times are medians in ms; speeds count K and V of far tokens. error: of the prediction.
+
+    Of what follows, all are medians over rounds. gain: over the better one of attend and stream, of which `ideal`
+    speaks. share_of_raw: what tandem reaches of a + b. share_of_swept, share_of_best: the time of the best frozen
+    split, and of the best lane alone, logits among them, over tandem's.
+    """
 
     heads: str
     context: int
@@ -68,7 +72,6 @@ class Row:
     logits_ms: float
     stream_ms: float
     tandem_ms: float
-    predicted_ms: float
     error: float
     swept_ms: float
     swept_split: float
@@ -76,13 +79,19 @@ class Row:
     gain: float
     ideal: float
     share_of_ideal: float
+    share_of_raw: float
+    share_of_swept: float
+    share_of_best: float
     share_of_kernel: float
     share_of_link: float
 
 
 @dataclass(frozen=True)
 class KvprRow:
-    """Recomputation beside streaming everything. rebuild_gflops: of the whole lane, attention included."""
+    """Recomputation beside streaming everything. rebuild_gflops: of the whole lane alone, attention included.
+
+    gain and what follows are medians over rounds; error is the prediction's.
+    """
 
     schedule: str
     f: float
@@ -90,7 +99,7 @@ class KvprRow:
     rebuild_gflops: float
     stream_ms: float
     kvpr_ms: float
-    predicted_ms: float
+    error: float
     rebuilt_tokens: int
     gain: float
     ideal: float
@@ -150,11 +159,6 @@ class Contestant(NamedTuple):
         near, far = self.layers.next()
         return self.crew.attend(self.layers.q, near, (far,), RULE)
 
-    def predicted_ms(self) -> float:
-        """What the scheduler expects of a step now."""
-        near, far = self.layers.next()
-        return self.crew.scheduler.plan(work_of(self.layers.q, near, (far,))).prediction.seconds * 1e3
-
 
 def check(contestants: Sequence[Contestant]) -> None:
     """All of them give what one call over near and far tokens gives, which the tests hold against float64."""
@@ -166,31 +170,32 @@ def check(contestants: Sequence[Contestant]) -> None:
             raise common.WrongResultError(f"{crew.scheduler.lanes}: off by {error:.3g}, at most {MAX_ERROR} expected")
 
 
-def raw_speeds(layers: Layers, rig: Rig, seconds: float) -> tuple[float, float]:
-    """GB/s of K and V that the host and the device attend to, both at once, without links or lanes."""
-    stop, host = threading.Event(), rig.host
-    taken: list[float] = []
-    halves = [far.cut(far.page_table.shape[2] * PAGE // 2) for far in layers.far]
+class Raw:
+    """Half of the far tokens attended to by the host and the other half by the device, at once, without links or lanes:
+    what both processors can do of memory that they share."""
 
-    def attend(run: PagedKV, pool: WorkerPool) -> float:
+    def __init__(self, layers: Layers, rig: Rig) -> None:
+        self._layers, self._rig = layers, rig
+        self.gbps: list[tuple[float, float]] = []  # of the host and the device, in every step
+
+    def step(self) -> None:
+        """Of the next layer."""
+        _, far = self._layers.next()
+        halves, q = far.cut(far.page_table.shape[2] * PAGE // 2), self._layers.q
+        of_host = self._rig.host.call("raw", kernels.prepare_attend(q, halves[0], rule=RULE, pool=self._rig.host.pool))
+        call = self._rig.prepare_attend(q, halves[-1], RULE)
         begin = time.perf_counter()
-        kernels.attend(layers.q, run, rule=RULE, pool=pool)
-        return run.num_bytes / (time.perf_counter() - begin) / 1e9
+        call.make()
+        device_s = time.perf_counter() - begin
+        of_host.wait(60)
+        (span,) = self._rig.trace.take()
+        self.gbps.append((halves[0].num_bytes / (span.end - span.begin) / 1e9, halves[-1].num_bytes / device_s / 1e9))
 
-    def serve() -> None:
-        i = 0
-        while not stop.is_set():
-            taken.append(attend(halves[i % len(halves)][0], host.pool))
-            i += 1
-
-    busy = host.submit("raw", serve)
-    mine: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(mine) < 3:
-        mine.append(attend(halves[len(mine) % len(halves)][-1], rig.device_pool))
-    stop.set()
-    busy.wait(60)
-    return median(taken), median(mine)
+    def take(self) -> tuple[float, float]:
+        """Medians of the steps since the last time."""
+        host, device = zip(*self.gbps, strict=True)
+        self.gbps = []
+        return median(host), median(device)
 
 
 @contextmanager
@@ -208,63 +213,113 @@ def measure(profile: Profile, heads: tuple[int, int], context: int, budget_s: fl
     """A row for each link."""
     layers = Layers(*heads, context)
     with rig_with(Speed(LATENCY_US, 1e6)) as rig:
-        a_gbps, device_gbps = raw_speeds(layers, rig, budget_s / 8)
+        raw = Raw(layers, rig)
+        _median_s(raw.step, budget_s / 8)
+    a_gbps, _ = raw.take()
     for ratio in RATIOS:
         link = Speed(LATENCY_US, ratio * a_gbps)
-        speeds = profile.machine("bfloat16", 0, (link, link))
         with rig_with(link) as rig:
-            yield _row(rig, speeds, layers, (heads, context, ratio, a_gbps, min(link.gbps, device_gbps)), budget_s)
+            ground = Ground(rig, profile.machine("bfloat16", 0, (link, link)), layers)
+            yield _row(ground, (heads, context, ratio), budget_s)
 
 
-def _row(
-    rig: Rig,
-    speeds: Machine,
-    layers: Layers,
-    case: tuple[tuple[int, int], int, float, float, float],
-    budget_s: float,
-) -> Row:
-    heads, context, ratio, a_gbps, b_gbps = case
-    near, far = layers.next()
-    work = work_of(layers.q, near, (far,))
+class Ground(NamedTuple):
+    """What contestants have in common."""
 
-    def contestant(lanes: tuple[str, ...], plan: Plan | None = None) -> Contestant:
-        return Contestant(Crew(rig, Scheduler(speeds, lanes, plan)), layers)
+    rig: Rig
+    speeds: Machine
+    layers: Layers
 
-    all_of_it = {name: contestant((name,)) for name in LANES} | {"tandem": contestant(LANES)}
-    for share in SPLITS:
-        whole = solve(work, speeds, ("attend", "stream")).plan
-        frozen = Plan({"attend": round(1000 * (1 - share)), "stream": round(1000 * share)}, whole.stage_tokens)
-        all_of_it[f"{share}"] = contestant(("attend", "stream"), frozen)
-    check(list(all_of_it.values()))
-    for _ in range(10):  # until feedback believes what it has seen
-        all_of_it["tandem"].step()
-    ms = common.medians_in_turn({name: common.in_ms(each.step) for name, each in all_of_it.items()}, budget_s)
-    swept = min(map(str, SPLITS), key=lambda name: ms[name])
-    best, predicted = min(ms[name] for name in LANES), all_of_it["tandem"].predicted_ms()
-    ideal, gain = (a_gbps + b_gbps) / max(a_gbps, b_gbps), best / ms["tandem"]
-    plan, gb = all_of_it["tandem"].crew.plan, layers.far_bytes / 1e6
+    def crew(self, lanes: tuple[str, ...], plan: Plan | None = None) -> Contestant:
+        """One more contestant, with a scheduler of its own."""
+        return Contestant(Crew(self.rig, Scheduler(self.speeds, lanes, plan)), self.layers)
+
+    def frozen(self, share: float) -> Contestant:
+        """With such a share streamed, and stages as the solver would have them."""
+        near, far = self.layers.next()
+        stage = solve(work_of(self.layers.q, near, (far,)), self.speeds, ("attend", "stream")).plan.stage_tokens
+        return self.crew(
+            ("attend", "stream"), Plan({"attend": round(1000 * (1 - share)), "stream": round(1000 * share)}, stage)
+        )
+
+
+class Round(NamedTuple):
+    """Medians of a round: ms by contestant, raw GB/s of the host and of the stream."""
+
+    ms: dict[str, float]
+    a: float
+    b: float
+
+    @property
+    def gain(self) -> float:
+        """Over the better one of the lanes alone of which `ideal` speaks."""
+        return min(self.ms["attend"], self.ms["stream"]) / self.ms["tandem"]
+
+    @property
+    def ideal(self) -> float:
+        """The most that both together can gain over one."""
+        return (self.a + self.b) / max(self.a, self.b)
+
+
+def _row(ground: Ground, case: tuple[tuple[int, int], int, float], budget_s: float) -> Row:
+    """Everything in turn, and ratios within a round: memory that is shared with strangers is fast now and slow then."""
+    (heads, context, ratio), link_gbps = case, ground.rig.up.speed.gbps
+    crews = {name: ground.crew((name,)) for name in LANES} | {"tandem": ground.crew(LANES)}
+    crews |= {f"{share}": ground.frozen(share) for share in SPLITS}
+    check(list(crews.values()))
+    tandem = crews["tandem"]
+    for _ in range(LEARNING_STEPS):
+        tandem.step()
+    errors: list[float] = []
+    tandem.crew.on_step = lambda step: errors.append(step.solution.prediction.seconds / (step.end - step.begin) - 1)
+    rounds = _rounds(ground, {name: common.in_ms(each.step) for name, each in crews.items()}, budget_s)
+    ms = {name: median(each.ms[name] for each in rounds) for name in crews}
+    swept, best = (min(names, key=ms.__getitem__) for names in (map(str, SPLITS), LANES))
+    plan, mb = tandem.crew.plan, ground.layers.far_bytes / 1e6
+
+    def of(ratio: Callable[[Round], float]) -> float:
+        return median(map(ratio, rounds))
+
     return Row(
         heads=f"{heads[0]}:{heads[1]}",
         context=context,
         link_ratio=ratio,
-        link_gbps=rig.up.speed.gbps,
-        a_gbps=a_gbps,
-        b_gbps=b_gbps,
+        link_gbps=link_gbps,
+        a_gbps=of(lambda each: each.a),
+        b_gbps=of(lambda each: each.b),
         attend_ms=ms["attend"],
         logits_ms=ms["logits"],
         stream_ms=ms["stream"],
         tandem_ms=ms["tandem"],
-        predicted_ms=predicted,
-        error=predicted / ms["tandem"] - 1,
+        error=median(errors),
         swept_ms=ms[swept],
         swept_split=float(swept),
         plan="" if plan is None else plan.summary,
-        gain=gain,
-        ideal=ideal,
-        share_of_ideal=gain / ideal,
-        share_of_kernel=gb / ms["attend"] / a_gbps,
-        share_of_link=gb / ms["stream"] / min(rig.up.speed.gbps, b_gbps),
+        gain=of(lambda each: each.gain),
+        ideal=of(lambda each: each.ideal),
+        share_of_ideal=of(lambda each: each.gain / each.ideal),
+        share_of_raw=of(lambda each: mb / each.ms["tandem"] / (each.a + each.b)),
+        share_of_swept=of(lambda each: each.ms[swept] / each.ms["tandem"]),
+        share_of_best=of(lambda each: each.ms[best] / each.ms["tandem"]),
+        share_of_kernel=of(lambda each: mb / each.ms["attend"] / each.a),
+        share_of_link=of(lambda each: mb / each.ms["stream"] / each.b),
     )
+
+
+def _rounds(ground: Ground, steps: Mapping[str, Callable[[], float]], budget_s: float) -> list[Round]:
+    raw, speeds = Raw(ground.layers, ground.rig), []
+
+    def raw_step() -> float:
+        raw.step()
+        speeds.append(raw.take())
+        return 0.0
+
+    found = []
+    for scores in common.rounds_in_turn({**steps, "raw": raw_step}, budget_s):
+        taken, speeds = speeds[: len(scores["raw"])], speeds[len(scores["raw"]) :]
+        a, b = (median(gbps) for gbps in zip(*taken, strict=True))
+        found.append(Round({name: median(scores[name]) for name in steps}, a, min(b, ground.rig.up.speed.gbps)))
+    return found
 
 
 class Rebuilt(NamedTuple):
@@ -313,46 +368,68 @@ class Rebuilt(NamedTuple):
 def measure_kvpr(profile: Profile, budget_s: float) -> Iterator[KvprRow]:
     """Both schedules at every share."""
     layer = Rebuilt.make(KVPR_TOKENS)
-    hidden, flops = layer.x.shape[2], 4.0 * layer.x.shape[2] ** 2
+    hidden = layer.x.shape[2]
     with rig_with(Speed(0, 1e6)) as rig:
-        speeds = profile.machine("bfloat16", hidden, (rig.up.speed, rig.up.speed))
-        alone = Crew(rig, Scheduler(speeds, ("recompute",), Plan({"recompute": KVPR_TOKENS})))
-        rebuild_s = _median_s(partial(layer.step, alone, layer.inputs(True)), budget_s / 8)
-    gflops = KVPR_TOKENS * flops / rebuild_s / 1e9
+        alone = _rebuilding(rig, profile.machine("bfloat16", hidden, (rig.up.speed, rig.up.speed)))
+        gflops = _gflops(layer, _median_s(partial(layer.step, alone, layer.inputs(True)), budget_s / 8))
     for f in KVPR_SHARES:
         link = Speed(0, 2 * gflops * (1 - f) / (2 * hidden * f))
         for schedule in ("row", "column"):
             speeds = profile.machine("bfloat16", hidden, (link, link))
             known = replace(speeds, products=Products(((1, gflops),)))
             with rig_with(link) as rig:
-                yield _kvpr_row(rig, known, layer, (schedule, f, gflops), budget_s)
+                yield _kvpr_row(rig, known, layer, schedule, budget_s)
 
 
-def _kvpr_row(rig: Rig, speeds: Machine, layer: Rebuilt, case: tuple[str, float, float], budget_s: float) -> KvprRow:
-    schedule, f, gflops = case
-    inputs = layer.inputs(schedule == "row")
+def _rebuilding(rig: Rig, speeds: Machine) -> Crew:
+    return Crew(rig, Scheduler(speeds, ("recompute",), Plan({"recompute": KVPR_TOKENS})))
+
+
+def _gflops(layer: Rebuilt, seconds: float) -> float:
+    return KVPR_TOKENS * 4.0 * layer.x.shape[2] ** 2 / seconds / 1e9
+
+
+def _kvpr_row(rig: Rig, speeds: Machine, layer: Rebuilt, schedule: str, budget_s: float) -> KvprRow:
+    """f and what is ideal follow from how fast rebuilding was in the same round."""
+    inputs, hidden, gbps = layer.inputs(schedule == "row"), layer.x.shape[2], rig.up.speed.gbps
     stream = Crew(rig, Scheduler(speeds, ("stream",)))
     kvpr = Crew(rig, Scheduler(speeds, ("recompute", "stream")))
     expected = kernels.attend(layer.q, layer.far, layer.near, rule=RULE).out
-    error = float((layer.step(kvpr, inputs).out - expected).norm() / expected.norm())
-    if not error < MAX_ERROR:
-        raise common.WrongResultError(f"KVPR: off by {error:.3g}, at most {MAX_ERROR} expected")
-    steps = {"stream": partial(layer.step, stream), "kvpr": partial(layer.step, kvpr, inputs)}
-    ms = common.medians_in_turn({name: common.in_ms(step) for name, step in steps.items()}, budget_s)
-    solution = kvpr.scheduler.plan(work_of(layer.q, layer.near, (layer.far,), inputs))
-    gain, ideal = ms["stream"] / ms["kvpr"], 1 / (1 - f) if schedule == "row" else 1 / (1 - f / 2)
+    for _ in range(LEARNING_STEPS // 2):
+        error = float((layer.step(kvpr, inputs).out - expected).norm() / expected.norm())
+        if not error < MAX_ERROR:
+            raise common.WrongResultError(f"KVPR: off by {error:.3g}, at most {MAX_ERROR} expected")
+    steps = {
+        "stream": partial(layer.step, stream),
+        "kvpr": partial(layer.step, kvpr, inputs),
+        "alone": partial(layer.step, _rebuilding(rig, speeds), layer.inputs(True)),
+    }
+    errors: list[float] = []
+    kvpr.on_step = lambda step: errors.append(step.solution.prediction.seconds / (step.end - step.begin) - 1)
+    rounds = common.rounds_in_turn({name: common.in_ms(step) for name, step in steps.items()}, budget_s)
+    ms = [{name: median(scores[name]) for name in steps} for scores in rounds]
+
+    def ideal(each: Mapping[str, float]) -> float:
+        v_gpu = _gflops(layer, each["alone"] / 1e3)
+        f = 2 * v_gpu / (2 * v_gpu + 2 * hidden * gbps)
+        return 1 / (1 - f) if schedule == "row" else 1 / (1 - f / 2)
+
+    def of(ratio: Callable[[Mapping[str, float]], float]) -> float:
+        return median(map(ratio, ms))
+
+    v_gpu = _gflops(layer, of(lambda each: each["alone"]) / 1e3)
     return KvprRow(
         schedule=schedule,
-        f=f,
-        link_gbps=rig.up.speed.gbps,
-        rebuild_gflops=gflops,
-        stream_ms=ms["stream"],
-        kvpr_ms=ms["kvpr"],
-        predicted_ms=solution.prediction.seconds * 1e3,
-        rebuilt_tokens=solution.plan.tokens.get("recompute", 0),
-        gain=gain,
-        ideal=ideal,
-        share_of_ideal=gain / ideal,
+        f=2 * v_gpu / (2 * v_gpu + 2 * hidden * gbps),
+        link_gbps=gbps,
+        rebuild_gflops=v_gpu,
+        stream_ms=of(lambda each: each["stream"]),
+        kvpr_ms=of(lambda each: each["kvpr"]),
+        error=median(errors),
+        rebuilt_tokens=0 if kvpr.plan is None else kvpr.plan.tokens.get("recompute", 0),
+        gain=of(lambda each: each["stream"] / each["kvpr"]),
+        ideal=of(ideal),
+        share_of_ideal=of(lambda each: each["stream"] / each["kvpr"] / ideal(each)),
     )
 
 
@@ -367,26 +444,31 @@ def _median_s(call: Callable[[], object], seconds: float) -> float:
 
 def print_rows(rows: Sequence[Row], kvpr: Sequence[KvprRow], console: Console) -> None:
     """The tables for people."""
-    table = Table(title="one step of one layer, ms")
-    headings = ("heads", "context", "link", "a GB/s", "b", "attend", "logits", "stream", "tandem", "predicted", "swept")
-    for heading in (*headings, "gain", "ideal", "share", "of kernel", "of link"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        times = (row.attend_ms, row.logits_ms, row.stream_ms, row.tandem_ms, row.predicted_ms, row.swept_ms)
-        shares = (f"{share:.0%}" for share in (row.share_of_ideal, row.share_of_kernel, row.share_of_link))
-        speeds = (f"{row.link_gbps:.1f}", f"{row.a_gbps:.1f}", f"{row.b_gbps:.1f}")
-        gains = (f"{row.gain:.2f}", f"{row.ideal:.2f}")
-        table.add_row(row.heads, f"{row.context:,}", *speeds, *(f"{ms:.2f}" for ms in times), *gains, *shares)
-    console.print(table)
+    console.print(_table_of_lanes(rows))
     table = Table(title=f"KVPR, {KVPR_HEADS}:{KVPR_HEADS} heads, {KVPR_TOKENS:,} tokens, ms")
-    for heading in ("schedule", "f", "link GB/s", "stream", "kvpr", "predicted", "rebuilt", "gain", "ideal", "share"):
+    for heading in ("schedule", "f", "link GB/s", "stream", "kvpr", "error", "rebuilt", "gain", "ideal", "share"):
         table.add_column(heading, justify="right")
     for one in kvpr:
-        three = (one.stream_ms, one.kvpr_ms, one.predicted_ms)
+        times = (f"{one.stream_ms:.1f}", f"{one.kvpr_ms:.1f}", f"{one.error:+.0%}")
         last = (f"{one.gain:.2f}", f"{one.ideal:.2f}", f"{one.share_of_ideal:.0%}")
-        numbers = (f"{one.f}", f"{one.link_gbps:.3f}", *(f"{ms:.1f}" for ms in three), f"{one.rebuilt_tokens:,}")
-        table.add_row(one.schedule, *numbers, *last)
+        table.add_row(one.schedule, f"{one.f:.2f}", f"{one.link_gbps:.3f}", *times, f"{one.rebuilt_tokens:,}", *last)
     console.print(table)
+
+
+def _table_of_lanes(rows: Sequence[Row]) -> Table:
+    table = Table(title="one step of one layer, ms")
+    of_lanes = ("attend", "logits", "stream", "tandem", "error", "swept")
+    shares_of = ("ideal", "raw", "swept", "best", "kernel", "link")
+    shares = tuple(f"of {name}" for name in shares_of)
+    for heading in ("heads", "context", "link", "a GB/s", "b", *of_lanes, "gain", "ideal", *shares):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        speeds = (f"{row.link_gbps:.1f}", f"{row.a_gbps:.1f}", f"{row.b_gbps:.1f}")
+        times = (f"{ms:.2f}" for ms in (row.attend_ms, row.logits_ms, row.stream_ms, row.tandem_ms))
+        gains = (f"{row.error:+.0%}", f"{row.swept_ms:.2f}", f"{row.gain:.2f}", f"{row.ideal:.2f}")
+        bars = (f"{getattr(row, f'share_of_{name}'):.0%}" for name in shares_of)
+        table.add_row(row.heads, f"{row.context:,}", *speeds, *times, *gains, *bars)
+    return table
 
 
 def _save(rows: list[dict[str, Any]], kvpr: list[dict[str, Any]], run: common.Run, console: Console) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tandemkv import kernels
 from tandemkv.errors import InputError, LaneError, LaneWarning
 from tandemkv.kernels import reference
-from tandemkv.lanes import LANES, Crew, Inputs, Rig
+from tandemkv.lanes import LANES, Crew, Inputs, Rig, drive
 from tandemkv.lanes.base import DeviceWork, Task
 from tandemkv.lanes.crew import Step, work_of
 from tandemkv.lanes.tickets import Ticket
@@ -209,6 +209,21 @@ def test_the_same_plan_gives_the_same_bits(rig: Rig, case: Case) -> None:
     first, second = (crew.attend(case.q, near, (far,), SHAPE.rule, inputs) for crew in crews)
     assert torch.equal(first.out, second.out)
     assert torch.equal(first.lse, second.lse)
+
+
+def test_what_a_link_stands_still_for_goes_first(rig: Rig) -> None:
+    there: Ticket[None] = Ticket(rig.bell)
+    there.set(lambda: None)
+    order: list[str] = []
+
+    def work(name: str, ticket: Ticket[None]) -> DeviceWork:
+        for _ in range(3):
+            yield ticket
+            order.append(name)
+        return Partial(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1))
+
+    drive(None, {"rebuilt": work("rebuilt", rig.done), "streamed": work("streamed", there)}, rig)
+    assert order == ["streamed"] * 3 + ["rebuilt"] * 3
 
 
 # -- bad luck ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from tandemkv.errors import InputError
 from tandemkv.schedule import COSTS, Machine, Plan, Products, Solution, Speed, Work, predict, solve
+from tandemkv.schedule.costs import NUM_SLOTS
 from tandemkv.schedule.solver import EXTRA_LANE, solve_with
 from tests.schedule.machines import INF, MACHINES, PLANS, plain_machine, plain_work, works
 
@@ -65,7 +66,7 @@ def kvpr(far_tokens: int, up_gbps: float, gflops: float, inputs_are_near: bool) 
     """KVPR's own model: rebuilding and the link alone take time."""
     work = plain_work(far_tokens, page_size=1, num_inputs=far_tokens, inputs_are_near=inputs_are_near)
     machine = replace(plain_machine(1e9, up_gbps=up_gbps), products=Products(((1, gflops),)))
-    return solve(work, machine, ("recompute", "stream"), Plan(stage_tokens=1, piece_tokens=WHOLE))
+    return solve(work, machine, ("recompute", "stream"), Plan(stage_tokens=WHOLE, piece_tokens=WHOLE))
 
 
 @pytest.mark.parametrize("inputs_are_near", [True, False], ids=["row", "column"])
@@ -85,7 +86,7 @@ def test_kvpr_figure_12() -> None:
     """A prompt of 256 on an A100 with a link of 32 GB/s: 181 to 182 of 257 tokens are rebuilt."""
     work = plain_work(257, num_kv_heads=32, page_size=1, num_inputs=257, inputs_are_near=True)
     machine = replace(plain_machine(1e9, up_gbps=32), products=Products(((1, 312e3),)))
-    found = solve(work, machine, ("recompute", "stream"), Plan(stage_tokens=1, piece_tokens=WHOLE))
+    found = solve(work, machine, ("recompute", "stream"), Plan(stage_tokens=WHOLE, piece_tokens=WHOLE))
     assert 180 <= found.plan.tokens["recompute"] <= 182
 
 
@@ -178,3 +179,25 @@ def test_planning_is_quick() -> None:
     begin = time.perf_counter()
     solve(work, machine)
     assert time.perf_counter() - begin < 0.5
+
+
+def test_slots_are_not_full_while_the_device_rebuilds() -> None:
+    """Pieces of 256 tokens, each longer than two stages, would let the link stand still: stages become longer."""
+    work = plain_work(4096, num_inputs=4096, inputs_are_near=True)
+    machine = replace(plain_machine(1e9, up_gbps=0.1), products=Products(((1, 48.0),)))
+
+    def times(plan: Plan) -> tuple[float, float, float]:
+        """Seconds of a piece, of filling all slots, and for which the link carries nothing."""
+        found = predict(work, machine, plan)
+        up_s = found.busy["stream"]["up"]
+        piece_s = found.busy["recompute"]["device"] * plan.piece_tokens / plan.tokens["recompute"]
+        slots_s = NUM_SLOTS * up_s * plan.stage_tokens / plan.tokens["stream"]
+        return piece_s, slots_s, found.resources["up"] - up_s
+
+    plan = solve(work, machine, ("recompute", "stream")).plan
+    piece_s, slots_s, idle_s = times(plan)
+    assert piece_s <= slots_s
+    assert idle_s == pytest.approx(0, abs=1e-6)
+    piece_s, slots_s, idle_s = times(replace(plan, stage_tokens=128))
+    assert idle_s == pytest.approx(plan.tokens["recompute"] / 256 * (piece_s - slots_s), rel=1e-6)
+    assert idle_s > 0.01

@@ -74,7 +74,7 @@ def drive(
     near: Callable[[], Partial] | None, works: Mapping[str, DeviceWork], rig: AnyRig, deadline_s: float = math.inf
 ) -> Outcome:
     """Run the device's work on this thread: every lane's beginning, near tokens, then of the lanes that can go on the
-    first, until all have come to their end.
+    first, patient ones last, until all have come to their end.
 
     A lane whose ticket takes longer than deadline_s to come, or that raises anything but an error of ours, has failed:
     the others go on without it. Errors of ours, such as a NaN in q, are raised, as are those of `near`; nobody reads
@@ -135,7 +135,10 @@ def _next(waiting: Mapping[str, _Waiting], rig: AnyRig, deadline_s: float) -> st
         ready = {name: each.ticket.ready_at for name, each in waiting.items()}
         now = time.perf_counter()
         if (next_at := min(ready.values())) <= now:
-            return min((waiting[name].since, name) for name in ready if ready[name] <= now)[1]
+            there = (
+                (waiting[name].ticket.is_patient, waiting[name].since, name) for name in ready if ready[name] <= now
+            )
+            return min(there)[2]
         since, oldest = min((each.since, name) for name, each in waiting.items())
         if now >= since + deadline_s:
             return oldest

@@ -100,8 +100,8 @@ class Crew:
         self._cancel_sent()
         if self.plan is None or not far or self.plan.num_tokens != far[0].page_table.shape[2] * far[0].entry_tokens:
             return
-        for stage in _stages(split(self.plan, self.scheduler.lanes, far), self.plan):
-            self._sent.append((stage, self.rig.send_pages("stream", stage)))
+        for i, stage in enumerate(_stages(split(self.plan, self.scheduler.lanes, far), self.plan)):
+            self._sent.append((stage, self.rig.send_pages("stream", stage, i)))
 
     def _taken_up(self, shares: Mapping[str, Share]) -> list[Ticket[PagedKV]]:
         """What was sent ahead, where these shares begin with it: all of it, or it is sent again."""

@@ -66,7 +66,7 @@ class Host:
         self._called: deque[Called[Any]] = deque()  # what the thread reads and writes has to live so long
 
     def call(
-        self, name: str, call: "Call[T]", not_before: float, over: Callable[[float], float] = lambda end: end
+        self, name: str, call: "Call[T]", not_before: float = 0.0, over: Callable[[float], float] = lambda end: end
     ) -> Ticket[T]:
         """Make this call, with the host's own pool, not before a moment. over: given the moment at which it was over,
         tells the one from which the result is where it is waited for."""

@@ -3,9 +3,12 @@ their layer. It lies near (the paper's row schedule), or comes up before anythin
 
 from itertools import pairwise
 
+from torch import Tensor
+
 from tandemkv.lanes.base import DeviceWork, Task
 from tandemkv.lanes.rig import Rig
 from tandemkv.lanes.shares import Weighed, joined, room_like
+from tandemkv.lanes.tickets import Ticket
 from tandemkv.types import PagedKV
 
 
@@ -18,7 +21,7 @@ def recompute(task: Task, share: PagedKV) -> DeviceWork:
     for piece in pieces:
         ends.append(ends[-1] + piece.page_table.shape[2] * piece.entry_tokens)
     xs = [inputs.x(begin, end) for begin, end in pairwise(ends)]
-    sent = [rig.done if inputs.are_near else rig.up.send("recompute", x.nbytes, lambda: None) for x in xs]
+    sent = [rig.done if inputs.are_near else _send(rig, x) for x in xs]
     parts = []
     try:
         for piece, x, ticket, (begin, end) in zip(pieces, xs, sent, pairwise(ends), strict=True):
@@ -30,3 +33,8 @@ def recompute(task: Task, share: PagedKV) -> DeviceWork:
         for ticket in sent:
             ticket.cancel()
     return joined(parts, task.mass)
+
+
+def _send(rig: Rig, x: Tensor) -> Ticket[None]:
+    """It may wait beside the device, whatever is rebuilt then: a link that streams has slots to fill."""
+    return rig.up.send("recompute", x.nbytes, lambda: None, Ticket(rig.bell, is_patient=True))

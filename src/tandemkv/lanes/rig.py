@@ -44,7 +44,7 @@ class Rig:
             raise InputError(f"a device and a host need two processors, this process may use {len(cpus)}")
         self.bell, self.trace = Bell(), Trace()
         self.device_pool = WorkerPool(1)
-        self.done: Ticket[None] = Ticket(self.bell)  # for work that waits for nobody, but lets others go on
+        self.done: Ticket[None] = Ticket(self.bell, is_patient=True)  # for work that waits for nobody
         self.done.set(lambda: None)
         self._scratches: dict[tuple[PageLayout, int, int, int], Arena] = {}
         self.device_cpu = cpus[0]
@@ -72,9 +72,9 @@ class Rig:
         is_down_at = self.down.carry(name, q.nbytes)
         return self.host.call(name, prepare(q), is_down_at, partial(self.up.carry, name, up_bytes))
 
-    def attend(self, q: Tensor, pages: PagedKV, rule: ScoreRule, mass: Tensor | None = None) -> Partial:
-        """On the device, over what lies in its memory. mass: as `kernels.attend` fills it."""
-        return kernels.attend(q, pages, rule=rule, mass=mass, pool=self.device_pool)
+    def prepare_attend(self, q: Tensor, pages: PagedKV, rule: ScoreRule, mass: Tensor | None = None) -> "Call[Partial]":
+        """A call on the device, over what will lie in its memory. mass: as `kernels.attend` fills it."""
+        return kernels.prepare_attend(q, pages, rule=rule, mass=mass, pool=self.device_pool)
 
     def attend_rows(
         self, q: Tensor, kv: tuple[Tensor, Tensor], pages: PagedKV, rule: ScoreRule, mass: Tensor | None = None
@@ -85,7 +85,8 @@ class Rig:
         slots = torch.arange(q.shape[0] * num_pages, dtype=torch.int32, device="cpu").view(-1, 1, num_pages)
         table = slots.expand(q.shape[0], arena.num_kv_heads, num_pages)
         kernels.append(arena, table, 0, *kv, self.device_pool)
-        return self.attend(q, PagedKV(arena, table, pages.kv_start, pages.kv_len), rule, mass)
+        rows = PagedKV(arena, table, pages.kv_start, pages.kv_len)
+        return self.prepare_attend(q, rows, rule, mass).make()
 
     def _scratch(self, like: Arena, num_slots: int) -> Arena:
         """Pages of the device's own, kept between calls."""
@@ -97,11 +98,15 @@ class Rig:
             self._scratches[key] = arena
         return arena
 
-    def send_pages(self, name: str, pages: PagedKV) -> Ticket[PagedKV]:
-        """Far pages up, into a staging slot."""
-        if self._slots is None or pages.of_blocks:
-            return self.up.send(name, pages.num_bytes, lambda: pages)
-        return self.up.send(name, pages.num_bytes, partial(self._slots.copy, pages))
+    def landing(self, pages: PagedKV, i: int) -> PagedKV:
+        """Where the i-th of what comes up will lie: where it is, or, where links copy, in a slot in turn."""
+        return pages if self._slots is None or pages.of_blocks else self._slots.landing(pages, i)
+
+    def send_pages(self, name: str, pages: PagedKV, i: int) -> Ticket[PagedKV]:
+        """Far pages up, to the i-th landing, which nobody reads any more."""
+        landing = self.landing(pages, i)
+        get = partial(_same, landing) if landing is pages else partial(_copied, pages, landing)
+        return self.up.send(name, pages.num_bytes, get)
 
     @contextmanager
     def claimed(self) -> Iterator["Rig"]:
@@ -132,25 +137,32 @@ class _Slots:
 
     def __init__(self) -> None:
         self._arenas: list[Arena | None] = [None] * NUM_SLOTS
-        self._next = 0
 
-    def copy(self, pages: PagedKV) -> PagedKV:
-        """The same pages in the slot that was filled longest ago."""
-        source = pages.arena.parts[0]
-        if len(pages.arena.parts) > 1 or pages.page_table.stride(1) != 0:
+    def landing(self, pages: PagedKV, i: int) -> PagedKV:
+        """Pages of a slot for as many; the slot is the one of the landing NUM_SLOTS before."""
+        source, table = pages.arena.parts[0], pages.page_table
+        if len(pages.arena.parts) > 1 or table.stride(1) != 0:
             raise UnsupportedError("pages of one format that heads share can be copied over a link, got others")
-        slots = pages.page_table[:, 0]
-        arena, self._next = self._slot(source, slots.numel()), (self._next + 1) % NUM_SLOTS
-        kernels.move_pages(source, arena, slots.flatten().tolist(), list(range(slots.numel())))
-        table = torch.arange(slots.numel(), dtype=torch.int32, device="cpu").view(slots.shape)
-        return PagedKV(arena, table[:, None].expand(pages.page_table.shape), pages.kv_start, pages.kv_len)
+        arena = self._slot(source, table[:, 0].numel(), i % NUM_SLOTS)
+        slots = torch.arange(table[:, 0].numel(), dtype=torch.int32, device="cpu").view(table[:, 0].shape)
+        return PagedKV(arena, slots[:, None].expand(table.shape), pages.kv_start, pages.kv_len)
 
-    def _slot(self, like: Arena, num_slots: int) -> Arena:
-        arena = self._arenas[self._next]
-        if arena is None or arena.num_slots < num_slots or arena.k.shape[1:] != like.k.shape[1:]:
-            arena = Arena.allocate(like.layout, num_slots, like.num_kv_heads, like.head_dim, v_head_dim=like.v_head_dim)
-            self._arenas[self._next] = arena
+    def _slot(self, like: Arena, num_pages: int, number: int) -> Arena:
+        arena = self._arenas[number]
+        if arena is None or arena.num_slots < num_pages or arena.k.shape[1:] != like.k.shape[1:]:
+            arena = Arena.allocate(like.layout, num_pages, like.num_kv_heads, like.head_dim, v_head_dim=like.v_head_dim)
+            self._arenas[number] = arena
         return arena
+
+
+def _copied(pages: PagedKV, landing: PagedKV) -> PagedKV:
+    source, target = (run.page_table[:, 0].flatten().tolist() for run in (pages, landing))
+    kernels.move_pages(pages.arena, landing.arena, source, target)
+    return landing
+
+
+def _same(pages: PagedKV) -> PagedKV:
+    return pages
 
 
 class TorchRig:

@@ -43,9 +43,11 @@ class Ticket(Generic[T]):
     the first of many.
     """
 
-    __slots__ = ("_bell", "_error", "_get", "_ready_at", "is_cancelled")
+    __slots__ = ("_bell", "_error", "_get", "_ready_at", "is_cancelled", "is_patient")
 
-    def __init__(self, bell: "Bell") -> None:
+    def __init__(self, bell: "Bell", *, is_patient: bool = False) -> None:
+        """is_patient: no link stands still until this is used; what else is there goes first."""
+        self.is_patient = is_patient
         self._bell = bell
         self._get: Callable[[], T] | None = None
         self._ready_at = math.inf

@@ -132,8 +132,20 @@ def predict(work: Work, machine: Machine, plan: Plan) -> Prediction:
         elif seconds:
             before = min(cost.before.get(resource, 0.0) for cost in costs.values() if resource in cost.busy)
             resources[resource] = before + seconds + _after(resource, costs)
+    if "up" in resources:
+        resources["up"] += _standstill(plan, busy)
     seconds = max(resources.values()) * machine.mixture(frozenset(costs))
     return Prediction(seconds, resources, busy, sum(cost.near_bytes for cost in costs.values()))
+
+
+def _standstill(plan: Plan, busy: Mapping[str, Mapping[str, float]]) -> float:
+    """Of the link, whose slots are full before the device has rebuilt a piece: it reads none meanwhile."""
+    if "recompute" not in busy or "stream" not in busy:
+        return 0.0
+    num_pieces = max(1.0, plan.tokens["recompute"] / plan.piece_tokens)
+    num_stages = max(1.0, plan.tokens["stream"] / plan.stage_tokens)
+    slots_s = num_pieces * NUM_SLOTS * busy["stream"]["up"] / num_stages
+    return max(0.0, busy["recompute"]["device"] - slots_s)
 
 
 def _first_arrival(costs: Mapping[str, Cost], busy: Mapping[str, Mapping[str, float]]) -> float:

@@ -213,16 +213,24 @@ def _moved(work: Work, machine: Machine, found: Solution, giver: str, taker: str
 
 def _balanced_stage(work: Work, machine: Machine, found: Solution) -> int:
     """Tokens of a stage, so that what all their start-ups take is what the first and the last one's time is: nothing
-    hides either. n stages of T seconds cost n * start + T / n: least with n = sqrt(T / start)."""
+    hides either. n stages of T seconds cost n * start + T / n: least with n = sqrt(T / start).
+
+    Where the device rebuilds beside it, slots must not be full before it has done a piece: the link would stand still.
+    """
     names = [name for name in ("stream", "logits") if found.plan.tokens.get(name)]
     if not names:
         return found.plan.stage_tokens
     busy, name = found.prediction.busy, names[0]
-    hidden_by_none = sum(busy[each].get("up", 0.0) + busy[each].get("device", 0.0) for each in names)
+    up_s = sum(busy[each].get("up", 0.0) for each in names)
+    hidden_by_none = up_s + sum(busy[each].get("device", 0.0) for each in names)
     up, device = machine.up.start_us * machine.factor(name, "up"), machine.device_attend.start_us
     start = (up + device * machine.factor(name, "device")) * 1e-6 + machine.handoff_s
     tokens = sum(found.plan.tokens[each] for each in names)
-    return _stage(work, tokens / max(1.0, sqrt(hidden_by_none / start))) if start else found.plan.stage_tokens
+    stage = tokens / max(1.0, sqrt(hidden_by_none / start)) if start else found.plan.stage_tokens
+    if num_rebuilt := found.plan.tokens.get("recompute", 0):
+        piece_s = busy["recompute"]["device"] * min(1.0, found.plan.piece_tokens / num_rebuilt)
+        stage = max(stage, piece_s / NUM_SLOTS * tokens / up_s)
+    return _stage(work, stage)
 
 
 def _stage(work: Work, num_tokens: float) -> int:
