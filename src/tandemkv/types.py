@@ -440,9 +440,10 @@ class PagedKV:
         )
 
     def cut(self, num_tokens: int) -> "list[PagedKV]":
-        """Pieces of so many tokens, the last one maybe shorter; at least an entry of the table each."""
+        """Pieces of so many tokens, the first one maybe shorter: who waits for it can begin early. At least an entry of
+        the table each."""
         step, num = max(1, num_tokens // self.entry_tokens), self.page_table.shape[2]
-        return [self.part(begin, min(begin + step, num)) for begin in range(0, num, step)]
+        return [self.part(max(0, end - step), end) for end in range(num % step or step, num + 1, step)] if num else []
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -96,8 +96,11 @@ def test_one_cost_function_moves_plan_and_words(lane: str, monkeypatch: pytest.M
 
     def changed(work: Work, machine: Machine, plan: Plan, num_tokens: float) -> Cost:
         cost = original(work, machine, plan, num_tokens)
-        scaled = [{name: times * s for name, s in part.items()} for part in (cost.busy, cost.before, cost.after)]
-        return Cost(scaled[0], scaled[1], scaled[2], cost.near_bytes)
+        before, after = (
+            {name: {on: times * s for on, s in wait.items()} for name, wait in waits.items()}
+            for waits in (cost.before, cost.after)
+        )
+        return Cost({name: times * s for name, s in cost.busy.items()}, before, after, cost.near_bytes, cost.launch_s)
 
     monkeypatch.setitem(COSTS, lane, changed)
     after = facts_of(WORK, MACHINE)

@@ -16,26 +16,40 @@ NUM_SLOTS = 2
 """Staging slots of a lane: one is filled while the device reads the other."""
 
 
-class Cost(NamedTuple):
-    """Seconds that a lane needs of each resource; before it can begin there, and from its end there to the step's.
+Seconds = Mapping[str, float]
+"""By resource; what only passes something on, from one thread to another, stands under HANDOFF."""
 
-    near_bytes: that what comes up takes in the device's memory.
+HANDOFF = "handoff"
+
+
+class Cost(NamedTuple):
+    """Seconds that a lane needs of each resource; those that pass before it can begin there, and from its end there to
+    the step's, each with the resources on which they pass.
+
+    near_bytes: that what comes up takes in the device's memory. launch_s: of the device, until others are at work.
     """
 
-    busy: Mapping[str, float]
-    before: Mapping[str, float]
-    after: Mapping[str, float]
+    busy: Seconds
+    before: Mapping[str, Seconds]
+    after: Mapping[str, Seconds]
     near_bytes: float = 0.0
+    launch_s: float = 0.0
 
 
 def attend(work: Work, machine: Machine, plan: Plan, num_tokens: float) -> Cost:
-    """The host attends where the tokens lie; q goes down, out and lse come up, whatever their number."""
+    """The host attends where the tokens lie; q goes down, out and lse come up, whatever their number. It is the device
+    that hands the call over."""
     num_bytes = work.num_seqs * num_tokens * work.kv_bytes
     down, up = machine.down.seconds(work.query_bytes), machine.up.seconds(work.part_bytes)
     return Cost(
-        {"host": machine.host_attend.seconds(num_bytes), "memory": _memory(machine, num_bytes), "down": down},
-        {"host": down + 2 * machine.handoff_s},
-        {"host": up + 2 * machine.handoff_s},
+        {
+            "host": machine.host_attend.seconds(num_bytes),
+            "memory": _memory(machine, num_bytes),
+            "down": down,
+        },
+        {"host": {"down": down, HANDOFF: 2 * machine.handoff_s}},
+        {"host": {"up": up, HANDOFF: 2 * machine.handoff_s}},
+        launch_s=2 * machine.handoff_s,
     )
 
 
@@ -47,8 +61,8 @@ def stream(work: Work, machine: Machine, plan: Plan, num_tokens: float) -> Cost:
     device = num_stages * machine.device_attend.start_us * 1e-6 + num_bytes / (machine.device_attend.gbps * 1e9)
     return Cost(
         {"up": up, "device": device, "memory": _memory(machine, num_bytes)},
-        {"device": up / num_stages + machine.handoff_s},
-        {"up": device / num_stages + machine.handoff_s},
+        {"device": {"up": up / num_stages, HANDOFF: machine.handoff_s}},
+        {"up": {"device": device / num_stages, HANDOFF: machine.handoff_s}},
         NUM_SLOTS * num_bytes / num_stages,
     )
 
@@ -66,8 +80,8 @@ def recompute(work: Work, machine: Machine, plan: Plan, num_tokens: float) -> Co
     up = _transfers(machine, num_bytes, num_pieces)
     return Cost(
         {"device": build + read, "up": up, "memory": _memory(machine, num_bytes)},
-        {"device": up / num_pieces + machine.handoff_s},
-        {"up": (build + read) / num_pieces + machine.handoff_s},
+        {"device": {"up": up / num_pieces, HANDOFF: machine.handoff_s}},
+        {"up": {"device": (build + read) / num_pieces, HANDOFF: machine.handoff_s}},
         num_bytes,
     )
 
@@ -86,11 +100,14 @@ def logits(work: Work, machine: Machine, plan: Plan, num_tokens: float) -> Cost:
     return Cost(
         {"host": host, "up": up, "device": device, "memory": _memory(machine, k_bytes + v_bytes), "down": down},
         {
-            "host": down + 2 * handoff,
-            "up": down + 3 * handoff + first_host,
-            "device": down + 4 * handoff + first_host + first_up,
+            "host": {"down": down, HANDOFF: 2 * handoff},
+            "up": {"down": down, "host": first_host, HANDOFF: 3 * handoff},
+            "device": {"down": down, "host": first_host, "up": first_up, HANDOFF: 4 * handoff},
         },
-        {"host": first_up + last_device + 2 * handoff, "up": last_device + handoff},
+        {
+            "host": {"up": first_up, "device": last_device, HANDOFF: 2 * handoff},
+            "up": {"device": last_device, HANDOFF: handoff},
+        },
         NUM_SLOTS * v_bytes / num_stages,
     )
 
@@ -118,19 +135,20 @@ class Prediction(NamedTuple):
 def predict(work: Work, machine: Machine, plan: Plan) -> Prediction:
     """What a step takes with this plan."""
     tokens = {name: plan.tokens[name] for name in COSTS if plan.tokens.get(name, 0) > 0}
-    costs = {name: COSTS[name](work, machine, plan, num) for name, num in tokens.items()}
+    costs = {name: _corrected(name, COSTS[name](work, machine, plan, num), machine) for name, num in tokens.items()}
     near_bytes = work.num_seqs * work.near_tokens * work.near_bytes
     near = machine.device_attend.seconds(near_bytes) if work.near_tokens else 0.0
-    busy = {name: _corrected(name, cost.busy, machine) for name, cost in costs.items()}
-    busy["near"] = _corrected("near", {"device": near}, machine)
+    busy = {name: _with_launch(cost) for name, cost in costs.items()}
+    busy["near"] = _scaled("near", {"device": near}, machine)
+    at_first = busy["near"]["device"] + sum(cost.launch_s for cost in costs.values())
     resources = {}
     for resource in RESOURCES:
         seconds = sum(each.get(resource, 0.0) for each in busy.values())
         if resource == "device":
-            begin = max(busy["near"]["device"], _first_arrival(costs, busy))
-            resources["device"] = begin + seconds - busy["near"]["device"] + _after(resource, costs)
+            begin = max(at_first, _first_arrival(costs, busy))
+            resources["device"] = begin + seconds - at_first + _after(resource, costs)
         elif seconds:
-            before = min(cost.before.get(resource, 0.0) for cost in costs.values() if resource in cost.busy)
+            before = min(_before(resource, cost) for cost in costs.values() if resource in cost.busy)
             resources[resource] = before + seconds + _after(resource, costs)
     if "up" in resources:
         resources["up"] += _standstill(plan, busy)
@@ -153,7 +171,7 @@ def _first_arrival(costs: Mapping[str, Cost], busy: Mapping[str, Mapping[str, fl
     moments, queued = [], 0.0
     for name, cost in costs.items():
         if "device" in cost.busy:
-            moments.append(cost.before.get("device", 0.0) + queued)
+            moments.append(_before("device", cost) + queued)
         queued += busy[name].get("up", 0.0)
     return min(moments, default=0.0)
 
@@ -161,11 +179,29 @@ def _first_arrival(costs: Mapping[str, Cost], busy: Mapping[str, Mapping[str, fl
 def _after(resource: str, costs: Mapping[str, Cost]) -> float:
     """From the last use of a resource to the end: of the last lane that uses it."""
     last = [cost for cost in costs.values() if resource in cost.busy][-1:]
-    return last[0].after.get(resource, 0.0) if last else 0.0
+    return sum(last[0].after.get(resource, {}).values()) if last else 0.0
 
 
-def _corrected(lane: str, busy: Mapping[str, float], machine: Machine) -> dict[str, float]:
-    return {name: seconds * machine.factor(lane, name) for name, seconds in busy.items()}
+def _before(resource: str, cost: Cost) -> float:
+    return sum(cost.before.get(resource, {}).values())
+
+
+def _corrected(lane: str, cost: Cost, machine: Machine) -> Cost:
+    """With seconds as they were measured."""
+    before, after = (
+        {resource: _scaled(lane, seconds, machine) for resource, seconds in waits.items()}
+        for waits in (cost.before, cost.after)
+    )
+    launch_s = cost.launch_s * machine.factor(lane, "device")
+    return Cost(_scaled(lane, cost.busy, machine), before, after, cost.near_bytes, launch_s)
+
+
+def _with_launch(cost: Cost) -> Seconds:
+    return {**cost.busy, "device": cost.busy.get("device", 0.0) + cost.launch_s} if cost.launch_s else cost.busy
+
+
+def _scaled(lane: str, seconds: Seconds, machine: Machine) -> dict[str, float]:
+    return {name: each * machine.factor(lane, name) for name, each in seconds.items()}
 
 
 def _memory(machine: Machine, num_bytes: float) -> float:
