@@ -381,6 +381,16 @@ def measure_kvpr(profile: Profile, budget_s: float) -> Iterator[KvprRow]:
                 yield _kvpr_row(rig, known, layer, schedule, budget_s)
 
 
+def share_to_rebuild(v_gpu_gflops: float, v_com_gbps: float, hidden: int) -> float:
+    """KVPR's l*/s' of a multi-head layer in bf16 (2411.17089, Eq. 10)."""
+    return 2 * v_gpu_gflops / (2 * v_gpu_gflops + 2 * hidden * v_com_gbps)
+
+
+def ideal_gain(schedule: str, f: float) -> float:
+    """Over streaming everything. Inputs that come up are half as large as K and V, and come before them."""
+    return 1 / (1 - f) if schedule == "row" else 1 / (1 - f / 2)
+
+
 def _rebuilding(rig: Rig, speeds: Machine) -> Crew:
     return Crew(rig, Scheduler(speeds, ("recompute",), Plan({"recompute": KVPR_TOKENS})))
 
@@ -409,20 +419,20 @@ def _kvpr_row(rig: Rig, speeds: Machine, layer: Rebuilt, schedule: str, budget_s
     rounds = common.rounds_in_turn({name: common.in_ms(step) for name, step in steps.items()}, budget_s)
     ms = [{name: median(scores[name]) for name in steps} for scores in rounds]
 
+    def f(each: Mapping[str, float]) -> float:
+        return share_to_rebuild(_gflops(layer, each["alone"] / 1e3), gbps, hidden)
+
     def ideal(each: Mapping[str, float]) -> float:
-        v_gpu = _gflops(layer, each["alone"] / 1e3)
-        f = 2 * v_gpu / (2 * v_gpu + 2 * hidden * gbps)
-        return 1 / (1 - f) if schedule == "row" else 1 / (1 - f / 2)
+        return ideal_gain(schedule, f(each))
 
     def of(ratio: Callable[[Mapping[str, float]], float]) -> float:
         return median(map(ratio, ms))
 
-    v_gpu = _gflops(layer, of(lambda each: each["alone"]) / 1e3)
     return KvprRow(
         schedule=schedule,
-        f=2 * v_gpu / (2 * v_gpu + 2 * hidden * gbps),
+        f=of(f),
         link_gbps=gbps,
-        rebuild_gflops=v_gpu,
+        rebuild_gflops=of(lambda each: _gflops(layer, each["alone"] / 1e3)),
         stream_ms=of(lambda each: each["stream"]),
         kvpr_ms=of(lambda each: each["kvpr"]),
         error=median(errors),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tandemkv.errors import InputError, LaneError
-from tandemkv.schedule.costs import COSTS, predict
+from tandemkv.schedule.costs import COSTS, RESOURCES, predict
 from tandemkv.schedule.feedback import WINDOW, Corrections
 from tandemkv.schedule.solver import Solution, solve
 from tandemkv.schedule.speeds import Machine
@@ -23,8 +23,9 @@ PLANNING_SHARE = 0.005
 """Of all time, that plans may take."""
 
 URGENT = 0.25
-"""A speed that changed by so much is not kept waiting for that, but for as many steps as a measurement takes to be
-believed."""
+"""Where a resource, or the step, takes so much more or less of a step than when its plan was solved, that is not kept
+waiting for, but for as many steps as a measurement takes to be believed. A plan that changes costs the first steps of
+every layer 0.3 ms here: new runs of pages are checked."""
 
 
 class _Solved(NamedTuple):
@@ -68,10 +69,11 @@ class Scheduler:
         if last is None:
             return self._solve(shape, work)
         kept = _fitted(last.solution.plan, work, self.machine)
-        is_urgent = _has_moved(last, work, self.machine, URGENT) and self._num_observed - last.num_observed >= WINDOW
-        if is_urgent or (_has_moved(last, work, self.machine, MOVED) and self._may_plan()):
+        is_urgent = _is_urgent(last.solution, kept) and self._num_observed - last.num_observed >= WINDOW
+        has_moved = _has_moved(last, work, self.machine)
+        if is_urgent or (has_moved and self._may_plan()):
             return self._solve(shape, work, kept)
-        if _has_moved(last, work, self.machine, MOVED):
+        if has_moved:
             self._expires = self._num_observed + WINDOW  # asked again then
         return kept
 
@@ -132,12 +134,18 @@ def _fitted(plan: Plan, work: Work, machine: Machine) -> Solution:
     return Solution(plan, predict(work, machine, plan))
 
 
-def _has_moved(last: _Solved, work: Work, machine: Machine, bar: float) -> bool:
-    """Whether tokens or speeds have changed by more than `bar` since a plan was solved."""
+def _is_urgent(solved: Solution, kept: Solution) -> bool:
+    then, now = solved.prediction, kept.prediction
+    seconds = [(then.resources.get(name, 0.0), now.resources.get(name, 0.0)) for name in RESOURCES]
+    return any(abs(new - old) > URGENT * then.seconds for old, new in (*seconds, (then.seconds, now.seconds)))
+
+
+def _has_moved(last: _Solved, work: Work, machine: Machine) -> bool:
+    """Whether tokens or speeds have changed by more than noise since a plan was solved."""
     then, before = last.machine, last.work
     tokens = [(before.near_tokens, work.near_tokens), (before.far_tokens, work.far_tokens)]
     keys = then.factors.keys() | machine.factors.keys()
     factors = [(then.factors.get(key, 1.0), machine.factors.get(key, 1.0)) for key in keys]
     lanes = then.mixtures.keys() | machine.mixtures.keys()
     mixtures = [(then.mixtures.get(key, 1.0), machine.mixtures.get(key, 1.0)) for key in lanes]
-    return any(abs(new - old) > bar * min(old, new) for old, new in (*tokens, *factors, *mixtures))
+    return any(abs(new - old) > MOVED * min(old, new) for old, new in (*tokens, *factors, *mixtures))
