@@ -119,12 +119,13 @@ COSTS: dict[str, LaneCost] = {"recompute": recompute, "attend": attend, "logits"
 
 class Prediction(NamedTuple):
     """Seconds of a step, and of each resource with what must come before and after it. busy: of a lane, of a resource.
-    near_bytes: that what comes up takes."""
+    near_bytes: that what comes up takes. ways: of a lane, from its beginning to the device's last work for it."""
 
     seconds: float
     resources: Mapping[str, float]
     busy: Mapping[str, Mapping[str, float]]
     near_bytes: float
+    ways: Mapping[str, float]
 
     @property
     def binds(self) -> str:
@@ -140,20 +141,19 @@ def predict(work: Work, machine: Machine, plan: Plan) -> Prediction:
     near = machine.device_attend.seconds(near_bytes) if work.near_tokens else 0.0
     busy = {name: _with_launch(cost) for name, cost in costs.items()}
     busy["near"] = _scaled("near", {"device": near}, machine)
-    at_first = busy["near"]["device"] + sum(cost.launch_s for cost in costs.values())
-    resources = {}
+    resources, ways = {}, _ways(costs, busy)
     for resource in RESOURCES:
         seconds = sum(each.get(resource, 0.0) for each in busy.values())
         if resource == "device":
-            begin = max(at_first, _first_arrival(costs, busy))
-            resources["device"] = begin + seconds - at_first + _after(resource, costs)
+            begin = sum(cost.launch_s for cost in costs.values())
+            resources["device"] = max(seconds, begin + max(ways.values(), default=0.0)) + _after(resource, costs)
         elif seconds:
             before = min(_before(resource, cost) for cost in costs.values() if resource in cost.busy)
             resources[resource] = before + seconds + _after(resource, costs)
     if "up" in resources:
         resources["up"] += _standstill(plan, busy)
     seconds = max(resources.values()) * machine.mixture(frozenset(costs))
-    return Prediction(seconds, resources, busy, sum(cost.near_bytes for cost in costs.values()))
+    return Prediction(seconds, resources, busy, sum(cost.near_bytes for cost in costs.values()), ways)
 
 
 def _standstill(plan: Plan, busy: Mapping[str, Mapping[str, float]]) -> float:
@@ -166,14 +166,15 @@ def _standstill(plan: Plan, busy: Mapping[str, Mapping[str, float]]) -> float:
     return max(0.0, busy["recompute"]["device"] - slots_s)
 
 
-def _first_arrival(costs: Mapping[str, Cost], busy: Mapping[str, Mapping[str, float]]) -> float:
-    """When the device has something to do beside near tokens. What goes up for one lane waits for those before it."""
-    moments, queued = [], 0.0
+def _ways(costs: Mapping[str, Cost], busy: Mapping[str, Seconds]) -> dict[str, float]:
+    """Until the device has something to do for a lane, and what it has to do. What goes up for one lane waits for those
+    before it."""
+    ways, queued = {}, 0.0
     for name, cost in costs.items():
         if "device" in cost.busy:
-            moments.append(_before("device", cost) + queued)
+            ways[name] = _before("device", cost) + queued + cost.busy["device"]
         queued += busy[name].get("up", 0.0)
-    return min(moments, default=0.0)
+    return ways
 
 
 def _after(resource: str, costs: Mapping[str, Cost]) -> float:

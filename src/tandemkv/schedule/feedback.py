@@ -1,7 +1,7 @@
 """What steps took, measured, corrects what they are predicted to take. Numbers only."""
 
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import TypeVar
@@ -12,7 +12,14 @@ from tandemkv.schedule.speeds import ANY, Machine
 K = TypeVar("K")
 
 WINDOW = 5
-"""Measurements that a median is taken of: one or two slow ones move nothing, a change is believed after three."""
+"""Measurements that tell a change: one or two slow ones move nothing, it is believed after three."""
+
+MEMORY = 25
+"""Measurements that tell what is usual. Memory that is shared with strangers is 10 % faster or slower from step to
+step: following that costs more than it gains, since a new split is a new run of pages in every layer."""
+
+CHANGED = 0.25
+"""What has become so much longer or shorter than usual has changed."""
 
 NOTICED = 0.01
 """Of a factor: what moved less is not worth a new machine."""
@@ -27,8 +34,8 @@ class Corrections:
     """How many times longer each lane takes of each resource than the machine's speeds say."""
 
     def __init__(self) -> None:
-        self._ratios: dict[tuple[str, str], deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
-        self._of_mixtures: dict[frozenset[str], deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
+        self._ratios: dict[tuple[str, str], deque[float]] = defaultdict(lambda: deque(maxlen=MEMORY))
+        self._of_mixtures: dict[frozenset[str], deque[float]] = defaultdict(lambda: deque(maxlen=MEMORY))
 
     def observe(
         self,
@@ -64,14 +71,25 @@ class Corrections:
 
         The same object where nothing has moved by `NOTICED`.
         """
-        believed = {key: median(ratios) for key, ratios in self._ratios.items() if len(ratios) > WINDOW // 2}
+        believed = {key: _usual(ratios, median) for key, ratios in self._ratios.items() if len(ratios) > WINDOW // 2}
         for resource in {resource for _, resource in believed}:  # a slow device is slow for other lanes, too
             believed[ANY, resource] = median(factor for (_, its), factor in believed.items() if its == resource)
-        # The second shortest of five: what makes a step late now and then is no mark of its lanes.
-        mixtures = {lanes: sorted(ratios)[1] for lanes, ratios in self._of_mixtures.items() if len(ratios) == WINDOW}
+        late = self._of_mixtures.items()
+        mixtures = {lanes: _usual(ratios, _second_of_five) for lanes, ratios in late if len(ratios) >= WINDOW}
         if _are_alike(believed, machine.factors) and _are_alike(mixtures, machine.mixtures):
             return machine
         return replace(machine, factors=believed, mixtures=mixtures)
+
+
+def _usual(ratios: Sequence[float], middle: Callable[[Sequence[float]], float]) -> float:
+    """What they are most of the time, or now, where that has changed."""
+    usual, now = middle(ratios), middle(list(ratios)[-WINDOW:])
+    return now if abs(now - usual) > CHANGED * usual else usual
+
+
+def _second_of_five(ratios: Sequence[float]) -> float:
+    """Near the shortest: what makes a step late now and then is no mark of its lanes."""
+    return sorted(ratios)[len(ratios) // WINDOW]
 
 
 def _are_alike(some: Mapping[K, float], others: Mapping[K, float]) -> bool:

@@ -129,8 +129,11 @@ def _balanced(work: Work, machine: Machine, chosen: tuple[str, ...], like: Plan)
 
 
 class _Lines(NamedTuple):
-    """What shares of the far tokens take: `start + slopes @ shares`. The rows are the seconds of every resource, in
-    seconds of an even split, and last what comes up, as a part of what is free near."""
+    """What shares of the far tokens take: `start + slopes @ shares`. The rows are the seconds of every resource and of
+    every lane's way to the device, in seconds of an even split, and last what comes up, as a part of what is free near.
+
+    The device is as long as its work or the longest way, which is no straight line: they have rows of their own.
+    """
 
     start: _Floats
     slopes: _Floats
@@ -140,12 +143,14 @@ def _lines(work: Work, machine: Machine, chosen: tuple[str, ...], like: Plan, at
     def takes(shares: _Floats) -> _Floats:
         tokens = dict(zip(chosen, (shares * work.far_tokens).tolist(), strict=True))
         found = predict(work, machine, replace(like, tokens=tokens))
-        seconds = [found.resources.get(name, 0.0) for name in RESOURCES]
-        return np.array([*seconds, found.near_bytes / work.free_near_bytes])
+        busy = sum(each.get("device", 0.0) for each in found.busy.values())
+        seconds = [busy if name == "device" else found.resources.get(name, 0.0) for name in RESOURCES]
+        ways = [found.ways.get(name, 0.0) for name in COSTS]
+        return np.array([*seconds, *ways, found.near_bytes / work.free_near_bytes])
 
     here, step = takes(at), 1 / 64
     slopes = np.stack([(takes(at + step * unit) - here) / step for unit in np.eye(len(at))], 1)
-    scale = np.append(np.full(len(RESOURCES), here[:-1].max()), 1.0)
+    scale = np.append(np.full(len(here) - 1, here[:-1].max()), 1.0)
     return _Lines((here - slopes @ at) / scale, slopes / scale[:, None])
 
 
