@@ -5,7 +5,7 @@ device and the link to the host. Lanes that share a resource add up on it; a ste
 with what must come before the first use of it and after the last.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from tandemkv.schedule.speeds import Machine
@@ -136,24 +136,46 @@ class Prediction(NamedTuple):
 def predict(work: Work, machine: Machine, plan: Plan) -> Prediction:
     """What a step takes with this plan."""
     tokens = {name: plan.tokens[name] for name in COSTS if plan.tokens.get(name, 0) > 0}
-    costs = {name: _corrected(name, COSTS[name](work, machine, plan, num), machine) for name, num in tokens.items()}
+    costs = [_Measured(name, COSTS[name](work, machine, plan, num), machine) for name, num in tokens.items()]
     near_bytes = work.num_seqs * work.near_tokens * work.near_bytes
     near = machine.device_attend.seconds(near_bytes) if work.near_tokens else 0.0
-    busy = {name: _with_launch(cost) for name, cost in costs.items()}
-    busy["near"] = _scaled("near", {"device": near}, machine)
-    resources, ways = {}, _ways(costs, busy)
+    busy: dict[str, Seconds] = {each.name: each.busy for each in costs}
+    busy["near"] = {"device": near * machine.factor("near", "device")}
+    resources, ways = {}, _ways(costs)
     for resource in RESOURCES:
         seconds = sum(each.get(resource, 0.0) for each in busy.values())
         if resource == "device":
-            begin = sum(cost.launch_s for cost in costs.values())
+            begin = sum(each.launch_s for each in costs)
             resources["device"] = max(seconds, begin + max(ways.values(), default=0.0)) + _after(resource, costs)
         elif seconds:
-            before = min(_before(resource, cost) for cost in costs.values() if resource in cost.busy)
+            before = min(each.before(resource) for each in costs if resource in each.cost.busy)
             resources[resource] = before + seconds + _after(resource, costs)
     if "up" in resources:
         resources["up"] += _standstill(plan, busy)
-    seconds = max(resources.values()) * machine.mixture(frozenset(costs))
-    return Prediction(seconds, resources, busy, sum(cost.near_bytes for cost in costs.values()), ways)
+    seconds = max(resources.values()) * machine.mixture(frozenset(tokens))
+    return Prediction(seconds, resources, busy, sum(each.cost.near_bytes for each in costs), ways)
+
+
+class _Measured:
+    """What a lane costs, with every second as long as it was measured to be."""
+
+    def __init__(self, name: str, cost: Cost, machine: Machine) -> None:
+        self.name, self.cost, self._machine = name, cost, machine
+        self.launch_s = cost.launch_s * machine.factor(name, "device") if cost.launch_s else 0.0
+        busy = {resource: seconds * machine.factor(name, resource) for resource, seconds in cost.busy.items()}
+        self.device_s = busy.get("device")
+        self.busy = {**busy, "device": (self.device_s or 0.0) + self.launch_s} if self.launch_s else busy
+
+    def before(self, resource: str) -> float:
+        """Seconds that pass before it can begin there."""
+        return self._sum(self.cost.before.get(resource))
+
+    def after(self, resource: str) -> float:
+        """Seconds that pass from its end there."""
+        return self._sum(self.cost.after.get(resource))
+
+    def _sum(self, waits: Seconds | None) -> float:
+        return sum(each * self._machine.factor(self.name, on) for on, each in waits.items()) if waits else 0.0
 
 
 def _standstill(plan: Plan, busy: Mapping[str, Mapping[str, float]]) -> float:
@@ -166,43 +188,21 @@ def _standstill(plan: Plan, busy: Mapping[str, Mapping[str, float]]) -> float:
     return max(0.0, busy["recompute"]["device"] - slots_s)
 
 
-def _ways(costs: Mapping[str, Cost], busy: Mapping[str, Seconds]) -> dict[str, float]:
+def _ways(costs: Sequence[_Measured]) -> dict[str, float]:
     """Until the device has something to do for a lane, and what it has to do. What goes up for one lane waits for those
     before it."""
     ways, queued = {}, 0.0
-    for name, cost in costs.items():
-        if "device" in cost.busy:
-            ways[name] = _before("device", cost) + queued + cost.busy["device"]
-        queued += busy[name].get("up", 0.0)
+    for each in costs:
+        if each.device_s is not None:
+            ways[each.name] = each.before("device") + queued + each.device_s
+        queued += each.busy.get("up", 0.0)
     return ways
 
 
-def _after(resource: str, costs: Mapping[str, Cost]) -> float:
+def _after(resource: str, costs: Sequence[_Measured]) -> float:
     """From the last use of a resource to the end: of the last lane that uses it."""
-    last = [cost for cost in costs.values() if resource in cost.busy][-1:]
-    return sum(last[0].after.get(resource, {}).values()) if last else 0.0
-
-
-def _before(resource: str, cost: Cost) -> float:
-    return sum(cost.before.get(resource, {}).values())
-
-
-def _corrected(lane: str, cost: Cost, machine: Machine) -> Cost:
-    """With seconds as they were measured."""
-    before, after = (
-        {resource: _scaled(lane, seconds, machine) for resource, seconds in waits.items()}
-        for waits in (cost.before, cost.after)
-    )
-    launch_s = cost.launch_s * machine.factor(lane, "device")
-    return Cost(_scaled(lane, cost.busy, machine), before, after, cost.near_bytes, launch_s)
-
-
-def _with_launch(cost: Cost) -> Seconds:
-    return {**cost.busy, "device": cost.busy.get("device", 0.0) + cost.launch_s} if cost.launch_s else cost.busy
-
-
-def _scaled(lane: str, seconds: Seconds, machine: Machine) -> dict[str, float]:
-    return {name: each * machine.factor(lane, name) for name, each in seconds.items()}
+    last = [each for each in costs if resource in each.cost.busy][-1:]
+    return last[0].after(resource) if last else 0.0
 
 
 def _memory(machine: Machine, num_bytes: float) -> float:
