@@ -24,7 +24,7 @@ from torch.nn.functional import linear  # noqa: E402
 
 from tandemkv import kernels  # noqa: E402
 from tandemkv.lanes import Crew, Inputs, Rig  # noqa: E402
-from tandemkv.lanes.crew import work_of  # noqa: E402
+from tandemkv.lanes.crew import Step, work_of  # noqa: E402
 from tandemkv.profiling import measure as measure_machine  # noqa: E402
 from tandemkv.schedule import Machine, Plan, Products, Profile, Scheduler, Speed, solve  # noqa: E402
 from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule  # noqa: E402
@@ -56,6 +56,7 @@ Example: python -m benchmarks.lanes --context 32768 --json
 @dataclass(frozen=True)
 class Row:
     """One shape and link. Times are medians in ms; speeds count K and V of far tokens. error: of the prediction.
+    planning: the share of all tandem's steps that its scheduler takes.
 
     Of what follows, all are medians over rounds. gain: over the better one of attend and stream, of which `ideal`
     speaks. share_of_raw: what tandem reaches of a + b. share_of_swept, share_of_best: the time of the best frozen
@@ -73,6 +74,7 @@ class Row:
     stream_ms: float
     tandem_ms: float
     error: float
+    planning: float
     swept_ms: float
     swept_split: float
     plan: str
@@ -270,10 +272,14 @@ def _row(ground: Ground, case: tuple[tuple[int, int], int, float], budget_s: flo
     tandem = crews["tandem"]
     for _ in range(LEARNING_STEPS):
         tandem.step()
-    errors: list[float] = []
-    tandem.crew.on_step = lambda step: errors.append(step.solution.prediction.seconds / (step.end - step.begin) - 1)
+    seen: list[Step] = []
+    tandem.crew.on_step, planning_s = (
+        lambda step: seen.append(step._replace(spans=[])),
+        tandem.crew.scheduler.planning_s,
+    )
     rounds = _rounds(ground, {name: common.in_ms(each.step) for name, each in crews.items()}, budget_s)
     ms = {name: median(each.ms[name] for each in rounds) for name in crews}
+    steps_s = sum(step.end - step.begin for step in seen)
     swept, best = (min(names, key=ms.__getitem__) for names in (map(str, SPLITS), LANES))
     plan, mb = tandem.crew.plan, ground.layers.far_bytes / 1e6
 
@@ -291,7 +297,8 @@ def _row(ground: Ground, case: tuple[tuple[int, int], int, float], budget_s: flo
         logits_ms=ms["logits"],
         stream_ms=ms["stream"],
         tandem_ms=ms["tandem"],
-        error=median(errors),
+        error=median(step.solution.prediction.seconds / (step.end - step.begin) - 1 for step in seen),
+        planning=(tandem.crew.scheduler.planning_s - planning_s) / steps_s,
         swept_ms=ms[swept],
         swept_split=float(swept),
         plan="" if plan is None else plan.summary,
@@ -467,7 +474,7 @@ def print_rows(rows: Sequence[Row], kvpr: Sequence[KvprRow], console: Console) -
 
 def _table_of_lanes(rows: Sequence[Row]) -> Table:
     table = Table(title="one step of one layer, ms")
-    of_lanes = ("attend", "logits", "stream", "tandem", "error", "swept")
+    of_lanes = ("attend", "logits", "stream", "tandem", "error", "plans", "swept")
     shares_of = ("ideal", "raw", "swept", "best", "kernel", "link")
     shares = tuple(f"of {name}" for name in shares_of)
     for heading in ("heads", "context", "link", "a GB/s", "b", *of_lanes, "gain", "ideal", *shares):
@@ -475,9 +482,10 @@ def _table_of_lanes(rows: Sequence[Row]) -> Table:
     for row in rows:
         speeds = (f"{row.link_gbps:.1f}", f"{row.a_gbps:.1f}", f"{row.b_gbps:.1f}")
         times = (f"{ms:.2f}" for ms in (row.attend_ms, row.logits_ms, row.stream_ms, row.tandem_ms))
-        gains = (f"{row.error:+.0%}", f"{row.swept_ms:.2f}", f"{row.gain:.2f}", f"{row.ideal:.2f}")
+        foreseen = (f"{row.error:+.0%}", f"{row.planning:.1%}", f"{row.swept_ms:.2f}")
+        gains = (f"{row.gain:.2f}", f"{row.ideal:.2f}")
         bars = (f"{getattr(row, f'share_of_{name}'):.0%}" for name in shares_of)
-        table.add_row(row.heads, f"{row.context:,}", *speeds, *times, *gains, *bars)
+        table.add_row(row.heads, f"{row.context:,}", *speeds, *times, *foreseen, *gains, *bars)
     return table
 
 

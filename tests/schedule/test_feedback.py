@@ -166,7 +166,9 @@ def test_a_frozen_plan_stays() -> None:
         rebuilds.plan(replace(WORK, num_inputs=64))
 
 
-def test_a_plan_that_is_held_stays_and_one_that_is_forgotten_is_solved_anew() -> None:
+def test_a_plan_that_is_held_stays_and_one_that_is_forgotten_is_solved_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tandemkv.schedule.scheduler.PLANNING_CREDIT_S", 0.0)
+    monkeypatch.setattr("tandemkv.schedule.scheduler.PLANNING_SHARE", 0.0)
     run = Run(MACHINE, four_times(MACHINE, "host", 1 / 1.15), ("attend", "stream"))  # too little to be urgent
     first = [run.step().plan for _ in range(10)][-1]
     run.scheduler.forget_plans()
@@ -258,3 +260,19 @@ def test_an_outlier_within_a_period_decides_nothing() -> None:
 def test_budgets_that_cannot_be(wrong: tuple[int, int, int, int]) -> None:
     with pytest.raises(InputError, match="a budget"):
         BudgetRule(*wrong)
+
+
+def test_what_planning_takes_is_limited() -> None:
+    """By the time of steps, but for the first plan, however much machines change: 0.03 s and 0.4 % of it, twice that
+    where the change is sudden, and one solution more that was begun in time."""
+    run = Run(MACHINE, MACHINE)
+    run.step()
+    before, stepped_s, longest = run.scheduler.planning_s, 0.0, 0.0
+    for i in range(400):
+        run.true = four_times(MACHINE, ("host", "up", "device")[i // 7 % 3], 4.0 if i % 14 < 7 else 0.25)
+        solving_s = run.scheduler._solving_s
+        stepped_s += run.step().prediction.seconds
+        longest = max(longest, run.scheduler._solving_s - solving_s)
+    assert run.scheduler._solving_s <= 2 * (0.03 + 0.004 * stepped_s) + longest
+    assert run.scheduler._solving_s > 0.03  # it was asked for more
+    assert run.scheduler.planning_s > before

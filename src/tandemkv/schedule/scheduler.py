@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tandemkv.errors import InputError, LaneError
 from tandemkv.schedule.costs import COSTS, RESOURCES, predict
 from tandemkv.schedule.feedback import WINDOW, Corrections
-from tandemkv.schedule.solver import Solution, solve
+from tandemkv.schedule.solver import Solution, rebalance, solve
 from tandemkv.schedule.speeds import Machine
 from tandemkv.schedule.work import Plan, Work
 
@@ -17,15 +17,16 @@ MOVED = 0.02
 """An input that moved by so much makes a plan worth solving again."""
 
 WORTH = 0.03
-"""A new plan takes the place of another one where it is predicted to be so much shorter: less is noise."""
+"""A new plan takes the place of another one where it is predicted to be so much shorter: less is noise, and a plan that
+changes costs the first steps of every layer 0.3 ms here, because new runs of pages are checked."""
 
-PLANNING_SHARE = 0.005
-"""Of all time, that plans may take."""
+PLANNING_SHARE, PLANNING_CREDIT_S = 0.004, 0.03
+"""Of the time of steps, that solving may take again, and seconds that it may take before. Balancing lanes anew after a
+sudden change may take as much once more; first plans are not counted."""
 
 URGENT = 0.25
-"""Where a resource, or the step, takes so much more or less of a step than when its plan was solved, that is not kept
-waiting for, but for as many steps as a measurement takes to be believed. A plan that changes costs the first steps of
-every layer 0.3 ms here: new runs of pages are checked."""
+"""Where a resource, or the step, takes so much more or less of a step than when its plan was made, that has changed
+suddenly."""
 
 
 class _Solved(NamedTuple):
@@ -50,15 +51,18 @@ class Scheduler:
         self._last: tuple[tuple[Work, Machine], Solution] | None = None
         self._expires = math.inf
         self._num_observed = 0
-        self._planning_s = 0.0
-        self._began = time.perf_counter()
+        self._solving_s = self._stepped_s = 0.0
+        self.planning_s = 0.0
+        """All that plans have taken so far: solving, predicting, observing."""
 
     def plan(self, work: Work) -> Solution:
         """The plan for this step, and what it is predicted to take."""
         now = work, self.machine
         if self._last is None or self._last[0] != now or self._num_observed >= self._expires:
+            began = time.perf_counter()
             self._expires = math.inf
             self._last = now, self._planned(work)
+            self.planning_s += time.perf_counter() - began
         return self._last[1]
 
     def _planned(self, work: Work) -> Solution:
@@ -67,12 +71,16 @@ class Scheduler:
         shape = replace(work, near_tokens=0, far_tokens=0, num_inputs=0)
         last = self._solved.get(shape)
         if last is None:
-            return self._solve(shape, work)
+            solution = solve(work, self.machine, self.lanes)
+            self._solved[shape] = _Solved(work, self.machine, solution, self._num_observed)
+            return solution
         kept = _fitted(last.solution.plan, work, self.machine)
-        is_urgent = _is_urgent(last.solution, kept) and self._num_observed - last.num_observed >= WINDOW
         has_moved = _has_moved(last, work, self.machine)
-        if is_urgent or (has_moved and self._may_plan()):
-            return self._solve(shape, work, kept)
+        if self._num_observed - last.num_observed >= WINDOW:
+            if has_moved and self._may_take(1):
+                return self._solve_anew(shape, work, kept)
+            if _is_urgent(last.solution, kept) and self._may_take(2):
+                return self._rebalance(shape, work, kept)
         if has_moved:
             self._expires = self._num_observed + WINDOW  # asked again then
         return kept
@@ -84,10 +92,13 @@ class Scheduler:
 
         Speeds are corrected after every fifth: each time costs 0.1 ms and a new prediction.
         """
+        began = time.perf_counter()
         self._num_observed += 1
+        self._stepped_s += solution.prediction.seconds if step_s is None else step_s
         self._corrections.observe(solution.prediction, self.machine, measured, step_s)
         if self._num_observed % WINDOW == 0:
             self.machine = self._corrections.corrected(self.machine)
+        self.planning_s += time.perf_counter() - began
 
     def forget_plans(self) -> None:
         """The next step's plan is solved anew, with what has been measured until then."""
@@ -109,17 +120,28 @@ class Scheduler:
             kept = {name: num for name, num in self._frozen.tokens.items() if name in self.lanes}
             self._frozen = replace(self._frozen, tokens=kept or {self.lanes[0]: 1})
 
-    def _solve(self, shape: Work, work: Work, kept: Solution | None = None) -> Solution:
+    def _solve_anew(self, shape: Work, work: Work, kept: Solution) -> Solution:
+        """With any lanes."""
         began = time.perf_counter()
-        solution = solve(work, self.machine, self.lanes)
-        if kept is not None and solution.prediction.seconds > (1 - WORTH) * kept.prediction.seconds:
-            solution = kept
+        solution = _worth_it(solve(work, self.machine, self.lanes), kept)
         self._solved[shape] = _Solved(work, self.machine, solution, self._num_observed)
-        self._planning_s += time.perf_counter() - began
+        self._solving_s += time.perf_counter() - began
         return solution
 
-    def _may_plan(self) -> bool:
-        return self._planning_s < PLANNING_SHARE * (time.perf_counter() - self._began)
+    def _rebalance(self, shape: Work, work: Work, kept: Solution) -> Solution:
+        """With the same lanes or one; what has moved since all were tried has still moved."""
+        began, last = time.perf_counter(), self._solved[shape]
+        solution = _worth_it(rebalance(work, self.machine, self.lanes, kept.plan), kept)
+        self._solved[shape] = last._replace(solution=solution, num_observed=self._num_observed)
+        self._solving_s += time.perf_counter() - began
+        return solution
+
+    def _may_take(self, times: int) -> bool:
+        return self._solving_s < times * (PLANNING_CREDIT_S + PLANNING_SHARE * self._stepped_s)
+
+
+def _worth_it(found: Solution, kept: Solution) -> Solution:
+    return found if found.prediction.seconds <= (1 - WORTH) * kept.prediction.seconds else kept
 
 
 def _fitted(plan: Plan, work: Work, machine: Machine) -> Solution:
