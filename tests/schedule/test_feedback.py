@@ -114,7 +114,7 @@ def test_what_a_mixture_takes_beyond_its_longest_resource_is_learnt() -> None:
     scheduler = Scheduler(MACHINE, ("attend", "stream"))
     solution = scheduler.plan(WORK)
     expected = max(solution.prediction.resources.values())
-    for late in (1.2, 9.0, 1.25, 7.0, 8.0):
+    for late in (1.2, 9.0, 1.25, 7.0, 8.0) * 2:
         scheduler.observe(solution, {("prefill", "up"): 60.0}, late * expected)
     mixed = frozenset(("attend", "stream"))
     assert scheduler.machine.mixture(mixed) == pytest.approx(1.25)

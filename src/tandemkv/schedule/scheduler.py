@@ -20,6 +20,9 @@ WORTH = 0.03
 """A new plan takes the place of another one where it is predicted to be so much shorter: less is noise, and a plan that
 changes costs the first steps of every layer 0.3 ms here, because new runs of pages are checked."""
 
+STEPS_TO_CORRECT = 10
+"""Speeds are corrected after so many: each time costs 0.1 ms and a new prediction."""
+
 PLANNING_SHARE, PLANNING_CREDIT_S = 0.004, 0.03
 """Of the time of steps, that solving may take again, and seconds that it may take before. Balancing lanes anew after a
 sudden change may take as much once more; first plans are not counted."""
@@ -88,15 +91,12 @@ class Scheduler:
     def observe(
         self, solution: Solution, measured: Mapping[tuple[str, str], float], step_s: float | None = None
     ) -> None:
-        """What the lanes of a step took: seconds of (lane, resource), `near` among the lanes; and the whole step.
-
-        Speeds are corrected after every fifth: each time costs 0.1 ms and a new prediction.
-        """
+        """What the lanes of a step took: seconds of (lane, resource), `near` among the lanes; and the whole step."""
         began = time.perf_counter()
         self._num_observed += 1
         self._stepped_s += solution.prediction.seconds if step_s is None else step_s
         self._corrections.observe(solution.prediction, self.machine, measured, step_s)
-        if self._num_observed % WINDOW == 0:
+        if self._num_observed % STEPS_TO_CORRECT == 0:
             self.machine = self._corrections.corrected(self.machine)
         self.planning_s += time.perf_counter() - began
 
