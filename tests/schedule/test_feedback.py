@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tandemkv.errors import InputError, LaneError
 from tandemkv.schedule import COSTS, Machine, Plan, Products, Scheduler, Solution, Speed, predict, solve
 from tandemkv.schedule.budget import Budget, BudgetRule
+from tandemkv.schedule.feedback import FORGOTTEN
 from tests.schedule.machines import plain_machine, plain_work
 
 WORK = plain_work(1 << 15, num_inputs=1 << 14, near_tokens=2048)
@@ -110,7 +111,7 @@ def test_a_wrong_profile_is_corrected() -> None:
 
 def test_what_a_mixture_takes_beyond_its_longest_resource_is_learnt() -> None:
     """As the second shortest of five, so that steps that were late now and then do not count; nor does what a prompt
-    has sent, and what no step of these lanes has shown for long is half forgotten."""
+    has sent, and what no step of these lanes has shown for long is forgotten."""
     scheduler = Scheduler(MACHINE, ("attend", "stream"))
     solution = scheduler.plan(WORK)
     expected = max(solution.prediction.resources.values())
@@ -120,9 +121,25 @@ def test_what_a_mixture_takes_beyond_its_longest_resource_is_learnt() -> None:
     assert scheduler.machine.mixture(mixed) == pytest.approx(1.25)
     assert predict(WORK, scheduler.machine, solution.plan).seconds == pytest.approx(1.25 * expected)
     alone = predict(WORK, scheduler.machine, Plan({"attend": WORK.far_tokens}))
-    for _ in range(140):
+    for _ in range(FORGOTTEN - 10):
         scheduler.observe(Solution(Plan({"attend": WORK.far_tokens}), alone), {}, alone.seconds)
-    assert scheduler.machine.mixture(mixed) == pytest.approx(1.125, abs=0.015)
+    assert scheduler.machine.mixture(mixed) == pytest.approx(1.25)
+    for _ in range(20):
+        scheduler.observe(Solution(Plan({"attend": WORK.far_tokens}), alone), {}, alone.seconds)
+    assert scheduler.machine.mixture(mixed) == 1
+
+
+def test_a_lane_that_was_slow_once_is_tried_again() -> None:
+    """Nobody measures a lane that has no tokens: after 200 steps it is believed to be as it was profiled."""
+    run = Run(MACHINE, four_times(MACHINE, "up", 1 / 400), ("attend", "stream"))
+    run.step()
+    for _ in range(40):
+        solution = run.step()
+    assert solution.plan.tokens == {"attend": WORK.far_tokens}
+    run.true = MACHINE
+    with_stream = [bool(run.step().plan.tokens.get("stream")) for _ in range(FORGOTTEN + 40)]
+    assert not any(with_stream[: FORGOTTEN - 50])
+    assert with_stream[-1]
 
 
 def test_the_best_single_lane_where_mixing_loses() -> None:

@@ -20,8 +20,8 @@ WORTH = 0.03
 """A new plan takes the place of another one where it is predicted to be so much shorter: less is noise, and a plan that
 changes costs the first steps of every layer 0.3 ms here, because new runs of pages are checked."""
 
-STEPS_TO_CORRECT = 10
-"""Speeds are corrected after so many: each time costs 0.1 ms and a new prediction."""
+STEPS_TO_CORRECT, SECONDS_TO_CORRECT = 10, 0.02
+"""Speeds are corrected after so many steps, or when steps have taken so long: each time costs 0.1 ms."""
 
 PLANNING_SHARE, PLANNING_CREDIT_S = 0.004, 0.03
 """Of the time of steps, that solving may take again, and seconds that it may take before. Balancing lanes anew after a
@@ -55,6 +55,7 @@ class Scheduler:
         self._expires = math.inf
         self._num_observed = 0
         self._solving_s = self._stepped_s = 0.0
+        self._corrected_at = 0, 0.0  # how many steps were observed then, and how long they had taken
         self.planning_s = 0.0
         """All that plans have taken so far: solving, predicting, observing."""
 
@@ -92,12 +93,14 @@ class Scheduler:
         self, solution: Solution, measured: Mapping[tuple[str, str], float], step_s: float | None = None
     ) -> None:
         """What the lanes of a step took: seconds of (lane, resource), `near` among the lanes; and the whole step."""
-        began = time.perf_counter()
+        began, took_s = time.perf_counter(), solution.prediction.seconds if step_s is None else step_s
         self._num_observed += 1
-        self._stepped_s += solution.prediction.seconds if step_s is None else step_s
+        self._stepped_s += took_s
         self._corrections.observe(solution.prediction, self.machine, measured, step_s)
-        if self._num_observed % STEPS_TO_CORRECT == 0:
-            self.machine = self._corrections.corrected(self.machine)
+        num, seconds = self._num_observed - self._corrected_at[0], self._stepped_s - self._corrected_at[1]
+        if num >= STEPS_TO_CORRECT or seconds >= SECONDS_TO_CORRECT:
+            self.machine = self._corrections.corrected(self.machine, took_s)
+            self._corrected_at = self._num_observed, self._stepped_s
         self.planning_s += time.perf_counter() - began
 
     def forget_plans(self) -> None:
