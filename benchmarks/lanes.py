@@ -183,7 +183,8 @@ class Raw:
     def step(self) -> None:
         """Of the next layer."""
         _, far = self._layers.next()
-        halves, q = far.cut(far.page_table.shape[2] * PAGE // 2), self._layers.q
+        num_pages, q = far.page_table.shape[2], self._layers.q
+        halves = far.part(0, num_pages // 2), far.part(num_pages // 2, num_pages)
         of_host = self._rig.host.call("raw", kernels.prepare_attend(q, halves[0], rule=RULE, pool=self._rig.host.pool))
         call = self._rig.prepare_attend(q, halves[-1], RULE)
         begin = time.perf_counter()

@@ -20,7 +20,7 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // kInt8, kInt4: a whole page at a time, as codes with scales; see SliceOfK and SliceOfV.
 enum class Packing : int32_t { kRows = 0, kPanels = 1, kInt8 = 2, kInt4 = 3 };
 
-enum class Status : int32_t { kOk = 0, kNanInQuery = 1, kSlotOutOfRange = 2, kOutsideTable = 3 };
+enum class Status : int32_t { kOk = 0, kNanInQuery = 1, kSlotOutOfRange = 2, kOutsideTable = 3, kOutOfMemory = 4 };
 
 constexpr int64_t item_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 

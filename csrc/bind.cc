@@ -139,7 +139,8 @@ NB_MODULE(_native, m) {
       .value("ok", Status::kOk)
       .value("nan_in_query", Status::kNanInQuery)
       .value("slot_out_of_range", Status::kSlotOutOfRange)
-      .value("outside_table", Status::kOutsideTable);
+      .value("outside_table", Status::kOutsideTable)
+      .value("out_of_memory", Status::kOutOfMemory);
 
   nb::class_<WorkerPool>(m, "WorkerPool")
       .def(nb::init<int, std::vector<int>>(), "num_threads"_a, "cpus"_a = std::vector<int>())

@@ -1,7 +1,11 @@
 #include "driver.h"
 
+#include <unistd.h>
+
 #include <chrono>
 #include <deque>
+#include <new>
+#include <stdexcept>
 #include <thread>
 #include <utility>
 
@@ -55,6 +59,7 @@ void Bell::wait(int64_t num_rung, double until) {
 struct Driver::State {
   explicit State(std::shared_ptr<Bell> bell) : bell(std::move(bell)) {}
 
+  const pid_t owner = getpid();
   const std::shared_ptr<Bell> bell;  // of those who wait for jobs
   Bell submitted;
   std::mutex mutex;
@@ -81,13 +86,21 @@ struct Driver::State {
     }
   }
 
+  static Status made(const Job& job) {
+    try {
+      return job.call();
+    } catch (const std::bad_alloc&) {
+      return Status::kOutOfMemory;
+    }
+  }
+
   void work() {
     Bell never;
     while (const std::shared_ptr<Job> job = next()) {
-      if (!job->is_cancelled.load()) {
-        never.wait(0, job->not_before);
+      if (!job->is_cancelled.load()) never.wait(0, job->not_before);
+      if (!job->is_cancelled.load()) {  // meanwhile, too
         job->begin = seconds_now();
-        job->status = job->call();
+        job->status = made(*job);
       }
       job->call = nullptr;  // with what it holds, before anybody can think it is over
       job->end.store(seconds_now(), std::memory_order_release);
@@ -109,6 +122,7 @@ Driver::Driver(std::shared_ptr<Bell> bell, int cpu) : state_(std::make_shared<St
 Driver::~Driver() { close(10.0); }
 
 std::shared_ptr<Driver::Job> Driver::submit(std::function<Status()> call, double not_before) {
+  if (state_->owner != getpid()) throw std::runtime_error("this thread stayed in the process that was forked");
   auto job = std::make_shared<Job>();
   job->call = std::move(call);
   job->not_before = not_before;
@@ -120,8 +134,12 @@ std::shared_ptr<Driver::Job> Driver::submit(std::function<Status()> call, double
   return job;
 }
 
-void Driver::close(double seconds) {
-  if (!state_->thread.joinable()) return;  // closed before
+bool Driver::close(double seconds) {
+  if (state_->owner != getpid()) {  // the thread stayed in the parent, perhaps holding the locks
+    if (state_->thread.joinable()) new std::shared_ptr<State>(state_);  // its handle must not be destroyed
+    return true;
+  }
+  if (!state_->thread.joinable()) return true;  // closed before
   {
     std::lock_guard<std::mutex> lock(state_->mutex);
     state_->is_closing = true;
@@ -130,12 +148,14 @@ void Driver::close(double seconds) {
   std::unique_lock<std::mutex> lock(state_->mutex);
   const auto until = Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
   const bool has_ended = state_->ended.wait_until(lock, until, [&] { return state_->has_ended; });
+  for (const std::shared_ptr<Job>& job : state_->jobs) job->is_cancelled.store(true);
   lock.unlock();
   if (has_ended) {
     state_->thread.join();
   } else {
     state_->thread.detach();
   }
+  return has_ended;
 }
 
 }  // namespace tandem

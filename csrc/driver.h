@@ -45,17 +45,19 @@ class Driver {
     std::atomic<bool> is_cancelled{false};  // who has not begun need not
   };
 
-  // The bell rings after every job. cpu: where the thread stays; -1 is anywhere.
+  // The bell rings after every job. cpu: where the thread stays; -1 is anywhere. A child process after fork has no
+  // thread: `submit` throws there, and nobody is waited for.
   Driver(std::shared_ptr<Bell> bell, int cpu);
   ~Driver();
   Driver(const Driver&) = delete;
   Driver& operator=(const Driver&) = delete;
 
-  // `call` must not throw; what it reads lives until the job has ended, or the thread is closed.
+  // `call` may throw std::bad_alloc alone; what it reads lives until the job has ended.
   std::shared_ptr<Job> submit(std::function<Status()> call, double not_before);
 
-  // Ends the thread after what was submitted. One that hangs is waited for so many seconds, and then left alone.
-  void close(double seconds);
+  // Ends the thread after what was submitted. One that hangs is waited for so many seconds, and then left alone; what
+  // it has not begun by then, it never begins. True unless it was left in the middle of a job.
+  bool close(double seconds);
 
  private:
   struct State;

@@ -2,10 +2,14 @@
 #include "driver.h"
 
 #include <sched.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <new>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -74,6 +78,46 @@ void what_was_cancelled_is_not_begun() {
   CHECK(has_ended(*first) && has_ended(*second) && !was_begun);
 }
 
+void what_is_cancelled_while_it_waits_is_not_begun() {
+  const auto bell = std::make_shared<Bell>();
+  Driver driver(bell, -1);
+  bool was_begun = false;
+  const auto job = driver.submit([&] { return was_begun = true, Status::kOk; }, seconds_now() + 0.05);
+  sleep_ms(10);  // the thread has it
+  job->is_cancelled.store(true);
+  wait_for(*bell, *driver.submit([] { return Status::kOk; }, 0));
+  CHECK(has_ended(*job) && !was_begun);
+}
+
+void memory_that_is_not_there_is_told() {
+  const auto bell = std::make_shared<Bell>();
+  Driver driver(bell, -1);
+  const auto job = driver.submit([]() -> Status { throw std::bad_alloc(); }, 0);
+  wait_for(*bell, *job);
+  CHECK(job->status == Status::kOutOfMemory);
+}
+
+void a_child_waits_for_nobody() {
+  const auto bell = std::make_shared<Bell>();
+  Driver driver(bell, -1);
+  wait_for(*bell, *driver.submit([] { return Status::kOk; }, 0));
+  const pid_t child = fork();
+  if (child == 0) {
+    bool was_refused = false;
+    try {
+      driver.submit([] { return Status::kOk; }, 0);
+    } catch (const std::runtime_error&) {
+      was_refused = true;
+    }
+    const double begin = seconds_now();
+    driver.close(10);
+    _exit(was_refused && seconds_now() - begin < 1 ? 0 : 1);
+  }
+  int status = 1;
+  waitpid(child, &status, 0);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, status);
+}
+
 void it_stays_where_it_was_put() {
   cpu_set_t mine;
   sched_getaffinity(0, sizeof mine, &mine);
@@ -94,8 +138,8 @@ void closing_ends_what_was_submitted() {
   {
     Driver driver(bell, -1);
     for (int i = 0; i < 50; ++i) driver.submit([&] { return ++num_done, Status::kOk; }, 0);
-    driver.close(10);
-    driver.close(10);  // again changes nothing
+    CHECK(driver.close(10));
+    CHECK(driver.close(10));  // again changes nothing
   }
   CHECK(num_done == 50, num_done);
 }
@@ -114,7 +158,9 @@ void a_thread_that_hangs_is_left_alone() {
           return Status::kOk;
         },
         0);
-    driver.close(0.05);
+    const auto next = driver.submit([] { return Status::kOk; }, 0);
+    CHECK(!driver.close(0.05));
+    CHECK(next->is_cancelled.load());
   }
   CHECK(seconds_now() - begin < 5 && !was_let_go->load());
   let_go->store(true);
@@ -150,6 +196,9 @@ int main(int argc, char** argv) {
   return run_tests({{"jobs are done in order", jobs_are_done_in_order},
                     {"none begins too early", none_begins_too_early},
                     {"what was cancelled is not begun", what_was_cancelled_is_not_begun},
+                    {"what is cancelled while it waits is not begun", what_is_cancelled_while_it_waits_is_not_begun},
+                    {"memory that is not there is told", memory_that_is_not_there_is_told},
+                    {"a child waits for nobody", a_child_waits_for_nobody},
                     {"it stays where it was put", it_stays_where_it_was_put},
                     {"closing ends what was submitted", closing_ends_what_was_submitted},
                     {"a thread that hangs is left alone", a_thread_that_hangs_is_left_alone},

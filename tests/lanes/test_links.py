@@ -103,7 +103,7 @@ def test_two_gigabytes_a_second_with_a_real_copy() -> None:
     rig = Rig(Speed(0, 2), Speed(0, 2), copies=True)
     try:
         crew = Crew(rig, Scheduler(plain_machine(), ("stream",), Plan({"stream": 64}, stage_tokens=1024)))
-        copied = rig.send_pages("x", far, 0).wait(10)
+        copied = rig.send_pages("x", far, rig.landing(far, 0)).wait(10)
         assert copied.arena.k.data_ptr() != arena.k.data_ptr()
         begin = time.perf_counter()
         got = crew.attend(q, far.part(0, 0), (far,), rule)

@@ -549,6 +549,8 @@ def _raise_for(status: _native.Status, runs: Sequence[PagedKV] = ()) -> None:
         return
     if status == _native.Status.nan_in_query:
         raise InputError("q contains NaN: a layer before this attention produced it")
+    if status == _native.Status.out_of_memory:
+        raise MemoryError("no memory for what the kernel keeps while it attends")
     if status == _native.Status.slot_out_of_range:
         raise AssertionError("a page table entry in use points outside its arena")
     if status == _native.Status.outside_table:

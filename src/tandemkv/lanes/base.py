@@ -37,7 +37,8 @@ class Task(NamedTuple):
     q: `[num_seqs, num_q_heads, q_len, head_dim]` on the device. stage_tokens: that go over a link at once.
     piece_tokens: that are rebuilt at once. mass: what `kernels.block_mass` made for a lane's tokens, to be filled with
     their shares of its own result; None where nobody observes. It stays where it is made, beside what selects. sent:
-    of the stages that are streamed, the first, which are on their way already.
+    of the stages that are streamed, the first, which are on their way already. first_slot: of those that this lane may
+    fill.
     """
 
     q: Tensor
@@ -48,6 +49,7 @@ class Task(NamedTuple):
     inputs: Inputs | None = None
     mass: Tensor | None = None
     sent: Sequence[Ticket[PagedKV]] = ()
+    first_slot: int = 0
 
 
 class Lane(Protocol):
@@ -103,6 +105,7 @@ def drive(
     except BaseException:
         _abandon(waiting.values(), rig)
         raise
+    rig.host.note_ended()
     return Outcome(parts, failed)
 
 

@@ -77,8 +77,12 @@ class Crew:
         deadline_s = deadline_of(solution)
         rooms = {name: room_like(mass, q, run) for name, run in (*_runs(shares), ("near", near))}
         of_near = task._replace(mass=rooms["near"])
-        works = _begun(task._replace(sent=self._taken_up(shares)), shares, rooms)
-        outcome = drive(lambda: self._attend_near(of_near, near), works, self.rig, deadline_s)
+        try:
+            works = _begun(task, shares, rooms, self._taken_up(shares))
+            outcome = drive(lambda: self._attend_near(of_near, near), works, self.rig, deadline_s)
+        except BaseException:
+            self.rig.trace.take()  # it is no step's
+            raise
         parts = outcome.parts | self._without(task, shares, outcome.failed, deadline_s, rooms)
         whole = kernels.merge([parts[name] for name in ("near", *shares)])
         if mass is not None:
@@ -98,10 +102,16 @@ class Crew:
         """Let the first of what a layer will stream cross the link while the device is at something else, as far as
         there are slots. The layer takes it up if it streams just these pages, with the same plan."""
         self._cancel_sent()
-        if self.plan is None or not far or self.plan.num_tokens != far[0].page_table.shape[2] * far[0].entry_tokens:
+        plan = self.plan
+        if plan is None or not far or plan.num_tokens != far[0].page_table.shape[2] * far[0].entry_tokens:
             return
-        for i, stage in enumerate(_stages(split(self.plan, self.scheduler.lanes, far), self.plan)):
-            self._sent.append((stage, self.rig.send_pages("stream", stage, i)))
+        if plan.tokens.get("recompute"):  # its inputs come before anything else
+            return
+        shares = split(plan, self.scheduler.lanes, far)
+        first_slot = NUM_SLOTS * list(shares).index("stream") if "stream" in shares else 0
+        for i, stage in enumerate(_stages(shares, plan)):
+            landing = self.rig.landing(stage, first_slot + i)
+            self._sent.append((stage, self.rig.send_pages("stream", stage, landing)))
 
     def _taken_up(self, shares: Mapping[str, Share]) -> list[Ticket[PagedKV]]:
         """What was sent ahead, where these shares begin with it: all of it, or it is sent again."""
@@ -195,8 +205,18 @@ def _runs(shares: Mapping[str, Share]) -> Iterator[tuple[str, PagedKV]]:
     return ((name, share.run) for name, share in shares.items())
 
 
-def _begun(task: Task, shares: Mapping[str, Share], rooms: Mapping[str, Tensor | None]) -> dict[str, DeviceWork]:
-    return {name: LANES[lane](task._replace(mass=rooms[name]), run) for name, (lane, run) in shares.items()}
+def _begun(
+    task: Task,
+    shares: Mapping[str, Share],
+    rooms: Mapping[str, Tensor | None],
+    sent: Sequence[Ticket[PagedKV]] = (),
+) -> dict[str, DeviceWork]:
+    """The lanes' work. sent: of what the plan streams, what is on its way."""
+    works = {}
+    for i, (name, (lane, run)) in enumerate(shares.items()):
+        its = task._replace(mass=rooms[name], sent=sent if name == "stream" else (), first_slot=i * NUM_SLOTS)
+        works[name] = LANES[lane](its, run)
+    return works
 
 
 def work_of(q: Tensor, near: PagedKV, far: tuple[PagedKV, ...], inputs: Inputs | None = None) -> Work:

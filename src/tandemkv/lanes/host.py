@@ -27,7 +27,8 @@ class Called(Ticket[T]):
     __slots__ = ("_call", "_job", "_over")
 
     def __init__(self, bell: "Bell", call: "Call[T]", job: "Job", over: Callable[[float, float], float]) -> None:
-        """over: is told from when to when the call was made, and tells when its result is where it is waited for."""
+        """over: is told once from when to when the call was made, and tells when its result is where it is waited
+        for."""
         super().__init__(bell)
         self._call, self._job, self._over = call, job, over
 
@@ -38,8 +39,8 @@ class Called(Ticket[T]):
 
     @property
     def ready_at(self) -> float:
-        """See `Ticket`."""
-        if self._ready_at == math.inf and (end := self._job.end) < math.inf:
+        """See `Ticket`. The first time that it is asked after the end, the result is sent on its way."""
+        if self._ready_at == math.inf and not self.is_cancelled and (end := self._job.end) < math.inf:
             self._ready_at = self._over(self._job.begin, end)
         return self._ready_at
 
@@ -50,7 +51,12 @@ class Called(Ticket[T]):
 
     def result(self) -> T:
         """See `Ticket`."""
+        assert self.is_done
         return self._call.result(self._job.status)
+
+
+_never_freed: list[Called[Any]] = []
+"""Calls that a thread which hangs may still be in the middle of."""
 
 
 class Host:
@@ -75,11 +81,14 @@ class Host:
             self._trace.add("host", name, begin, end)
             return over(end)
 
-        while self._called and self._called[0].has_ended:
-            self._called.popleft()
         ticket = Called(self._bell, call, self._driver.make(call.native, not_before), traced)
         self._called.append(ticket)
         return ticket
+
+    def note_ended(self) -> None:
+        """Results of calls that are over go on their way, in their order, and what they read may be freed."""
+        while self._called and self._called[0].has_ended:
+            self._called.popleft().ready_at  # noqa: B018
 
     def submit(
         self,
@@ -121,4 +130,6 @@ class Host:
 
     def close(self) -> None:
         """Ends the thread after what was submitted."""
-        self._driver.close(_SECONDS_TO_SETTLE)
+        if self._driver.close(_SECONDS_TO_SETTLE):
+            self._called.clear()
+        _never_freed.extend(self._called)

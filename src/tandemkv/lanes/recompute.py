@@ -37,4 +37,4 @@ def recompute(task: Task, share: PagedKV) -> DeviceWork:
 
 def _send(rig: Rig, x: Tensor) -> Ticket[None]:
     """It may wait beside the device, whatever is rebuilt then: a link that streams has slots to fill."""
-    return rig.up.send("recompute", x.nbytes, lambda: None, Ticket(rig.bell, is_patient=True))
+    return rig.send_up("recompute", x.nbytes, lambda: None, Ticket(rig.bell, is_patient=True))

@@ -16,7 +16,6 @@ from tandemkv.lanes.host import Host
 from tandemkv.lanes.links import Link
 from tandemkv.lanes.tickets import Ticket, Trace
 from tandemkv.schedule import Speed
-from tandemkv.schedule.costs import NUM_SLOTS
 from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule
 
 if TYPE_CHECKING:
@@ -98,15 +97,19 @@ class Rig:
             self._scratches[key] = arena
         return arena
 
-    def landing(self, pages: PagedKV, i: int) -> PagedKV:
-        """Where the i-th of what comes up will lie: where it is, or, where links copy, in a slot in turn."""
-        return pages if self._slots is None or pages.of_blocks else self._slots.landing(pages, i)
+    def landing(self, pages: PagedKV, slot: int) -> PagedKV:
+        """Where pages that come up will lie: where they are, or, where links copy, in this staging slot."""
+        return pages if self._slots is None or pages.of_blocks else self._slots.landing(pages, slot)
 
-    def send_pages(self, name: str, pages: PagedKV, i: int) -> Ticket[PagedKV]:
-        """Far pages up, to the i-th landing, which nobody reads any more."""
-        landing = self.landing(pages, i)
+    def send_pages(self, name: str, pages: PagedKV, landing: PagedKV) -> Ticket[PagedKV]:
+        """Far pages up, to where nobody reads any more."""
         get = partial(_same, landing) if landing is pages else partial(_copied, pages, landing)
-        return self.up.send(name, pages.num_bytes, get)
+        return self.send_up(name, pages.num_bytes, get)
+
+    def send_up(self, name: str, num_bytes: int, get: Callable[[], T], ticket: Ticket[T] | None = None) -> Ticket[T]:
+        """So many bytes up, behind what the host has sent before."""
+        self.host.note_ended()
+        return self.up.send(name, num_bytes, get, ticket)
 
     @contextmanager
     def claimed(self) -> Iterator["Rig"]:
@@ -133,22 +136,22 @@ class Rig:
 
 
 class _Slots:
-    """Memory of the device for pages that come up: one is filled while it reads the other."""
+    """Memory of the device for pages that come up: one slot is filled while it reads another."""
 
     def __init__(self) -> None:
-        self._arenas: list[Arena | None] = [None] * NUM_SLOTS
+        self._arenas: dict[int, Arena] = {}
 
-    def landing(self, pages: PagedKV, i: int) -> PagedKV:
-        """Pages of a slot for as many; the slot is the one of the landing NUM_SLOTS before."""
+    def landing(self, pages: PagedKV, slot: int) -> PagedKV:
+        """Pages of a slot for as many."""
         source, table = pages.arena.parts[0], pages.page_table
         if len(pages.arena.parts) > 1 or table.stride(1) != 0:
             raise UnsupportedError("pages of one format that heads share can be copied over a link, got others")
-        arena = self._slot(source, table[:, 0].numel(), i % NUM_SLOTS)
+        arena = self._slot(source, table[:, 0].numel(), slot)
         slots = torch.arange(table[:, 0].numel(), dtype=torch.int32, device="cpu").view(table[:, 0].shape)
         return PagedKV(arena, slots[:, None].expand(table.shape), pages.kv_start, pages.kv_len)
 
     def _slot(self, like: Arena, num_pages: int, number: int) -> Arena:
-        arena = self._arenas[number]
+        arena = self._arenas.get(number)
         if arena is None or arena.num_slots < num_pages or arena.k.shape[1:] != like.k.shape[1:]:
             arena = Arena.allocate(like.layout, num_pages, like.num_kv_heads, like.head_dim, v_head_dim=like.v_head_dim)
             self._arenas[number] = arena

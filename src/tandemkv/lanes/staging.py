@@ -31,4 +31,4 @@ class Staging:
     def _send_next(self) -> None:
         if len(self._tickets) < len(self._num_bytes):
             num_bytes = self._num_bytes[len(self._tickets)]
-            self._tickets.append(self._rig.up.send(self._name, num_bytes, lambda: None))
+            self._tickets.append(self._rig.send_up(self._name, num_bytes, lambda: None))

@@ -149,7 +149,7 @@ def _worth_it(found: Solution, kept: Solution) -> Solution:
 
 def _fitted(plan: Plan, work: Work, machine: Machine) -> Solution:
     """A plan's shares of the far tokens that there are now."""
-    if plan.num_tokens != work.far_tokens:
+    if plan.num_tokens != work.far_tokens or plan.tokens.get("recompute", 0) > work.num_inputs:
         plan = plan.scaled(work.far_tokens, work.page_size, {"recompute": work.num_inputs})
         if plan.num_tokens != work.far_tokens:
             raise InputError(

@@ -247,7 +247,8 @@ def _balanced_stage(work: Work, machine: Machine, found: Solution) -> int:
     start = (up + device * machine.factor(name, "device")) * 1e-6 + machine.handoff_s
     tokens = sum(found.plan.tokens[each] for each in names)
     stage = tokens / max(1.0, sqrt(hidden_by_none / start)) if start else found.plan.stage_tokens
-    if num_rebuilt := found.plan.tokens.get("recompute", 0):
+    num_rebuilt = found.plan.tokens.get("recompute", 0)
+    if num_rebuilt and up_s:
         piece_s = busy["recompute"]["device"] * min(1.0, found.plan.piece_tokens / num_rebuilt)
         stage = max(stage, piece_s / NUM_SLOTS * tokens / up_s)
     return _stage(work, stage)
