@@ -19,7 +19,6 @@ from tandemkv.lanes.crew import Step
 from tandemkv.lanes.tickets import Span
 from tandemkv.schedule import COSTS, Machine, Plan, Solution, Work, predict
 from tandemkv.schedule.costs import Cost
-from tandemkv.systems import SYSTEMS
 from tests.schedule.machines import plain_machine, plain_work
 from tests.schedule.test_profile import PROFILE
 
@@ -29,7 +28,7 @@ SMALL = [
 ]
 """56 far pages of 32 KiB."""
 
-WITH_LANES = ", ".join(name for name, system in SYSTEMS.items() if system.lanes)
+SPLITTING = "hgca, flexgen, moe-lightning, kvpr, headinfer, tandem"
 FAR_BYTES = (4096 - 512) * 2 * 2 * 64 * 2
 
 needs_two = pytest.mark.skipif(machine.usable_cpus() < 2, reason="a device and a host need two processors")
@@ -281,8 +280,12 @@ def test_heads(text: str) -> None:
         (["--batch", "0"], "--batch must be 1 to"),
         (["--steps", "20000"], "--steps must be 1 to 10,000, got 20,000"),
         (["--near-tokens", "64"], "--near-tokens must be at least two pages, 128, got 64"),
-        (["--system", "dense"], f"only systems with lanes have a plan: {WITH_LANES}; got 'dense'"),
+        (
+            ["--system", "dense"],
+            f"split far tokens over lanes have a plan: {SPLITTING}; got 'dense'",
+        ),
         (["--system", "nope"], "got 'nope'"),
+        (["--system", "hybridgen"], f"over lanes have a plan: {SPLITTING}; got 'hybridgen'"),
         (["--link", "fast"], "expected a link as GB/s or GB/s:us"),
         (["--far-dtype", "int8:64,int4"], "one format of far tokens is explained at a time"),
         (["--far-dtype", "int3"], "expected --far-dtype as model, int8, int4"),

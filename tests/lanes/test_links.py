@@ -1,9 +1,11 @@
 """Links keep their time, their order and what they carry; tickets are done once, whoever waits."""
 
-import threading
+import gc
 import time
+import weakref
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +139,69 @@ def test_the_host_does_one_job_after_the_other(rig: Rig) -> None:
 
 
 def test_closing_ends_the_threads() -> None:
-    before = threading.active_count()
-    Rig(Speed(0, 1), Speed(0, 1), copies=True).close()
-    assert threading.active_count() == before
+    """Native ones, which Python does not count, too."""
+
+    def num_threads() -> int:
+        return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+    Rig(Speed(0, 1), Speed(0, 1), copies=True).close()  # torch's own have begun
+    before = num_threads()
+    rig = Rig(Speed(0, 1), Speed(0, 1), copies=True)
+    assert num_threads() >= before + 2
+    rig.close()
+    assert num_threads() == before
+
+
+# -- calls without Python ----------------------------------------------------------------------------------------------
+
+
+def nothing_but(num_pages: int = 2) -> tuple[torch.Tensor, PagedKV]:
+    """A query, and pages of numbers."""
+    arena = Arena.allocate(PageLayout(torch.bfloat16, 64, "panels"), num_pages, 2, 64)
+    arena.k.normal_()
+    arena.v.normal_()
+    table = torch.arange(num_pages, dtype=torch.int32).expand(1, 2, num_pages)
+    run = PagedKV(arena, table, torch.zeros(1).long(), torch.full((1,), num_pages * 64))
+    return torch.randn(1, 4, 1, 64).bfloat16(), run
+
+
+def test_a_call_is_made_though_nobody_holds_what_it_reads(rig: Rig) -> None:
+    """The thread begins when all but the ticket is gone; afterwards nothing is kept alive."""
+    q, run = nothing_but()
+    expected = kernels.attend(q, run, rule=ScoreRule(0.1))
+    arena = weakref.ref(run.arena)
+    ticket = rig.host.call(
+        "late", kernels.prepare_attend(q, run, rule=ScoreRule(0.1)), not_before=time.perf_counter() + 0.05
+    )
+    del q, run
+    gc.collect()
+    assert arena() is not None
+    assert torch.equal(ticket.wait(10).out, expected.out)
+    del ticket
+    rig.host.note_ended()
+    gc.collect()
+    assert arena() is None
+
+
+def test_a_call_that_is_cancelled_while_it_waits_is_not_made(rig: Rig) -> None:
+    q, run = nothing_but()
+    call = kernels.prepare_attend(q, run, rule=ScoreRule(0.1))
+    call.value.out.fill_(7)
+    ticket = rig.host.call("late", call, not_before=time.perf_counter() + 0.2)
+    ticket.cancel()
+    rig.host.settle()
+    assert (call.value.out == 7).all()
+    assert not ticket.is_done
+
+
+def test_what_the_host_had_ready_goes_up_first(rig: Rig) -> None:
+    """Though nobody had asked for it yet."""
+    q, run = nothing_but()
+    up = Link("up", Speed(0, 0.01), rig.bell, rig.trace)
+    ready = partial(up.carry, "answer", SMALL_BYTES + 1)
+    rig.host.call("answer", kernels.prepare_attend(q, run, rule=ScoreRule(0.1)), over=ready)
+    rig.host.settle()
+    rig.host.note_ended()
+    up.send("stream", SMALL_BYTES + 1, lambda: None)
+    names = [span.name for span in rig.trace.take() if span.row == "up"]
+    assert names == ["answer", "stream"]

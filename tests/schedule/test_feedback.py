@@ -142,6 +142,18 @@ def test_a_lane_that_was_slow_once_is_tried_again() -> None:
     assert with_stream[-1]
 
 
+def test_a_lane_that_is_slow_for_ever_costs_little() -> None:
+    """Streaming over a link that is 50 times slower than profiled: tried again after 200 steps, then 400, 800 ..."""
+    run = Run(MACHINE, four_times(MACHINE, "up", 1 / 400), ("attend", "stream"))
+    alone = run.seconds(Plan({"attend": WORK.far_tokens}))
+    for _ in range(20):
+        run.step()
+    plans = [run.step().plan for _ in range(3000)]
+    slow = [plan for plan in plans if plan.tokens.get("stream")]
+    assert 0 < len(slow) <= 60  # four times until it is believed, which is ten steps and what stays in flight
+    assert alone < run.seconds(slow[0])
+
+
 def test_the_best_single_lane_where_mixing_loses() -> None:
     """The host alone reads all that memory gives: whoever else reads takes it away."""
     machine = replace(MACHINE, memory_gbps=20.0)

@@ -57,9 +57,11 @@ class Settings:
         ):
             if not 1 <= value <= most:
                 raise InputError(f"{name} must be 1 to {most:,}, got {value:,}")
-        laned = [name for name, system in SYSTEMS.items() if system.lanes]
+        laned = [name for name, system in SYSTEMS.items() if system.lanes and not system.joins_logits]
         if self.system not in laned:
-            raise InputError(f"only systems with lanes have a plan: {', '.join(laned)}; got {self.system!r}")
+            raise InputError(
+                f"only systems that split far tokens over lanes have a plan: {', '.join(laned)}; got {self.system!r}"
+            )
         if self.link is not None:
             parse_link(self.link)
         if len(parse_far_dtype(self.far_dtype)) > 1:

@@ -1,5 +1,6 @@
 """Steps of one layer, run on this machine: pages of random keys and values, a rig, and what each step took."""
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from tandemkv.profiling import random_arena
 from tandemkv.schedule import Machine, Plan, Work
 from tandemkv.schedule.costs import RESOURCES
 from tandemkv.schedule.feedback import WINDOW
+from tandemkv.schedule.scheduler import SECONDS_TO_CORRECT, STEPS_TO_CORRECT
 from tandemkv.types import PagedKV, PageLayout, ScoreRule, format_bytes
 
 COLD_BYTES = 512 << 20
 """Steps take turns over so many bytes: what one read, the next one does not find in a cache."""
 
-_SETTLING_ROUNDS = 2
-"""Each of a plan, and as many steps as feedback takes to believe in."""
+_SETTLING_ROUNDS = 4
+"""At most, each of a plan and as many steps as feedback takes to believe in; none where the plan stays."""
 
 
 class _Turn(NamedTuple):
@@ -139,12 +141,23 @@ class Layer:
         return [inputs(i * work.num_inputs) for i in range(num_turns)]
 
 
+def _settle(layer: Layer, crew: Crew) -> None:
+    """Until speeds were corrected by steps of this plan alone."""
+    began = time.perf_counter()
+    for i in range(STEPS_TO_CORRECT + WINDOW):
+        layer.step(crew)
+        if i > WINDOW and time.perf_counter() - began > WINDOW * SECONDS_TO_CORRECT:
+            break
+
+
 def run_steps(layer: Layer, crew: Crew, num_steps: int) -> Measured:
     """What so many steps took, all with the plan that feedback has led to by then."""
     for _ in range(_SETTLING_ROUNDS):
+        before = crew.plan
         crew.scheduler.forget_plans()
-        for _ in range(WINDOW + 1):
-            layer.step(crew)
+        _settle(layer, crew)
+        if crew.plan == before:
+            break
     decided_on = crew.scheduler.machine
     crew.scheduler.forget_plans()
     layer.step(crew)

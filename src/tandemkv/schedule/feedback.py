@@ -27,7 +27,8 @@ NOTICED = 0.01
 
 FORGOTTEN = 200
 """Steps after which a lane or a mixture that took no part is believed to be as it was profiled: what was slow once may
-not be for ever, and nobody would find out."""
+not be for ever, and nobody would find out. Each time it takes twice as many: what is slow for ever is tried less and
+less."""
 
 _SHORTEST_S = 20e-6
 """Shorter ones say more about the clock than about the machine."""
@@ -41,6 +42,7 @@ class Corrections:
         self._of_mixtures: dict[frozenset[str], deque[float]] = defaultdict(lambda: deque(maxlen=MEMORY))
         self._num_observed = 0
         self._last_seen: dict[str | frozenset[str], int] = {}  # of lanes and mixtures
+        self._patience: dict[str | frozenset[str], int] = defaultdict(lambda: FORGOTTEN)
 
     def observe(
         self,
@@ -82,9 +84,10 @@ class Corrections:
         return replace(machine, factors=believed, mixtures=mixtures)
 
     def _forget_unused(self) -> None:
-        gone = {seen for seen, at in self._last_seen.items() if self._num_observed - at >= FORGOTTEN}
+        gone = {seen for seen, at in self._last_seen.items() if self._num_observed - at >= self._patience[seen]}
         for seen in gone:
             del self._last_seen[seen]
+            self._patience[seen] *= 2
         for lanes in [lanes for lanes in self._of_mixtures if lanes in gone]:
             del self._of_mixtures[lanes]
         for key in [key for key in self._ratios if key[0] in gone]:
