@@ -12,7 +12,7 @@ from tandemkv.schedule.speeds import ANY, Machine
 K = TypeVar("K")
 
 WINDOW = 5
-"""Measurements that tell a change: one or two slow ones move nothing, it is believed after three."""
+"""Measurements that tell a change: one or two slow ones move nothing, three do when speeds are corrected next."""
 
 MEMORY, MEMORY_S = 25, 0.25
 """Measurements that tell what is usual, at most, and of steps of how many seconds. Memory that is shared with strangers
