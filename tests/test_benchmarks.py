@@ -541,5 +541,5 @@ def test_kvpr_gains_what_its_model_says(monkeypatch: pytest.MonkeyPatch) -> None
     for row in rows:
         assert row.f == pytest.approx(lanes.share_to_rebuild(row.rebuild_gflops, row.link_gbps, 1024))
         assert row.ideal == pytest.approx(lanes.ideal_gain(row.schedule, row.f))
-        assert 0.2 < row.f < 0.8
-        assert 0 < row.rebuilt_tokens < 256
+        assert 0 < row.f < 1
+        assert 0 <= row.rebuilt_tokens <= 256

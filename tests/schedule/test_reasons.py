@@ -42,6 +42,14 @@ def test_numbers_in_the_words_are_those_of_predictions() -> None:
     assert f"{ms(without)}, {percent(without / now.seconds - 1)} more" in about("attend", sentences)
 
 
+def test_what_steps_were_longer_than_any_resource_is_told() -> None:
+    late = replace(MACHINE, mixtures={frozenset(("attend", "stream")): 1.1})
+    facts = facts_of(WORK, late, ("attend", "stream"))
+    longest = max(facts.solution.prediction.resources.values())
+    assert reasons(facts)[0].endswith(f"; steps of these lanes were {ms(0.1 * longest)} longer than that.")
+    assert "longer than that" not in reasons(facts_of(WORK, MACHINE, ("attend", "stream")))[0]
+
+
 def test_what_is_full_keeps_a_lane_out() -> None:
     sentences = told(WORK, MACHINE)
     expected = (

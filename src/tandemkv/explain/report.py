@@ -220,9 +220,10 @@ def _step(found: Explained) -> Iterator[str]:
     if measured is None:
         return
     corrected, took, busiest = found.facts.solution.prediction, measured.seconds, measured.busiest
-    if found.notable:
+    is_corrected = abs(corrected.seconds - predicted.seconds) > 0.005 * predicted.seconds
+    if is_corrected:
         yield f"with what feedback has corrected {ms(corrected.seconds)}: {NAMES[corrected.binds]} binds"
-    expected = corrected.seconds if found.notable else predicted.seconds
+    expected = corrected.seconds if is_corrected else predicted.seconds
     spread = f"median of {len(measured.steps)} steps, half of them {' to '.join(map(ms, measured.middle_half))}"
     busy = f"{NAMES[busiest]} was busiest, {percent(measured.resources[busiest] / took)}"
     yield f"measured {ms(took)}, {took / expected:.2f} times that ({spread}): {busy}"

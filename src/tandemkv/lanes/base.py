@@ -80,7 +80,7 @@ def drive(
 
     A lane whose ticket takes longer than deadline_s to come, or that raises anything but an error of ours, has failed:
     the others go on without it. Errors of ours, such as a NaN in q, are raised, as are those of `near`; nobody reads
-    pages then any more.
+    pages then any more but a link that really copies, which ends the stage it is at.
     """
     parts: dict[str, Partial] = {}
     failed: dict[str, Exception] = {}

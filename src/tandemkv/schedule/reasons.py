@@ -142,6 +142,9 @@ def _binds(prediction: Prediction) -> str:
     busy = sum(seconds for _, seconds in loads_of(prediction, binds))
     waits = prediction.resources[binds] - busy
     told = f", {ms(waits)} of it before and after its work" if waits > 0.01 * prediction.seconds else ""
+    late = prediction.seconds - prediction.resources[binds]
+    if late > 0.01 * prediction.seconds:
+        told += f"; steps of these lanes were {ms(late)} longer than that"
     return f"{_capital(NAMES[binds])} binds: of {ms(prediction.seconds)} it works {ms(busy)} ({loads}){told}."
 
 
