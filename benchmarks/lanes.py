@@ -282,18 +282,12 @@ def _row(ground: Ground, case: tuple[tuple[int, int], int, float], budget_s: flo
     ms = {name: median(each.ms[name] for each in rounds) for name in crews}
     steps_s = sum(step.end - step.begin for step in seen)
     swept, best = (min(names, key=ms.__getitem__) for names in (map(str, SPLITS), LANES))
-    plan, mb = tandem.crew.plan, ground.layers.far_bytes / 1e6
-
-    def of(ratio: Callable[[Round], float]) -> float:
-        return median(map(ratio, rounds))
-
+    plan = tandem.crew.plan
     return Row(
         heads=f"{heads[0]}:{heads[1]}",
         context=context,
         link_ratio=ratio,
         link_gbps=link_gbps,
-        a_gbps=of(lambda each: each.a),
-        b_gbps=of(lambda each: each.b),
         attend_ms=ms["attend"],
         logits_ms=ms["logits"],
         stream_ms=ms["stream"],
@@ -303,15 +297,28 @@ def _row(ground: Ground, case: tuple[tuple[int, int], int, float], budget_s: flo
         swept_ms=ms[swept],
         swept_split=float(swept),
         plan="" if plan is None else plan.summary,
-        gain=of(lambda each: each.gain),
-        ideal=of(lambda each: each.ideal),
-        share_of_ideal=of(lambda each: each.gain / each.ideal),
-        share_of_raw=of(lambda each: mb / each.ms["tandem"] / (each.a + each.b)),
-        share_of_swept=of(lambda each: each.ms[swept] / each.ms["tandem"]),
-        share_of_best=of(lambda each: each.ms[best] / each.ms["tandem"]),
-        share_of_kernel=of(lambda each: mb / each.ms["attend"] / each.a),
-        share_of_link=of(lambda each: mb / each.ms["stream"] / each.b),
+        **_medians(rounds, ground.layers.far_bytes / 1e6, swept, best),
     )
+
+
+def _medians(rounds: Sequence[Round], far_mb: float, swept: str, best: str) -> dict[str, float]:
+    """Of what is told within a round; swept, best: the contestants of these names over all rounds."""
+
+    def of(ratio: Callable[[Round], float]) -> float:
+        return median(map(ratio, rounds))
+
+    return {
+        "a_gbps": of(lambda each: each.a),
+        "b_gbps": of(lambda each: each.b),
+        "gain": of(lambda each: each.gain),
+        "ideal": of(lambda each: each.ideal),
+        "share_of_ideal": of(lambda each: each.gain / each.ideal),
+        "share_of_raw": of(lambda each: far_mb / each.ms["tandem"] / (each.a + each.b)),
+        "share_of_swept": of(lambda each: each.ms[swept] / each.ms["tandem"]),
+        "share_of_best": of(lambda each: each.ms[best] / each.ms["tandem"]),
+        "share_of_kernel": of(lambda each: far_mb / each.ms["attend"] / each.a),
+        "share_of_link": of(lambda each: far_mb / each.ms["stream"] / each.b),
+    }
 
 
 def _rounds(ground: Ground, steps: Mapping[str, Callable[[], float]], budget_s: float) -> list[Round]:
