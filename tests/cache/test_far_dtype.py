@@ -379,6 +379,25 @@ def test_reserve_spells_the_arithmetic_out() -> None:
     assert told is not None and float(told[1]) == pytest.approx((first + 997 * page) / 998 / 16, rel=1e-4)
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_pages_that_a_fork_keeps_wide_are_counted_before_a_step(is_shared: bool) -> None:
+    """Three pages become narrower and three new ones are wide: without a fork these take their place."""
+    spec = spec_of("model:48,int8")
+    before, more = spec.near_tokens + 8 * spec.page_size, 3 * spec.page_size
+    needed = spec.far_bytes_of(spec.num_far_pages(1, before + more))
+    k, v = random_kv(1, NUM_KV_HEADS, before + more, HEAD_DIM, torch.float32, 3)
+    cache = KVCache(replace(spec, far_bytes=needed))
+    feed(cache, k[:, :, :before], v[:, :, :before])
+    twin = cache.fork() if is_shared else KVCache(spec)
+    if is_shared:
+        with pytest.raises(CapacityError, match="far tier is full"):
+            cache.begin_step(1, more)
+        assert cache.seq_len == before
+    twin.close()
+    feed(cache, k, v)
+    assert cache.seq_len == before + more
+
+
 def test_memory_is_asked_for_as_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = KVCache(spec_of("int8"))
     near = cache.spec.num_near_slots(1) * cache.spec.near_page_bytes

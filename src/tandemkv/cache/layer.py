@@ -534,6 +534,12 @@ class LayerKV:
 
     # -- counting ------------------------------------------------------------------------------------------------------
 
+    def num_shared_far(self, begin: int, end: int) -> int:
+        """Of the far pages [begin, end) of all sequences, those that somebody else refers to, too."""
+        slots, of, times = torch.unique(self._map.slots[:, begin:end], return_inverse=True, return_counts=True)
+        is_shared = torch.tensor(self._store.far.counts(slots), device="cpu") > times
+        return int(is_shared[of].sum())
+
     def used_slots(self) -> tuple[Tensor, Tensor]:
         """Slots of every near and of every far page, once for every sequence that has it."""
         far = self._map.slots[:, : self._map.num_older] if self.window is None else self._map.slots[:, :0]

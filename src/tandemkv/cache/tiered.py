@@ -265,12 +265,25 @@ class KVCache:
             self._allocate(num_seqs)
 
     def _num_new_far(self, num_pages: tuple[int, ...]) -> tuple[int, ...]:
-        """What this cache lacks of so many far pages of each part."""
-        held = [0] * len(num_pages)
+        """What this cache lacks of so many far pages of each part.
+
+        Of pages that become narrower, those that a fork refers to, too, stay as they are beside the new ones.
+        """
+        spec, held = self.spec, [0] * len(num_pages)
+        will_be_far = sum(num_pages) // max(1, self.num_seqs * spec.num_full_layers)
         for num_far, num_layers in Counter(layer.num_far_pages for layer in self._layers).items():
-            for part, begin, end in self.spec.far_spans(num_far):
+            spans = spec.far_spans(num_far), spec.far_spans(max(num_far, will_be_far))
+            for (part, begin, end), (_, stays_from, _) in zip(*spans, strict=True):
                 held[part] += self.num_seqs * num_layers * (end - begin)
+                leaves_until = min(end, stays_from)
+                if leaves_until > begin and len(spec.far_formats) > 1:
+                    held[part] -= self._num_shared(num_far, begin, leaves_until)
         return tuple(max(0, num - has) for num, has in zip(num_pages, held, strict=True))
+
+    def _num_shared(self, num_far: int, begin: int, end: int) -> int:
+        """Of these pages of layers with so many far ones, those that somebody else refers to, too."""
+        layers = (layer for layer in self._layers if layer.num_far_pages == num_far)
+        return sum(layer.num_shared_far(begin, end) for layer in layers)
 
     def _require_far(self, num_pages: tuple[int, ...]) -> None:
         """The far pool, which forks share, must have what this cache lacks of so many pages."""
