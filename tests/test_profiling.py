@@ -79,7 +79,7 @@ def test_it_is_measured_again_when_something_has_changed(measured: list[Profile]
 
 def test_a_damaged_file_is_measured_again(measured: list[Profile], stored: Path) -> None:
     stored.parent.mkdir()
-    stored.write_text('{"format": 1, "checksum": "1", "profile": {}}')
+    stored.write_text('{"format": 2, "checksum": "1", "profile": {}}')
     with pytest.warns(ProfileWarning, match=r"is damaged.*measuring anew"):
         profiling.profile_of_this_machine(CONSOLE)
     assert Profile.load(stored) == measured[0]
