@@ -24,7 +24,7 @@ from tandemkv.demo import speed as demo
 from tandemkv.evaluate.tasks import COUNTED
 from tandemkv.lanes import Crew
 from tandemkv.schedule import Scheduler, Speed
-from tandemkv.types import Partial, ScoreRule
+from tandemkv.types import PagedKV, Partial, ScoreRule
 from tests.schedule.test_profile import PROFILE
 
 CONTRACT = (
@@ -507,16 +507,25 @@ def test_a_round_says_what_splitting_gains() -> None:
     assert (found.gain, found.ideal) == pytest.approx((1.6, 15 / 9))
 
 
-def test_raw_speeds_are_those_of_both_at_once() -> None:
-    """Half of the pages each; what is taken is of the steps since the last time."""
+def test_raw_speeds_are_those_of_both_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the pages each, but for one; what is taken is of the steps since the last time."""
+    read: list[int] = []
+    prepare = kernels.prepare_attend
+
+    def logged(q: torch.Tensor, run: PagedKV, **rest: Any) -> Any:
+        read.append(run.page_table.shape[2])
+        return prepare(q, run, **rest)
+
+    monkeypatch.setattr(kernels, "prepare_attend", logged)
     with lanes.rig_with(Speed(0, 10)) as rig:
-        raw = lanes.Raw(lanes.Layers(4, 2, 2048), rig)
+        raw = lanes.Raw(lanes.Layers(4, 2, 2048 + 64), rig)  # 29 far pages
         for _ in range(3):
             raw.step()
         host, device = zip(*raw.gbps, strict=True)
         assert len(host) == 3
         assert raw.take() == (statistics.median(host), statistics.median(device))
         assert raw.gbps == []
+        assert read == [14, 15] * 3
 
 
 def test_lanes_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

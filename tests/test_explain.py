@@ -1,24 +1,24 @@
 """`tandemkv explain`: it says what was predicted and what was measured, and both change with what they come from."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig
 
-from tandemkv import cli, machine, profiling
+from tandemkv import machine, profiling
 from tandemkv.explain import measure
 from tandemkv.explain.shapes import Group, Told, parse_heads, shape_of
 from tandemkv.lanes.crew import Step
 from tandemkv.lanes.tickets import Span
 from tandemkv.schedule import COSTS, Machine, Plan, Solution, Work, predict
 from tandemkv.schedule.costs import Cost
+from tests.command import Done, run_command
 from tests.schedule.machines import plain_machine, plain_work
 from tests.schedule.test_profile import PROFILE
 
@@ -34,25 +34,14 @@ FAR_BYTES = (4096 - 512) * 2 * 2 * 64 * 2
 needs_two = pytest.mark.skipif(machine.usable_cpus() < 2, reason="a device and a host need two processors")
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def report(self) -> dict[str, Any]:
-        assert self.code == 0, self.err
-        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
-        return found
-
-    @property
-    def group(self) -> dict[str, Any]:
-        """The first."""
-        found: dict[str, Any] = self.report["groups"][0]
-        return found
-
-
 Run = Callable[..., Done]
+
+
+def group_of(done: Done) -> dict[str, Any]:
+    """The first."""
+    assert done.code == 0, done.err
+    found: dict[str, Any] = done.report["groups"][0]
+    return found
 
 
 @pytest.fixture
@@ -65,11 +54,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     replace(PROFILE, measured_on=profiling.measured_on()).save(profiling.stored_profile_path())
 
     def call(*args: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["tandemkv", "explain", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Done(int(stop.value.code or 0), out, err)
+        return run_command(monkeypatch, capsys, "explain", *args)
 
     return call
 
@@ -85,7 +70,7 @@ def plan_file(folder: Path, **tokens: int) -> Path:
 
 def test_without_a_run_nothing_is_measured(run: Run) -> None:
     done = run(*SMALL, "--no-run", "--json")
-    group = done.group
+    group = group_of(done)
     assert (group["measured"], group["corrected"], group["ratio"]) == (None, None, None)
     assert group["layers"] == [0, 1, 2, 3]
     assert group["plan"]["shares"] == pytest.approx({k: v / 3584 for k, v in group["plan"]["tokens"].items()})
@@ -100,14 +85,14 @@ def test_without_a_run_nothing_is_measured(run: Run) -> None:
 def test_a_changed_cost_function_moves_plan_and_explanation(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host is ten times as slow at attending: what it has goes to others, and the words say so."""
     args = (*SMALL, "--context", 32768, "--no-run", "--json")
-    before, original = run(*args).group, COSTS["attend"]
+    before, original = group_of(run(*args)), COSTS["attend"]
 
     def slower(work: Work, machine: Machine, plan: Plan, num_tokens: float) -> Cost:
         cost = original(work, machine, plan, num_tokens)
         return cost._replace(busy={**cost.busy, "host": 10 * cost.busy["host"]})
 
     monkeypatch.setitem(COSTS, "attend", slower)
-    after = run(*args).group
+    after = group_of(run(*args))
     assert after["plan"]["tokens"].get("attend", 0) < before["plan"]["tokens"]["attend"] / 2
     assert after["alone"]["attend"]["seconds"] > 5 * before["alone"]["attend"]["seconds"]
     assert after["predicted"]["seconds"] > before["predicted"]["seconds"]
@@ -119,7 +104,7 @@ def test_a_changed_cost_function_moves_plan_and_explanation(run: Run, monkeypatc
 def test_a_given_plan_is_explained(run: Run, tmp_path: Path) -> None:
     """All four lanes: layer inputs are kept for what is to be rebuilt."""
     plan = plan_file(tmp_path, recompute=512, attend=1024, logits=1024, stream=1024)
-    group = run(*SMALL, "--plan", plan, "--no-run", "--json").group
+    group = group_of(run(*SMALL, "--plan", plan, "--no-run", "--json"))
     assert group["plan"]["tokens"] == {"recompute": 512, "attend": 1024, "logits": 1024, "stream": 1024}
     assert group["inputs"] == {"num_tokens": 512, "where": "far"}
     assert any(sentence.startswith("The solver would choose ") for sentence in group["reasons"])
@@ -127,7 +112,7 @@ def test_a_given_plan_is_explained(run: Run, tmp_path: Path) -> None:
 
 def test_other_formats_of_far_tokens(run: Run) -> None:
     stream = [
-        run(*SMALL, "--system", "flexgen", "--far-dtype", name, "--no-run", "--json").group["predicted"]["at_work"][
+        group_of(run(*SMALL, "--system", "flexgen", "--far-dtype", name, "--no-run", "--json"))["predicted"]["at_work"][
             "up"
         ]
         for name in ("model", "int8")
@@ -141,7 +126,7 @@ def test_other_formats_of_far_tokens(run: Run) -> None:
 @needs_two
 def test_steps_run_and_are_measured(run: Run) -> None:
     done = run(*SMALL, "--json")
-    group = done.group
+    group = group_of(done)
     measured = group["measured"]
     assert measured["num_steps"] == 5
     assert measured["middle_half"][0] <= measured["seconds"] <= measured["middle_half"][1]
@@ -154,7 +139,7 @@ def test_steps_run_and_are_measured(run: Run) -> None:
 
 @needs_two
 def test_what_the_link_carries_takes_what_its_speed_says(run: Run) -> None:
-    group = run(*SMALL, "--system", "flexgen", "--json").group
+    group = group_of(run(*SMALL, "--system", "flexgen", "--json"))
     assert group["measured"]["at_work"]["up"] == pytest.approx(FAR_BYTES / 2e9, rel=1e-6)
     assert group["predicted"]["at_work"]["up"] == pytest.approx(FAR_BYTES / 2e9, rel=1e-6)
     assert group["measured"]["seconds"] >= FAR_BYTES / 2e9
@@ -166,7 +151,7 @@ def test_a_memory_that_is_faster_than_profiled_is_told(run: Run, memory_gbps: fl
     """Feedback corrects what lanes clock; nobody clocks memory."""
     made = replace(PROFILE, measured_on=profiling.measured_on(), memory_gbps=memory_gbps)
     made.save(profiling.stored_profile_path())
-    group = run(*SMALL, "--json").group
+    group = group_of(run(*SMALL, "--json"))
     assert len(group["doubts"]) == num_doubts
     assert (group["predicted"]["binds"] == "memory") == bool(num_doubts)
 

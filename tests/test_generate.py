@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +23,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tandemkv import cli, machine, profiling
+from tandemkv import machine, profiling
+from tests.command import Done, run_command
 from tests.models import build, byte_tokenizer, random_ids
 from tests.models import tokenizer as numbered_words
 from tests.schedule.test_profile import PROFILE
@@ -70,17 +71,6 @@ def prompt(tmp_path: Path) -> Path:
     return path
 
 
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def report(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.out.splitlines()[-1])
-        return found
-
-
 Run = Callable[..., Done]
 
 
@@ -92,11 +82,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         raise AssertionError(f"a connection to {args[1:]}")
 
     def call(*args: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["tandemkv", "generate", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Done(int(stop.value.code or 0), out, err)
+        return run_command(monkeypatch, capsys, "generate", *args)
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(machine, "set_passive_spin", lambda: True)

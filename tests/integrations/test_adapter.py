@@ -199,8 +199,8 @@ def test_a_copy_of_a_model_rebuilds_with_its_own_weights() -> None:
         assert_rebuilt(full_layers(cache)[1], 0, KEPT)
 
 
-def test_weights_that_take_the_place_of_others() -> None:
-    """What was found out of a layer is by the names of its weights."""
+def assert_rebuilt_before_and_after(change: Callable[[Any], None]) -> None:
+    """Of a model whose attention is changed between two caches."""
     model = attached(models.build("llama"))
     for _ in range(2):
         cache = tiered(model)
@@ -209,9 +209,17 @@ def test_weights_that_take_the_place_of_others() -> None:
         for layer in full_layers(cache).values():
             assert_rebuilt(layer, 0, KEPT)
         for decoder_layer in model.get_decoder().layers:
-            attention = decoder_layer.self_attn
-            attention.q_proj.weight = torch.nn.Parameter(torch.randn_like(attention.q_proj.weight))
-            attention.k_proj.weight = torch.nn.Parameter(torch.randn_like(attention.k_proj.weight))
+            change(decoder_layer.self_attn)
+
+
+def test_weights_that_take_the_place_of_others() -> None:
+    """What was found out of a layer is by the names of its weights."""
+
+    def other_weights(attention: Any) -> None:
+        attention.q_proj.weight = torch.nn.Parameter(torch.randn_like(attention.q_proj.weight))
+        attention.k_proj.weight = torch.nn.Parameter(torch.randn_like(attention.k_proj.weight))
+
+    assert_rebuilt_before_and_after(other_weights)
 
 
 class LowRank(torch.nn.Module):
@@ -227,16 +235,11 @@ class LowRank(torch.nn.Module):
 
 def test_adapters_that_come_later() -> None:
     """Weights have other names then, and there are more of them."""
-    model = attached(models.build("llama"))
-    for _ in range(2):
-        cache = tiered(model)
-        cache.keep_inputs(KEPT)
-        read_in(model, cache, (120, 100))
-        for layer in full_layers(cache).values():
-            assert_rebuilt(layer, 0, KEPT)
-        for decoder_layer in model.get_decoder().layers:
-            attention = decoder_layer.self_attn
-            attention.k_proj, attention.v_proj = LowRank(attention.k_proj), LowRank(attention.v_proj)
+
+    def with_adapters(attention: Any) -> None:
+        attention.k_proj, attention.v_proj = LowRank(attention.k_proj), LowRank(attention.v_proj)
+
+    assert_rebuilt_before_and_after(with_adapters)
 
 
 # -- a trial tells what is needed --------------------------------------------------------------------------------------

@@ -226,6 +226,20 @@ def test_what_a_link_stands_still_for_goes_first(rig: Rig) -> None:
     assert order == ["streamed"] * 3 + ["rebuilt"] * 3
 
 
+def test_a_step_is_not_told_of_one_that_failed_before_it(rig: Rig, case: Case) -> None:
+    far, near = parts_of(case, 64)
+    steps: list[Step] = []
+    crew = crew_of(rig, ("attend", "stream"), 896, 64)
+    crew.on_step = steps.append
+    good = case.q.clone()
+    case.q[0, 3, 0, 5] = float("nan")
+    with pytest.raises(InputError, match="q contains NaN"):
+        crew.attend(case.q, near, (far,), SHAPE.rule)
+    crew.attend(good, near, (far,), SHAPE.rule)
+    (step,) = steps
+    assert min(span.begin for span in step.spans) >= step.begin
+
+
 # -- bad luck ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tandemkv import kernels
+from tandemkv.errors import LaneError, LaneWarning
 from tandemkv.kernels.cpu import Bell
 from tandemkv.lanes import Crew, Rig
 from tandemkv.lanes.links import SMALL_BYTES, Link
@@ -205,3 +206,54 @@ def test_what_the_host_had_ready_goes_up_first(rig: Rig) -> None:
     up.send("stream", SMALL_BYTES + 1, lambda: None)
     names = [span.name for span in rig.trace.take() if span.row == "up"]
     assert names == ["answer", "stream"]
+
+
+# -- slots -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_runs_that_are_streamed_beside_each_other_have_slots_of_their_own(
+    copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages of the second run are not what was sent ahead of the first, and do not lie where it does."""
+    q, whole = nothing_but(14)
+    runs, expected = (whole.part(0, 8), whole.part(8, 14)), kernels.attend(q, whole, rule=ScoreRule(0.1))
+    rig = Rig(Speed(10, 20), Speed(10, 20), copies=copies)
+    sent: list[int] = []
+    carry = rig.up.carry
+
+    def logged(name: str, num_bytes: int, *at: float) -> float:
+        sent.append(num_bytes)
+        return carry(name, num_bytes, *at)
+
+    monkeypatch.setattr(rig.up, "carry", logged)
+    try:
+        crew = Crew(rig, Scheduler(plain_machine(), ("stream",), Plan({"stream": 64}, stage_tokens=64)))
+        for is_ahead in (False, True):
+            sent.clear()
+            if is_ahead:
+                crew.send_ahead(runs)
+            got = crew.attend(q, whole.part(0, 0), runs, ScoreRule(0.1))
+            assert torch.allclose(got.out, expected.out, atol=1e-5)
+            assert sum(sent) == whole.num_bytes
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("stage_tokens", [64, 256], ids=["small", "large"])
+def test_a_stage_that_could_not_be_copied_is_not_read(stage_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones are copied where they are used, large ones by the link's thread."""
+    q, whole = nothing_but(14)
+    assert (stage_tokens == 64) == (whole.part(0, stage_tokens // 64).num_bytes <= SMALL_BYTES)
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("lost")
+
+    rig = Rig(Speed(10, 20), Speed(10, 20), copies=True)
+    try:
+        crew = Crew(rig, Scheduler(plain_machine(), ("stream",), Plan({"stream": 64}, stage_tokens=stage_tokens)))
+        monkeypatch.setattr(kernels, "move_pages", lost)
+        with pytest.warns(LaneWarning, match="lost"), pytest.raises(LaneError, match="the last lane, 'stream'"):
+            crew.attend(q, whole.part(0, 0), (whole,), ScoreRule(0.1))
+    finally:
+        rig.close()

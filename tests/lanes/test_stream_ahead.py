@@ -17,7 +17,7 @@ from tandemkv.select import SELECTORS, Sparse, Summaries
 from tandemkv.select.lookahead import Lookahead
 from tests.integrations.agreement import attached, tiered
 from tests.integrations.test_foresight import deeper, step
-from tests.lanes.test_crew import SHAPES, Truth, assert_right, parts_of, true
+from tests.lanes.test_crew import SHAPES, Truth, assert_right, inputs_of, parts_of, true
 from tests.models import left_padded
 from tests.schedule.machines import plain_machine
 from tests.test_selectors import Text, chosen_of, feed, spec_of
@@ -65,6 +65,17 @@ def test_what_was_sent_ahead_is_not_sent_again(rig: Rig, truth: Truth, sent: lis
     sent.clear()
     assert_right(crew.attend(truth.case.q, near, (far,), SHAPE.rule), truth)
     assert sorted(sent) == whole  # it was taken up once
+
+
+def test_nothing_is_sent_ahead_of_layer_inputs(rig: Rig, truth: Truth, sent: list[int]) -> None:
+    """They come before anything else, so that rebuilding can begin."""
+    far, near = parts_of(truth.case, 64)
+    crew = crew_on(rig, ("recompute", "stream"))
+    inputs = inputs_of(truth.case, 448, are_near=False)
+    assert_right(crew.attend(truth.case.q, near, (far,), SHAPE.rule, inputs), truth)
+    sent.clear()
+    crew.send_ahead((far,))
+    assert sent == []
 
 
 def test_pages_are_there_when_they_are_asked_for(rig: Rig, truth: Truth) -> None:

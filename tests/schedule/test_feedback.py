@@ -305,3 +305,14 @@ def test_what_planning_takes_is_limited() -> None:
     assert run.scheduler._solving_s <= 2 * (0.03 + 0.004 * stepped_s) + longest
     assert run.scheduler._solving_s > 0
     assert run.scheduler.planning_s > before
+
+
+def test_a_plan_rebuilds_no_more_than_inputs_are_kept_of() -> None:
+    """A crew goes on to a cache that keeps fewer: the shape is the same, and so are the tokens."""
+    work = replace(WORK, num_inputs=WORK.far_tokens)
+    machine = replace(MACHINE, products=Products(((1, 50_000.0),)))
+    scheduler = Scheduler(machine, ("recompute", "stream"))
+    assert scheduler.plan(work).plan.tokens["recompute"] > 512
+    plan = scheduler.plan(replace(work, num_inputs=512)).plan
+    assert plan.tokens["recompute"] <= 512
+    assert plan.num_tokens == work.far_tokens

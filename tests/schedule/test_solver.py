@@ -201,3 +201,12 @@ def test_slots_are_not_full_while_the_device_rebuilds() -> None:
     piece_s, slots_s, idle_s = times(replace(plan, stage_tokens=128))
     assert idle_s == pytest.approx(plan.tokens["recompute"] / 256 * (piece_s - slots_s), rel=1e-6)
     assert idle_s > 0.01
+
+
+def test_a_link_may_be_infinitely_fast() -> None:
+    """Nothing stands still there, however long a piece takes."""
+    work = plain_work(4096, num_inputs=4096, inputs_are_near=True)
+    machine = replace(plain_machine(), up=Speed(0, INF))
+    found = solve_with(work, machine, "recompute", ("recompute", "stream"), Plan())
+    assert found is not None
+    assert found.plan.tokens["recompute"] > 0

@@ -26,10 +26,11 @@ _DEADLINE_STEPS = 20.0
 
 
 class Share(NamedTuple):
-    """Far tokens that a lane attends to."""
+    """Far tokens that a lane attends to. first_slot: of the staging slots that are its own."""
 
     lane: str
     run: PagedKV
+    first_slot: int
 
 
 class Step(NamedTuple):
@@ -108,9 +109,8 @@ class Crew:
         if plan.tokens.get("recompute"):  # its inputs come before anything else
             return
         shares = split(plan, self.scheduler.lanes, far)
-        first_slot = NUM_SLOTS * list(shares).index("stream") if "stream" in shares else 0
         for i, stage in enumerate(_stages(shares, plan)):
-            landing = self.rig.landing(stage, first_slot + i)
+            landing = self.rig.landing(stage, shares["stream"].first_slot + i)
             self._sent.append((stage, self.rig.send_pages("stream", stage, landing)))
 
     def _taken_up(self, shares: Mapping[str, Share]) -> list[Ticket[PagedKV]]:
@@ -145,13 +145,13 @@ class Crew:
         that has stalled may still write into its own."""
         parts: dict[str, Partial] = {}
         for name, error in failed.items():
-            lane, run = shares[name]
+            lane, run, first_slot = shares[name]
             if lane in self.scheduler.lanes:
                 warnings.warn(
                     f"the lane {lane!r} has failed ({error}): steps go on without it", LaneWarning, stacklevel=4
                 )
                 self.scheduler.drop(lane)
-            others = {name: Share(_whole_lane(self.scheduler.lanes), run)}
+            others = {name: Share(_whole_lane(self.scheduler.lanes), run, first_slot)}
             rooms[name] = room_like(rooms[name], task.q, run)
             again = drive(None, _begun(task, others, rooms), self.rig, deadline_s)
             parts |= again.parts | self._without(task, others, again.failed, deadline_s, rooms)
@@ -165,14 +165,15 @@ def deadline_of(solution: Solution) -> float:
 
 def split(plan: Plan, lanes: Sequence[str], far: tuple[PagedKV, ...]) -> dict[str, Share]:
     """The far tokens of every lane, under a name: the oldest are those of the first one in the table of costs."""
-    shares, begin = {}, 0
+    shares: dict[str, Share] = {}
+    begin = 0
     for name in COSTS:
         if num_tokens := plan.tokens.get(name, 0):
             end = begin + num_tokens // far[0].entry_tokens
-            shares[name] = Share(name, far[0].part(begin, end))
+            shares[name] = Share(name, far[0].part(begin, end), NUM_SLOTS * len(shares))
             begin = end
     for i, run in enumerate(far[1:], 2):
-        shares[f"run {i}"] = Share(_whole_lane(lanes), run)
+        shares[f"run {i}"] = Share(_whole_lane(lanes), run, NUM_SLOTS * len(shares))
     return shares
 
 
@@ -213,8 +214,8 @@ def _begun(
 ) -> dict[str, DeviceWork]:
     """The lanes' work. sent: of what the plan streams, what is on its way."""
     works = {}
-    for i, (name, (lane, run)) in enumerate(shares.items()):
-        its = task._replace(mass=rooms[name], sent=sent if name == "stream" else (), first_slot=i * NUM_SLOTS)
+    for name, (lane, run, first_slot) in shares.items():
+        its = task._replace(mass=rooms[name], sent=sent if name == "stream" else (), first_slot=first_slot)
         works[name] = LANES[lane](its, run)
     return works
 

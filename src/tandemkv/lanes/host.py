@@ -39,10 +39,14 @@ class Called(Ticket[T]):
 
     @property
     def ready_at(self) -> float:
-        """See `Ticket`. The first time that it is asked after the end, the result is sent on its way."""
+        """See `Ticket`."""
+        self.note_end()
+        return self._ready_at
+
+    def note_end(self) -> None:
+        """Once the call is over, send its result on its way."""
         if self._ready_at == math.inf and not self.is_cancelled and (end := self._job.end) < math.inf:
             self._ready_at = self._over(self._job.begin, end)
-        return self._ready_at
 
     def cancel(self) -> None:
         """See `Ticket`."""
@@ -88,7 +92,7 @@ class Host:
     def note_ended(self) -> None:
         """Results of calls that are over go on their way, in their order, and what they read may be freed."""
         while self._called and self._called[0].has_ended:
-            self._called.popleft().ready_at  # noqa: B018
+            self._called.popleft().note_end()
 
     def submit(
         self,

@@ -26,6 +26,7 @@ def stream(task: Task, share: PagedKV) -> DeviceWork:
     try:
         for i, call in enumerate(calls):
             yield tickets[i]
+            tickets[i].result()  # raises what a copy raised; a small one is made here
             parts.append(Weighed(call.make(), masses[i]))
             if i + NUM_SLOTS < len(stages):  # the slot that was read is free
                 tickets.append(send(i + NUM_SLOTS))

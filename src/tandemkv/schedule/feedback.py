@@ -26,9 +26,9 @@ NOTICED = 0.01
 """Of a factor: what moved less is not worth a new machine."""
 
 FORGOTTEN = 200
-"""Steps after which a lane or a mixture that took no part is believed to be as it was profiled: what was slow once may
-not be for ever, and nobody would find out. Each time it takes twice as many: what is slow for ever is tried less and
-less."""
+"""Steps after which a lane or a mixture that took no part is believed to be as it was profiled, or as its resources are
+for others: what was slow once may not be for ever, and nobody would find out. Each time it takes twice as many: what is
+slow for ever is tried less and less."""
 
 _SHORTEST_S = 20e-6
 """Shorter ones say more about the clock than about the machine."""

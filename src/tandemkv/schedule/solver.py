@@ -27,8 +27,9 @@ EXTRA_LANE = 0.02
 """A lane more must shorten a step by so much: predictions do not know better, and each may fail."""
 
 _PROMISING, _PROMISING_OF_FEW, _FEW_PAGES = 1.02, 1.3, 64
-"""A set of lanes so much slower than the best one may still win when its pages are moved, more so where they are few;
-none did that was slower, in 4,000 random cases of up to 10 pages."""
+"""A set of lanes so much slower than the best one may still win when its pages are moved, more so where they are few.
+In 4,000 random cases of up to 10 pages plans took at most 2.3 % longer than the best of all splits, which may have a
+lane more."""
 
 _Floats = NDArray[np.float64]
 
