@@ -198,12 +198,11 @@ def test_a_call_that_is_cancelled_while_it_waits_is_not_made(rig: Rig) -> None:
 def test_what_the_host_had_ready_goes_up_first(rig: Rig) -> None:
     """Though nobody had asked for it yet."""
     q, run = nothing_but()
-    up = Link("up", Speed(0, 0.01), rig.bell, rig.trace)
-    ready = partial(up.carry, "answer", SMALL_BYTES + 1)
+    rig.up.speed = Speed(0, 0.01)
+    ready = partial(rig.up.carry, "answer", SMALL_BYTES + 1)
     rig.host.call("answer", kernels.prepare_attend(q, run, rule=ScoreRule(0.1)), over=ready)
     rig.host.settle()
-    rig.host.note_ended()
-    up.send("stream", SMALL_BYTES + 1, lambda: None)
+    rig.send_up("stream", SMALL_BYTES + 1, lambda: None)
     names = [span.name for span in rig.trace.take() if span.row == "up"]
     assert names == ["answer", "stream"]
 
@@ -228,7 +227,7 @@ def test_runs_that_are_streamed_beside_each_other_have_slots_of_their_own(
 
     monkeypatch.setattr(rig.up, "carry", logged)
     try:
-        crew = Crew(rig, Scheduler(plain_machine(), ("stream",), Plan({"stream": 64}, stage_tokens=64)))
+        crew = Crew(rig, Scheduler(plain_machine(), ("stream",), Plan({"stream": 64}, stage_tokens=256)))
         for is_ahead in (False, True):
             sent.clear()
             if is_ahead:
