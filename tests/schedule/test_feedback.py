@@ -196,8 +196,8 @@ def test_a_frozen_plan_stays() -> None:
 
 
 def test_a_plan_that_is_held_stays_and_one_that_is_forgotten_is_solved_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tandemkv.schedule.scheduler.PLANNING_CREDIT_S", 0.0)
-    monkeypatch.setattr("tandemkv.schedule.scheduler.PLANNING_SHARE", 0.0)
+    monkeypatch.setattr("tandemkv.schedule.scheduler.CREDIT_S", 0.0)
+    monkeypatch.setattr("tandemkv.schedule.scheduler.SOLVING_SHARE", 0.0)
     run = Run(MACHINE, four_times(MACHINE, "host", 1 / 1.15), ("attend", "stream"))  # too little to be urgent
     first = [run.step().plan for _ in range(10)][-1]
     run.scheduler.forget_plans()
@@ -291,8 +291,8 @@ def test_budgets_that_cannot_be(wrong: tuple[int, int, int, int]) -> None:
         BudgetRule(*wrong)
 
 
-def test_what_planning_takes_is_limited() -> None:
-    """By the time of steps, but for the first plan, however much machines change: 0.03 s and 0.4 % of it, twice that
+def test_what_solving_takes_is_limited() -> None:
+    """By the time of steps, but for the first plan, however much machines change: 0.03 s and 0.3 % of it, twice that
     where the change is sudden, and one solution more that was begun in time."""
     run = Run(MACHINE, MACHINE)
     run.step()
@@ -302,9 +302,27 @@ def test_what_planning_takes_is_limited() -> None:
         solving_s = run.scheduler._solving_s
         stepped_s += run.step().prediction.seconds
         longest = max(longest, run.scheduler._solving_s - solving_s)
-    assert run.scheduler._solving_s <= 2 * (0.03 + 0.004 * stepped_s) + longest
+    assert run.scheduler._solving_s <= 2 * (0.03 + 0.003 * stepped_s) + longest
     assert run.scheduler._solving_s > 0
     assert run.scheduler.planning_s > before
+
+
+@pytest.mark.parametrize("spent, sudden_ones", [(-0.001, 9), (0.001, 1), (0.031, 0)])
+def test_what_following_takes_is_limited_and_a_sudden_change_has_credit(spent: float, sudden_ones: int) -> None:
+    """spent: seconds beyond 0.4 % of the time of steps. Only what is unlike the last observed step is looked at then."""
+    run = Run(MACHINE, MACHINE)
+    scheduler = run.scheduler
+
+    def num_observed(times: float) -> int:
+        before, solution = scheduler.num_observed, scheduler.plan(WORK)
+        for _ in range(9):
+            scheduler._following_s = 0.004 * scheduler._stepped_s + spent
+            scheduler.observe(solution, {}, times * solution.prediction.seconds)
+        return scheduler.num_observed - before
+
+    scheduler.observe(scheduler.plan(WORK), {}, scheduler.plan(WORK).prediction.seconds)
+    assert num_observed(1.0) == (9 if spent < 0 else 0)
+    assert num_observed(2.0) == sudden_ones
 
 
 def test_a_plan_rebuilds_no_more_than_inputs_are_kept_of() -> None:

@@ -143,10 +143,10 @@ class Layer:
 
 def _settle(layer: Layer, crew: Crew) -> None:
     """Until speeds were corrected by steps of this plan alone."""
-    began = time.perf_counter()
-    for i in range(STEPS_TO_CORRECT + WINDOW):
+    began, first = time.perf_counter(), crew.scheduler.num_observed
+    while (num := crew.scheduler.num_observed - first) < STEPS_TO_CORRECT + WINDOW:
         layer.step(crew)
-        if i > WINDOW and time.perf_counter() - began > WINDOW * SECONDS_TO_CORRECT:
+        if num > WINDOW and time.perf_counter() - began > WINDOW * SECONDS_TO_CORRECT:
             break
 
 

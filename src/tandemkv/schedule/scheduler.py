@@ -21,15 +21,22 @@ WORTH = 0.03
 changes costs the first steps of every layer 0.3 ms here, because new runs of pages are checked."""
 
 STEPS_TO_CORRECT, SECONDS_TO_CORRECT = 10, 0.02
-"""Speeds are corrected after so many steps, or when steps have taken so long: each time costs 0.1 ms."""
+"""Speeds are corrected after so many observed steps, or when these have taken so long: each time costs 0.1 ms."""
 
-PLANNING_SHARE, PLANNING_CREDIT_S = 0.004, 0.03
+SOLVING_SHARE, CREDIT_S = 0.003, 0.03
 """Of the time of steps, that solving may take again, and seconds that it may take before. Balancing lanes anew after a
-sudden change may take as much once more; first plans are not counted."""
+sudden change may take twice as much; first plans are not counted."""
+
+FOLLOWING_SHARE = 0.004
+"""Of the time of steps, that following what was measured may take. Where it has, a step that took as long as the last
+one is not looked at: that costs 0.02 to 0.03 ms here, 1.5 % of the shortest steps. Sudden changes have credit."""
+
+PATIENCE = 50
+"""Observations until a plan that would gain a little is asked for again, where there was no time to solve it."""
 
 URGENT = 0.25
 """Where a resource, or the step, takes so much more or less of a step than when its plan was made, that has changed
-suddenly."""
+suddenly; so has a step that takes so much more or less of its prediction than the last one."""
 
 
 class _Solved(NamedTuple):
@@ -53,20 +60,24 @@ class Scheduler:
         self._solved: dict[Work, _Solved] = {}
         self._last: tuple[tuple[Work, Machine], Solution] | None = None
         self._expires = math.inf
-        self._num_observed = 0
-        self._solving_s = self._stepped_s = 0.0
-        self._corrected_at = 0, 0.0  # how many steps were observed then, and how long they had taken
-        self.planning_s = 0.0
-        """All that plans have taken so far: solving, predicting, observing."""
+        self.num_observed = 0  # steps from which was learnt
+        self._stepped_s = self._observed_s = self._first_s = self._solving_s = self._following_s = 0.0
+        self._lateness = 0.0  # of the last observed step: what it took over what was predicted
+        self._corrected_at = 0, 0.0  # how many steps were observed then, and what they had taken
+
+    @property
+    def planning_s(self) -> float:
+        """All that plans have taken so far: solving first ones and others, following what was measured."""
+        return self._first_s + self._solving_s + self._following_s
 
     def plan(self, work: Work) -> Solution:
         """The plan for this step, and what it is predicted to take."""
         now = work, self.machine
-        if self._last is None or self._last[0] != now or self._num_observed >= self._expires:
-            began = time.perf_counter()
+        if self._last is None or self._last[0] != now or self.num_observed >= self._expires:
+            began, solving_s = time.perf_counter(), self._first_s + self._solving_s
             self._expires = math.inf
             self._last = now, self._planned(work)
-            self.planning_s += time.perf_counter() - began
+            self._following_s += time.perf_counter() - began - (self._first_s + self._solving_s - solving_s)
         return self._last[1]
 
     def _planned(self, work: Work) -> Solution:
@@ -75,18 +86,19 @@ class Scheduler:
         shape = replace(work, near_tokens=0, far_tokens=0, num_inputs=0)
         last = self._solved.get(shape)
         if last is None:
-            solution = solve(work, self.machine, self.lanes)
-            self._solved[shape] = _Solved(work, self.machine, solution, self._num_observed)
+            began, solution = time.perf_counter(), solve(work, self.machine, self.lanes)
+            self._solved[shape] = _Solved(work, self.machine, solution, self.num_observed)
+            self._first_s += time.perf_counter() - began
             return solution
         kept = _fitted(last.solution.plan, work, self.machine)
         has_moved = _has_moved(last, work, self.machine)
-        if self._num_observed - last.num_observed >= WINDOW:
-            if has_moved and self._may_take(1):
+        if self.num_observed - last.num_observed >= WINDOW:
+            if has_moved and self._may_solve(1):
                 return self._solve_anew(shape, work, kept)
-            if _is_urgent(last.solution, kept) and self._may_take(2):
+            if _is_urgent(last.solution, kept) and self._may_solve(2):
                 return self._rebalance(shape, work, kept)
-        if has_moved:
-            self._expires = self._num_observed + WINDOW  # asked again then
+        if has_moved:  # asked again then
+            self._expires = self.num_observed + (WINDOW if _is_urgent(last.solution, kept) else PATIENCE)
         return kept
 
     def observe(
@@ -94,14 +106,18 @@ class Scheduler:
     ) -> None:
         """What the lanes of a step took: seconds of (lane, resource), `near` among the lanes; and the whole step."""
         began, took_s = time.perf_counter(), solution.prediction.seconds if step_s is None else step_s
-        self._num_observed += 1
         self._stepped_s += took_s
+        if step_s is not None and not self._is_worth_observing(step_s / solution.prediction.seconds):
+            self._following_s += time.perf_counter() - began
+            return
+        self.num_observed += 1
+        self._observed_s += took_s
         self._corrections.observe(solution.prediction, self.machine, measured, step_s)
-        num, seconds = self._num_observed - self._corrected_at[0], self._stepped_s - self._corrected_at[1]
+        num, seconds = self.num_observed - self._corrected_at[0], self._observed_s - self._corrected_at[1]
         if num >= STEPS_TO_CORRECT or seconds >= SECONDS_TO_CORRECT:
             self.machine = self._corrections.corrected(self.machine, took_s)
-            self._corrected_at = self._num_observed, self._stepped_s
-        self.planning_s += time.perf_counter() - began
+            self._corrected_at = self.num_observed, self._observed_s
+        self._following_s += time.perf_counter() - began
 
     def forget_plans(self) -> None:
         """The next step's plan is solved anew, with what has been measured until then."""
@@ -125,9 +141,8 @@ class Scheduler:
 
     def _solve_anew(self, shape: Work, work: Work, kept: Solution) -> Solution:
         """With any lanes."""
-        began = time.perf_counter()
-        solution = _worth_it(solve(work, self.machine, self.lanes), kept)
-        self._solved[shape] = _Solved(work, self.machine, solution, self._num_observed)
+        began, solution = time.perf_counter(), _worth_it(solve(work, self.machine, self.lanes), kept)
+        self._solved[shape] = _Solved(work, self.machine, solution, self.num_observed)
         self._solving_s += time.perf_counter() - began
         return solution
 
@@ -135,12 +150,19 @@ class Scheduler:
         """With the same lanes or one; what has moved since all were tried has still moved."""
         began, last = time.perf_counter(), self._solved[shape]
         solution = _worth_it(rebalance(work, self.machine, self.lanes, kept.plan), kept)
-        self._solved[shape] = last._replace(solution=solution, num_observed=self._num_observed)
+        self._solved[shape] = last._replace(solution=solution, num_observed=self.num_observed)
         self._solving_s += time.perf_counter() - began
         return solution
 
-    def _may_take(self, times: int) -> bool:
-        return self._solving_s < times * (PLANNING_CREDIT_S + PLANNING_SHARE * self._stepped_s)
+    def _may_solve(self, times: int) -> bool:
+        return self._solving_s < times * (CREDIT_S + SOLVING_SHARE * self._stepped_s)
+
+    def _is_worth_observing(self, lateness: float) -> bool:
+        is_sudden = abs(lateness - self._lateness) > URGENT * self._lateness
+        is_worth_it = self._following_s < FOLLOWING_SHARE * self._stepped_s + (CREDIT_S if is_sudden else 0.0)
+        if is_worth_it:
+            self._lateness = lateness
+        return is_worth_it
 
 
 def _worth_it(found: Solution, kept: Solution) -> Solution:
