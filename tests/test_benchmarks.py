@@ -17,7 +17,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import attend, capacity, common, contest, coverage, decode, lanes, plot, prefill, quantised, tradeoff
+from benchmarks import attend, capacity, common, contest, coverage, decode, plot, prefill, quantised, tradeoff
+from benchmarks.lanes import __main__ as lanes
+from benchmarks.lanes import ground, kvpr, splits, systems
 from benchmarks.peers import PEERS, Call, PeerUnavailableError, Problem
 from tandemkv import kernels
 from tandemkv.demo import speed as demo
@@ -77,7 +79,7 @@ def test_last_line_is_the_contract(
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not set(CONTRACT) - set(result)
     assert (result["shape"], result["num_threads"]) == (str(SHAPE), 2)
-    assert [row["num_threads"] for row in result["rows"]] == [1, 2]
+    assert [row["num_threads"] for row in result["lanes"]] == [1, 2]
     assert result["command"] == "python -m benchmarks.attend --quick --json"
     peers_ms, ours_ms = result["peers_ms"], result["ours_ms"]
     assert set(peers_ms) == {"torch_sdpa", "torch_matmul", "transformers"}
@@ -487,23 +489,23 @@ def test_lanes_are_measured_beside_each_other(
 ) -> None:
     """One small case: what the last line says, and that shares follow from its numbers."""
     monkeypatch.setattr(lanes, "measure_machine", lambda console: PROFILE)
-    monkeypatch.setattr(lanes, "ROTATED_BYTES", 1 << 20)
+    monkeypatch.setattr(ground, "ROTATED_BYTES", 1 << 20)
     monkeypatch.setattr(sys, "argv", ["lanes", "--quick", "--json", "--context", "2048"])
     lanes.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["link_ratio"] for row in result["rows"]] == [0.25, 1.0, 4.0]
-    for row in result["rows"]:
+    assert [row["link_ratio"] for row in result["lanes"]] == [0.25, 1.0, 4.0]
+    for row in result["lanes"]:
         assert sum(int(num.replace(",", "")) for num in re.findall(r"[\d,]*\d", row["plan"])) == 2048 - 256
         assert 0 < row["b_gbps"] <= row["link_gbps"] * 1.0001
         shares = [value for name, value in row.items() if name.startswith("share_of")]
-        assert len(shares) == 6
+        assert len(shares) == 7
         assert all(0 < share < 10 for share in shares)
 
 
 def test_a_round_says_what_splitting_gains() -> None:
     """Of the better lane alone, though logits may be better still: the ideal speaks of two speeds."""
     times = {"attend": 4.0, "stream": 6.0, "logits": 3.0, "tandem": 2.5}
-    found = lanes.Round(times, a=9.0, b=6.0)
+    found = splits.Round(times, a=9.0, b=6.0)
     assert (found.gain, found.ideal) == pytest.approx((1.6, 15 / 9))
 
 
@@ -517,8 +519,8 @@ def test_raw_speeds_are_those_of_both_at_once(monkeypatch: pytest.MonkeyPatch) -
         return prepare(q, run, **rest)
 
     monkeypatch.setattr(kernels, "prepare_attend", logged)
-    with lanes.rig_with(Speed(0, 10)) as rig:
-        raw = lanes.Raw(lanes.Layers(4, 2, 2048 + 64), rig)  # 29 far pages
+    with ground.rig_with(Speed(0, 10)) as rig:
+        raw = ground.Raw(ground.Layers(4, 2, 2048 + 64), rig)  # 29 far pages
         for _ in range(3):
             raw.step()
         host, device = zip(*raw.gbps, strict=True)
@@ -529,26 +531,39 @@ def test_raw_speeds_are_those_of_both_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_lanes_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    with lanes.rig_with(Speed(0, 10)) as rig:
-        layers = lanes.Layers(4, 2, 2048)
+    with ground.rig_with(Speed(0, 10)) as rig:
+        layers = ground.Layers(4, 2, 2048)
         speeds = PROFILE.machine("bfloat16", 0, (rig.up.speed, rig.down.speed))
-        wrong = lanes.Contestant(Crew(rig, Scheduler(speeds, ("attend",))), layers)
-        lanes.check([wrong])
+        wrong = ground.Contestant(Crew(rig, Scheduler(speeds, ("attend",))), layers)
+        ground.check([wrong])
         monkeypatch.setattr(wrong.crew, "attend", lambda q, *rest: Partial(q.float() * 0, q[..., 0].float()))
         with pytest.raises(common.WrongResultError, match=r"\('attend',\): off by"):
-            lanes.check([wrong])
+            ground.check([wrong])
 
 
 def test_kvpr_gains_what_its_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """The link is set so that a share is worth rebuilding: half of the tokens, as far as speeds stay what they were."""
-    assert lanes.share_to_rebuild(75.0, 2 * 75.0 * 0.7 / (2 * 1024 * 0.3), 1024) == pytest.approx(0.3)
-    assert [lanes.ideal_gain("row", 0.5), lanes.ideal_gain("column", 0.5)] == pytest.approx([2, 4 / 3])
-    monkeypatch.setattr(lanes, "KVPR_TOKENS", 256)
-    monkeypatch.setattr(lanes, "KVPR_SHARES", (0.5,))
-    rows = list(lanes.measure_kvpr(PROFILE, 0.1))
+    assert kvpr.share_to_rebuild(75.0, 2 * 75.0 * 0.7 / (2 * 1024 * 0.3), 1024) == pytest.approx(0.3)
+    assert [kvpr.ideal_gain("row", 0.5), kvpr.ideal_gain("column", 0.5)] == pytest.approx([2, 4 / 3])
+    monkeypatch.setattr(kvpr, "KVPR_TOKENS", 256)
+    monkeypatch.setattr(kvpr, "KVPR_SHARES", (0.5,))
+    rows = list(kvpr.measure(PROFILE, 0.1))
     assert [row.schedule for row in rows] == ["row", "column"]
     for row in rows:
-        assert row.f == pytest.approx(lanes.share_to_rebuild(row.rebuild_gflops, row.link_gbps, 1024))
-        assert row.ideal == pytest.approx(lanes.ideal_gain(row.schedule, row.f))
+        assert row.f == pytest.approx(kvpr.share_to_rebuild(row.rebuild_gflops, row.link_gbps, 1024))
+        assert row.ideal == pytest.approx(kvpr.ideal_gain(row.schedule, row.f))
         assert 0 < row.f < 1
         assert 0 <= row.rebuilt_tokens <= 256
+
+
+def test_systems_are_told_beside_the_longest_of_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a slow link, HybridGen's V is what binds; nobody is faster than its limit by more than noise."""
+    monkeypatch.setattr(ground, "ROTATED_BYTES", 1 << 24)
+    rows = {row.system: row for row in systems.measure(PROFILE, 4096, 0.2)}
+    assert list(rows) == ["flexgen", "moe-lightning", "hgca", "hybridgen", "headinfer"]
+    assert [rows[name].limit for name in ("flexgen", "moe-lightning", "headinfer")] == ["link", "host, attend", "link"]
+    assert rows["flexgen"].limit_ms == pytest.approx(3840 * 4096 / rows["flexgen"].gbps / 1e6)
+    assert rows["hgca"].limit_ms < rows["moe-lightning"].limit_ms
+    for row in rows.values():
+        assert 0 < row.share < 2
+        assert row.share == pytest.approx(row.limit_ms / row.ms, rel=0.5)

@@ -130,7 +130,7 @@ def test_what_a_mixture_takes_beyond_its_longest_resource_is_learnt() -> None:
 
 
 def test_a_lane_that_was_slow_once_is_tried_again() -> None:
-    """Nobody measures a lane that has no tokens: after 200 steps it is believed to be as it was profiled."""
+    """Nobody measures a lane that has no tokens: after 100 steps it is believed to be as it was profiled."""
     run = Run(MACHINE, four_times(MACHINE, "up", 1 / 400), ("attend", "stream"))
     run.step()
     for _ in range(40):
@@ -142,8 +142,40 @@ def test_a_lane_that_was_slow_once_is_tried_again() -> None:
     assert with_stream[-1]
 
 
+def test_a_lane_that_is_worth_it_again_is_tried_as_soon_when_it_was_dropped_again() -> None:
+    slow = four_times(MACHINE, "up", 1 / 400)
+    run = Run(MACHINE, slow, ("attend", "stream"))
+    for _ in range(3):
+        run.true = slow
+        for _ in range(40):
+            solution = run.step()
+        assert not solution.plan.tokens.get("stream")
+        run.true = MACHINE
+        for _ in range(FORGOTTEN + 50):
+            solution = run.step()
+        assert solution.plan.tokens.get("stream")
+
+
+def test_a_lane_in_use_is_not_forgotten_where_few_steps_are_looked_at() -> None:
+    run = Run(MACHINE, four_times(MACHINE, "host", 1 / 3))
+    for _ in range(20):
+        run.step()
+    scheduler = run.scheduler
+    believed = scheduler.machine.factors["attend", "host"]
+    scheduler._following_s = 1e9  # no time for it
+    for _ in range(2 * FORGOTTEN):
+        solution = scheduler.plan(WORK)
+        scheduler.observe(solution, {}, solution.prediction.seconds)
+    scheduler._following_s = 0.0
+    for _ in range(20):
+        solution = scheduler.plan(WORK)
+        scheduler.observe(solution, {}, solution.prediction.seconds)
+    assert believed == pytest.approx(3)
+    assert scheduler.machine.factors["attend", "host"] == pytest.approx(3)
+
+
 def test_a_lane_that_is_slow_for_ever_costs_little() -> None:
-    """Streaming over a link that is 50 times slower than profiled: tried again after 200 steps, then 400, 800 ..."""
+    """Streaming over a link that is 50 times slower than profiled: tried again after 100 steps, then 200, 400 ..."""
     run = Run(MACHINE, four_times(MACHINE, "up", 1 / 400), ("attend", "stream"))
     alone = run.seconds(Plan({"attend": WORK.far_tokens}))
     for _ in range(20):
@@ -309,7 +341,7 @@ def test_what_solving_takes_is_limited() -> None:
 
 @pytest.mark.parametrize("spent, sudden_ones", [(-0.001, 9), (0.001, 1), (0.031, 0)])
 def test_what_following_takes_is_limited_and_a_sudden_change_has_credit(spent: float, sudden_ones: int) -> None:
-    """spent: seconds beyond 0.4 % of the time of steps. Only what is unlike the last observed step is looked at then."""
+    """spent: seconds beyond 0.4 % of the time of steps. Only what is unlike the last observed step is seen then."""
     run = Run(MACHINE, MACHINE)
     scheduler = run.scheduler
 

@@ -25,10 +25,10 @@ CHANGED = 0.25
 NOTICED = 0.01
 """Of a factor: what moved less is not worth a new machine."""
 
-FORGOTTEN = 200
+FORGOTTEN = 100
 """Steps after which a lane or a mixture that took no part is believed to be as it was profiled, or as its resources are
-for others: what was slow once may not be for ever, and nobody would find out. Each time it takes twice as many: what is
-slow for ever is tried less and less."""
+for others: what was slow once may not be for ever, and nobody would find out. Each time it takes twice as many, until
+it has been kept for `MEMORY` measurements: what is slow for ever is tried less and less."""
 
 _SHORTEST_S = 20e-6
 """Shorter ones say more about the clock than about the machine."""
@@ -40,9 +40,14 @@ class Corrections:
     def __init__(self) -> None:
         self._ratios: dict[tuple[str, str], deque[float]] = defaultdict(lambda: deque(maxlen=MEMORY))
         self._of_mixtures: dict[frozenset[str], deque[float]] = defaultdict(lambda: deque(maxlen=MEMORY))
-        self._num_observed = 0
+        self._num_steps = 0
         self._last_seen: dict[str | frozenset[str], int] = {}  # of lanes and mixtures
         self._patience: dict[str | frozenset[str], int] = defaultdict(lambda: FORGOTTEN)
+
+    def pass_by(self, predicted: Prediction) -> None:
+        """A step that is not looked at."""
+        self._num_steps += 1
+        self._last_seen.update(dict.fromkeys((*predicted.busy, _used(predicted)), self._num_steps))
 
     def observe(
         self,
@@ -53,9 +58,8 @@ class Corrections:
     ) -> None:
         """measured: seconds of (lane, resource); step_s: of the whole step. predicted with this machine, corrections of
         it included."""
-        used = frozenset(predicted.busy) - {"near"}
-        self._num_observed += 1
-        self._last_seen.update(dict.fromkeys((*predicted.busy, used), self._num_observed))
+        self.pass_by(predicted)
+        used = _used(predicted)
         if step_s is not None:
             spans = dict(predicted.resources)  # as they were, so that what a resource takes longer is not counted twice
             for (lane, resource), seconds in measured.items():
@@ -66,6 +70,7 @@ class Corrections:
             expected = predicted.busy.get(lane, {}).get(resource, 0.0)
             if min(expected, seconds) >= _SHORTEST_S:
                 self._ratios[lane, resource].append(seconds / expected * machine.factor(lane, resource))
+        self._calm_down()
 
     def corrected(self, machine: Machine, step_s: float) -> Machine:
         """The machine as steps of about so long have measured it; what was measured less than three times, or long ago,
@@ -83,8 +88,15 @@ class Corrections:
             return machine
         return replace(machine, factors=believed, mixtures=mixtures)
 
+    def _calm_down(self) -> None:
+        """Who has been kept for long is tried again as soon as any other, should it be dropped."""
+        kept: set[str | frozenset[str]] = {key[0] for key, ratios in self._ratios.items() if len(ratios) == MEMORY}
+        kept |= {lanes for lanes, ratios in self._of_mixtures.items() if len(ratios) == MEMORY}
+        for seen in kept & self._patience.keys():
+            del self._patience[seen]
+
     def _forget_unused(self) -> None:
-        gone = {seen for seen, at in self._last_seen.items() if self._num_observed - at >= self._patience[seen]}
+        gone = {seen for seen, at in self._last_seen.items() if self._num_steps - at >= self._patience[seen]}
         for seen in gone:
             del self._last_seen[seen]
             self._patience[seen] *= 2
@@ -92,6 +104,10 @@ class Corrections:
             del self._of_mixtures[lanes]
         for key in [key for key in self._ratios if key[0] in gone]:
             del self._ratios[key]
+
+
+def _used(predicted: Prediction) -> frozenset[str]:
+    return frozenset(predicted.busy) - {"near"}
 
 
 def _usual(ratios: Sequence[float]) -> float:

@@ -108,6 +108,7 @@ class Scheduler:
         began, took_s = time.perf_counter(), solution.prediction.seconds if step_s is None else step_s
         self._stepped_s += took_s
         if step_s is not None and not self._is_worth_observing(step_s / solution.prediction.seconds):
+            self._corrections.pass_by(solution.prediction)
             self._following_s += time.perf_counter() - began
             return
         self.num_observed += 1
