@@ -41,13 +41,14 @@ class Corrections:
         self._ratios: dict[tuple[str, str], deque[float]] = defaultdict(lambda: deque(maxlen=MEMORY))
         self._of_mixtures: dict[frozenset[str], deque[float]] = defaultdict(lambda: deque(maxlen=MEMORY))
         self._num_steps = 0
+        self._last: Prediction | None = None  # the last step's
         self._last_seen: dict[str | frozenset[str], int] = {}  # of lanes and mixtures
         self._patience: dict[str | frozenset[str], int] = defaultdict(lambda: FORGOTTEN)
 
     def pass_by(self, predicted: Prediction) -> None:
-        """A step that is not looked at."""
+        """A step that is not looked at: this is called a thousand times a second."""
         self._num_steps += 1
-        self._last_seen.update(dict.fromkeys((*predicted.busy, _used(predicted)), self._num_steps))
+        self._last = predicted
 
     def observe(
         self,
@@ -59,6 +60,7 @@ class Corrections:
         """measured: seconds of (lane, resource); step_s: of the whole step. predicted with this machine, corrections of
         it included."""
         self.pass_by(predicted)
+        self._note_use()
         used = _used(predicted)
         if step_s is not None:
             spans = dict(predicted.resources)  # as they were, so that what a resource takes longer is not counted twice
@@ -95,7 +97,13 @@ class Corrections:
         for seen in kept & self._patience.keys():
             del self._patience[seen]
 
+    def _note_use(self) -> None:
+        """Of lanes and mixtures, until the last step."""
+        if self._last is not None:
+            self._last_seen.update(dict.fromkeys((*self._last.busy, _used(self._last)), self._num_steps))
+
     def _forget_unused(self) -> None:
+        self._note_use()
         gone = {seen for seen, at in self._last_seen.items() if self._num_steps - at >= self._patience[seen]}
         for seen in gone:
             del self._last_seen[seen]

@@ -23,11 +23,11 @@ changes costs the first steps of every layer 0.3 ms here, because new runs of pa
 STEPS_TO_CORRECT, SECONDS_TO_CORRECT = 10, 0.02
 """Speeds are corrected after so many observed steps, or when these have taken so long: each time costs 0.1 ms."""
 
-SOLVING_SHARE, CREDIT_S = 0.003, 0.03
+SOLVING_SHARE, CREDIT_S = 0.002, 0.012
 """Of the time of steps, that solving may take again, and seconds that it may take before. Balancing lanes anew after a
 sudden change may take twice as much; first plans are not counted."""
 
-FOLLOWING_SHARE = 0.004
+FOLLOWING_SHARE = 0.003
 """Of the time of steps, that following what was measured may take. Where it has, a step that took as long as the last
 one is not looked at: that costs 0.02 to 0.03 ms here, 1.5 % of the shortest steps. Sudden changes have credit."""
 
