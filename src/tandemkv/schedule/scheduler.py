@@ -23,16 +23,14 @@ changes costs the first steps of every layer 0.3 ms here, because new runs of pa
 STEPS_TO_CORRECT, SECONDS_TO_CORRECT = 10, 0.02
 """Speeds are corrected after so many observed steps, or when these have taken so long: each time costs 0.1 ms."""
 
-SOLVING_SHARE, CREDIT_S = 0.002, 0.012
-"""Of the time of steps, that solving may take again, and seconds that it may take before. Balancing lanes anew after a
-sudden change may take twice as much; first plans are not counted."""
+SOLVING_SHARE, CREDIT_S = 0.001, 0.012
+"""Of the time of steps, that solving may take again, and seconds that it may take before; as much for balancing lanes
+anew, and twice as much after a sudden change. A solution takes 12 ms here, behind a step that has emptied the caches,
+balancing 2. First plans are not counted."""
 
 FOLLOWING_SHARE = 0.003
 """Of the time of steps, that following what was measured may take. Where it has, a step that took as long as the last
 one is not looked at: that costs 0.02 to 0.03 ms here, 1.5 % of the shortest steps. Sudden changes have credit."""
-
-PATIENCE = 50
-"""Observations until a plan that would gain a little is asked for again, where there was no time to solve it."""
 
 URGENT = 0.25
 """Where a resource, or the step, takes so much more or less of a step than when its plan was made, that has changed
@@ -61,23 +59,24 @@ class Scheduler:
         self._last: tuple[tuple[Work, Machine], Solution] | None = None
         self._expires = math.inf
         self.num_observed = 0  # steps from which was learnt
-        self._stepped_s = self._observed_s = self._first_s = self._solving_s = self._following_s = 0.0
+        self._stepped_s = self._observed_s = self._first_s = 0.0
+        self._solving_s = self._balancing_s = self._following_s = 0.0
         self._lateness = 0.0  # of the last observed step: what it took over what was predicted
         self._corrected_at = 0, 0.0  # how many steps were observed then, and what they had taken
 
     @property
     def planning_s(self) -> float:
         """All that plans have taken so far: solving first ones and others, following what was measured."""
-        return self._first_s + self._solving_s + self._following_s
+        return self._first_s + self._solving_s + self._balancing_s + self._following_s
 
     def plan(self, work: Work) -> Solution:
         """The plan for this step, and what it is predicted to take."""
         now = work, self.machine
         if self._last is None or self._last[0] != now or self.num_observed >= self._expires:
-            began, solving_s = time.perf_counter(), self._first_s + self._solving_s
+            began, planning_s = time.perf_counter(), self.planning_s
             self._expires = math.inf
             self._last = now, self._planned(work)
-            self._following_s += time.perf_counter() - began - (self._first_s + self._solving_s - solving_s)
+            self._following_s += time.perf_counter() - began - (self.planning_s - planning_s)
         return self._last[1]
 
     def _planned(self, work: Work) -> Solution:
@@ -93,12 +92,13 @@ class Scheduler:
         kept = _fitted(last.solution.plan, work, self.machine)
         has_moved = _has_moved(last, work, self.machine)
         if self.num_observed - last.num_observed >= WINDOW:
-            if has_moved and self._may_solve(1):
+            is_urgent = _is_urgent(last.solution, kept)
+            if has_moved and self._may_take(self._solving_s, 1):
                 return self._solve_anew(shape, work, kept)
-            if _is_urgent(last.solution, kept) and self._may_solve(2):
+            if (has_moved or is_urgent) and self._may_take(self._balancing_s, 2 if is_urgent else 1):
                 return self._rebalance(shape, work, kept)
         if has_moved:  # asked again then
-            self._expires = self.num_observed + (WINDOW if _is_urgent(last.solution, kept) else PATIENCE)
+            self._expires = self.num_observed + (WINDOW if _is_urgent(last.solution, kept) else STEPS_TO_CORRECT)
         return kept
 
     def observe(
@@ -148,15 +148,15 @@ class Scheduler:
         return solution
 
     def _rebalance(self, shape: Work, work: Work, kept: Solution) -> Solution:
-        """With the same lanes or one; what has moved since all were tried has still moved."""
+        """With about the same lanes; what has moved since all were tried has still moved."""
         began, last = time.perf_counter(), self._solved[shape]
         solution = _worth_it(rebalance(work, self.machine, self.lanes, kept.plan), kept)
         self._solved[shape] = last._replace(solution=solution, num_observed=self.num_observed)
-        self._solving_s += time.perf_counter() - began
+        self._balancing_s += time.perf_counter() - began
         return solution
 
-    def _may_solve(self, times: int) -> bool:
-        return self._solving_s < times * (CREDIT_S + SOLVING_SHARE * self._stepped_s)
+    def _may_take(self, taken_s: float, times: int) -> bool:
+        return taken_s < times * (CREDIT_S + SOLVING_SHARE * self._stepped_s)
 
     def _is_worth_observing(self, lateness: float) -> bool:
         is_sudden = abs(lateness - self._lateness) > URGENT * self._lateness

@@ -60,12 +60,15 @@ def solve(work: Work, machine: Machine, lanes: Sequence[str] = tuple(COSTS), lik
 
 
 def rebalance(work: Work, machine: Machine, lanes: Sequence[str], kept: Plan) -> Solution:
-    """The best split over the lanes of a plan, or one lane alone, with stages as they are: much less work than `solve`.
+    """The best split over the lanes of a plan, or one lane alone, or where it has one lane over that and another, with
+    stages as they are: much less work than `solve`.
 
     InputError where lanes cannot take all far tokens.
     """
     usable = _usable(work, lanes)
-    sets = {tuple(name for name in usable if kept.tokens.get(name)), *((name,) for name in usable)}
+    has = {name for name in usable if kept.tokens.get(name)}
+    wanted = [has, *({name} for name in usable), *(has | {name} for name in usable if len(has) == 1)]
+    sets = {tuple(name for name in usable if name in each) for each in wanted}
     can_take = [chosen for chosen in _sets(work, usable) if chosen in sets]
     found = [_balanced(work, machine, chosen, kept) for chosen in can_take]
     fitting = [each for each in found if each is not None]
@@ -202,8 +205,8 @@ def _in_pages(work: Work, shares: _Floats, most: _Floats) -> list[int]:
     num_pages, room = work.far_tokens // work.page_size, np.floor(most * work.far_tokens / work.page_size + 1e-9)
     pages = np.minimum(np.maximum(np.floor(shares * num_pages + 1e-9), 0), room)
     while (left := int(num_pages - pages.sum())) > 0:
-        for i in np.argsort(pages - shares * num_pages, kind="stable")[:left]:
-            pages[i] += pages[i] < room[i]
+        lacking = np.where(pages < room, pages - shares * num_pages, np.inf)
+        pages[np.argsort(lacking, kind="stable")[: min(left, (pages < room).sum())]] += 1
     return [int(num) for num in pages]
 
 
