@@ -4,13 +4,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tandemkv.errors import InputError
 from tandemkv.schedule import COSTS, Machine, Plan, Products, Solution, Speed, Work, predict, solve
 from tandemkv.schedule.costs import NUM_SLOTS
-from tandemkv.schedule.solver import EXTRA_LANE, solve_with
+from tandemkv.schedule.solver import EXTRA_LANE, _in_pages, solve_with
 from tests.schedule.machines import INF, MACHINES, PLANS, plain_machine, plain_work, works
 
 WHOLE = 1 << 30
@@ -210,3 +212,14 @@ def test_a_link_may_be_infinitely_fast() -> None:
     found = solve_with(work, machine, "recompute", ("recompute", "stream"), Plan())
     assert found is not None
     assert found.plan.tokens["recompute"] > 0
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 30)), min_size=1, max_size=4), st.integers(1, 30))
+def test_shares_become_whole_pages_that_fit(lanes: list[tuple[float, int]], num_pages: int) -> None:
+    """Whatever is left to whom, where some are full and shares are too small for all pages together."""
+    room = [num_pages, *(min(num, num_pages) for _, num in lanes[1:])]
+    most = np.array(room) / num_pages
+    shares = np.minimum(np.array([share for share, _ in lanes]) / len(lanes), most)
+    pages = _in_pages(plain_work(num_pages * 64), shares, most)
+    assert sum(pages) == num_pages
+    assert all(int(share * num_pages) <= num <= most for share, num, most in zip(shares, pages, room, strict=True))
