@@ -1,9 +1,9 @@
 """Measure, print, save: `python -m benchmarks.lanes`."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +44,8 @@ class Found:
 
     def print(self, console: Console) -> None:
         """The tables for people."""
-        console.print(_table_of_lanes(self.lanes))
+        if self.lanes:
+            console.print(_table_of_lanes(self.lanes))
         if self.kvpr:
             console.print(_table_of_kvpr(self.kvpr))
         if self.systems:
@@ -101,30 +102,30 @@ def main() -> None:
     """Run, print, save."""
     parser = common.argument_parser(MODULE, HELP)
     parser.add_argument("--context", type=common.positive, action="append", help="tokens; repeat it (default: all)")
-    parser.add_argument("--lanes-only", action="store_true", help="neither recomputation nor systems")
+    parser.add_argument("--part", choices=list(FILES), action="append", help="repeat it (default: all; --quick: lanes)")
     arguments = parser.parse_args()
     console = Console(stderr=arguments.json, width=None if sys.stdout.isatty() else 180)
     run = common.this_run(MODULE, sys.argv[1:])
     console.print(str(run), highlight=False)
+    parts = arguments.part or (["lanes"] if arguments.quick else list(FILES))
     contexts = arguments.context or ((8192,) if arguments.quick else CONTEXTS)
     heads, budget_s = (list(HEADS[:1]), 1.5) if arguments.quick else (list(HEADS), 20.0)
     profile = measure_machine(console)
     found = Found([], [], [])
-    for each in heads:
-        for context in contexts:
-            for row in splits.measure(profile, each, context, budget_s):
-                found.lanes.append(row)
-                console.print(f"{row.heads} {row.context:,} link {row.link_gbps:.1f}: {row.plan}", highlight=False)
-    if not arguments.lanes_only and not arguments.quick:
+    for each, context in product(heads, contexts) if "lanes" in parts else ():
+        for row in splits.measure(profile, each, context, budget_s):
+            found.lanes.append(row)
+            console.print(f"{row.heads} {row.context:,} link {row.link_gbps:.1f}: {row.plan}", highlight=False)
+    if "kvpr" in parts:
         found.kvpr.extend(kvpr.measure(profile, budget_s / 2))
+    if "systems" in parts:
         found.systems.extend(systems.measure(profile, systems.CONTEXT, budget_s))
     found.print(console)
     if not arguments.quick or arguments.save:
         found.save(run, console)
-    if not all(math.isfinite(row.tandem_ms) for row in found.lanes):
-        raise common.WrongResultError("a time is no number")
     if arguments.json:
-        common.print_json({**asdict(found.lanes[-1]), **asdict(found), **asdict(run)})
+        last = [asdict(rows[-1]) for rows in (found.systems, found.kvpr, found.lanes) if rows]
+        common.print_json({**(last[-1] if last else {}), **asdict(found), **asdict(run)})
 
 
 if __name__ == "__main__":

@@ -140,6 +140,8 @@ def measure(profile: Profile, context: int, budget_s: float) -> Iterator[SystemR
     layers = Layers(*HEADS, context)
     with rig_with(Speed(LATENCY_US, 1e6)) as rig:
         alone = Alone(rig, layers)
+        for _ in range(2 * len(layers.far)):  # pages are touched, threads are awake
+            alone.host_attends()
         host_gbps = median(alone.host_attends() for _ in range(10))
     link = Speed(LATENCY_US, host_gbps / 4)
     with rig_with(link) as rig:
