@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--context", type=common.positive, action="append", help="tokens; repeat it (default: all)")
     parser.add_argument("--part", choices=list(FILES), action="append", help="repeat it (default: all; --quick: lanes)")
     arguments = parser.parse_args()
+    if arguments.quick and (arguments.part or ["lanes"]) != ["lanes"]:
+        parser.error("--quick measures lanes alone: leave out --part, or --quick")
     console = Console(stderr=arguments.json, width=None if sys.stdout.isatty() else 180)
     run = common.this_run(MODULE, sys.argv[1:])
     console.print(str(run), highlight=False)
