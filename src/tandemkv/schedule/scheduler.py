@@ -25,16 +25,25 @@ STEPS_TO_CORRECT, SECONDS_TO_CORRECT = 10, 0.02
 
 SOLVING_SHARE, CREDIT_S = 0.001, 0.012
 """Of the time of steps, that solving may take again, and seconds that it may take before; as much for balancing lanes
-anew, and twice as much after a sudden change. A solution takes 12 ms here, behind a step that has emptied the caches,
-balancing 2. First plans are not counted."""
+anew, and of both twice as much after a sudden change. A solution takes 7 to 12 ms here, balancing 2 (by hand). First
+plans are not counted."""
 
 FOLLOWING_SHARE = 0.003
 """Of the time of steps, that following what was measured may take. Where it has, a step that took as long as the last
-one is not looked at: that costs 0.02 to 0.03 ms here, 1.5 % of the shortest steps. Sudden changes have credit."""
+one is not looked at: that costs 0.02 to 0.05 ms here (by hand), 2 % of the shortest steps. After a sudden change there
+is `CREDIT_S` for that."""
+
+WATCHED = 2 * STEPS_TO_CORRECT
+"""Steps after a sudden change that are looked at: speeds are corrected with the tenth, plans follow."""
 
 URGENT = 0.25
 """Where a resource, or the step, takes so much more or less of a step than when its plan was made, that has changed
-suddenly; so has a step that takes so much more or less of its prediction than the last one."""
+suddenly; so has a step, or what a lane takes of one, that is so much longer or shorter than the last one was."""
+
+NOTABLE = 0.05
+"""Of a step: what is shorter says nothing about the step."""
+
+_WHOLE = ("step", "")
 
 
 class _Solved(NamedTuple):
@@ -61,7 +70,8 @@ class Scheduler:
         self.num_observed = 0  # steps from which was learnt
         self._stepped_s = self._observed_s = self._first_s = 0.0
         self._solving_s = self._balancing_s = self._following_s = 0.0
-        self._lateness = 0.0  # of the last observed step: what it took over what was predicted
+        self._last_seen: Mapping[tuple[str, str], float] = {}  # what the last observed step took
+        self._num_watched = 0  # steps that are still looked at after a sudden change
         self._corrected_at = 0, 0.0  # how many steps were observed then, and what they had taken
 
     @property
@@ -93,9 +103,9 @@ class Scheduler:
         has_moved = _has_moved(last, work, self.machine)
         if self.num_observed - last.num_observed >= WINDOW:
             is_urgent = _is_urgent(last.solution, kept)
-            if has_moved and self._may_take(self._solving_s, 1):
+            if has_moved and self._may_take(self._solving_s, is_urgent):
                 return self._solve_anew(shape, work, kept)
-            if (has_moved or is_urgent) and self._may_take(self._balancing_s, 2 if is_urgent else 1):
+            if (has_moved or is_urgent) and self._may_take(self._balancing_s, is_urgent):
                 return self._rebalance(shape, work, kept)
         if has_moved:  # asked again then
             self._expires = self.num_observed + (WINDOW if _is_urgent(last.solution, kept) else STEPS_TO_CORRECT)
@@ -107,7 +117,7 @@ class Scheduler:
         """What the lanes of a step took: seconds of (lane, resource), `near` among the lanes; and the whole step."""
         began, took_s = time.perf_counter(), solution.prediction.seconds if step_s is None else step_s
         self._stepped_s += took_s
-        if step_s is not None and not self._is_worth_observing(step_s / solution.prediction.seconds):
+        if step_s is not None and not self._is_worth_observing({**measured, _WHOLE: step_s}, step_s):
             self._corrections.pass_by(solution.prediction)
             self._following_s += time.perf_counter() - began
             return
@@ -155,14 +165,18 @@ class Scheduler:
         self._balancing_s += time.perf_counter() - began
         return solution
 
-    def _may_take(self, taken_s: float, times: int) -> bool:
-        return taken_s < times * (CREDIT_S + SOLVING_SHARE * self._stepped_s)
+    def _may_take(self, taken_s: float, is_urgent: bool) -> bool:
+        return taken_s < (1 + is_urgent) * (CREDIT_S + SOLVING_SHARE * self._stepped_s)
 
-    def _is_worth_observing(self, lateness: float) -> bool:
-        is_sudden = abs(lateness - self._lateness) > URGENT * self._lateness
-        is_worth_it = self._following_s < FOLLOWING_SHARE * self._stepped_s + (CREDIT_S if is_sudden else 0.0)
+    def _is_worth_observing(self, measured: Mapping[tuple[str, str], float], step_s: float) -> bool:
+        pairs = [(self._last_seen.get(key, 0.0), seconds) for key, seconds in measured.items()]
+        if any(abs(new - old) > max(URGENT * old, NOTABLE * step_s) for old, new in pairs):
+            self._num_watched = WATCHED
+        credit_s = CREDIT_S if self._num_watched else 0.0
+        self._num_watched = max(0, self._num_watched - 1)
+        is_worth_it = self._following_s < FOLLOWING_SHARE * self._stepped_s + credit_s
         if is_worth_it:
-            self._lateness = lateness
+            self._last_seen = measured
         return is_worth_it
 
 
