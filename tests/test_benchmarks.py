@@ -509,6 +509,31 @@ def test_a_round_says_what_splitting_gains() -> None:
     assert (found.gain, found.ideal) == pytest.approx((1.6, 15 / 9))
 
 
+def test_shares_are_medians_of_what_rounds_say() -> None:
+    """Three rounds: one fast, one slow, one in which tandem lost; swept and best are those of all rounds."""
+    rounds = [
+        splits.Round({"attend": 4.0, "stream": 6.0, "logits": 3.0, "tandem": 2.5, "0.4": 2.0}, 10.0, 5.0),
+        splits.Round({"attend": 8.0, "stream": 12.0, "logits": 6.0, "tandem": 5.0, "0.4": 5.0}, 5.0, 2.5),
+        splits.Round({"attend": 4.0, "stream": 6.0, "logits": 3.0, "tandem": 8.0, "0.4": 2.0}, 10.0, 5.0),
+    ]
+    found = splits._medians(rounds, 30.0, "0.4", "logits")
+    assert found == pytest.approx(
+        {
+            "a_gbps": 10.0,
+            "b_gbps": 5.0,
+            "gain": 1.6,
+            "ideal": 1.5,
+            "share_of_ideal": 1.6 / 1.5,
+            "share_of_raw": 30 / 2.5 / 15,
+            "share_of_swept": 0.8,
+            "share_of_best": 1.2,
+            "share_of_most": 1.2 / 1.5,
+            "share_of_kernel": 0.75,
+            "share_of_link": 1.0,
+        }
+    )
+
+
 def test_raw_speeds_are_those_of_both_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the pages each, but for one; what is taken is of the steps since the last time."""
     read: list[int] = []

@@ -108,7 +108,7 @@ class Scheduler:
             if (has_moved or is_urgent) and self._may_take(self._balancing_s, is_urgent):
                 return self._rebalance(shape, work, kept)
         if has_moved:  # asked again then
-            self._expires = self.num_observed + (WINDOW if _is_urgent(last.solution, kept) else STEPS_TO_CORRECT)
+            self._expires = self.num_observed + STEPS_TO_CORRECT
         return kept
 
     def observe(
