@@ -32,6 +32,9 @@ FORMATS: dict[str, tuple[torch.dtype, Packing]] = {
 }
 """What far tokens are kept in, by name."""
 
+DTYPES = torch.bfloat16, torch.float32, torch.float16
+"""What models compute products in."""
+
 SHAPE = 32, 8, 128
 """Query heads, KV heads and head_dim of the pages that kernels are timed on: Llama-3-8B."""
 
@@ -142,7 +145,7 @@ def measure(console: Console) -> Profile:
             begin(f"attention over {name}")
             found[name] = _kernels(name, buffer_bytes)
         begin("products")
-        products = {str(dtype).removeprefix("torch."): _products(dtype) for dtype in (torch.bfloat16, torch.float32)}
+        products = {str(dtype).removeprefix("torch."): _products(dtype) for dtype in DTYPES}
         begin("links")
         transfers, handoff_us = _transfers(buffer_bytes // 4), _handoff_us()
     date = time.strftime("%Y-%m-%d", time.gmtime())

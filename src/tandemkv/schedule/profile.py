@@ -12,7 +12,7 @@ from typing import Any
 from tandemkv.errors import ProfileError
 from tandemkv.schedule.speeds import Machine, Products, Speed
 
-_FORMAT = 2
+_FORMAT = 3
 
 AGAIN = "measure again with `tandemkv profile --again`"
 
