@@ -260,7 +260,10 @@ def test_heads(text: str) -> None:
             "expected --heads as query heads:KV heads, a multiple of them, such as '32:8', got '32:5'",
         ),
         (["--heads", "x"], "expected --heads as query heads:KV heads"),
-        (["--layers", "0"], "--layers must be at least 1, got 0"),
+        (["--layers", "0"], "--layers must be 1 to 10,000, got 0"),
+        (["--layers", "1000000000"], "--layers must be 1 to 10,000, got 1,000,000,000"),
+        (["--head-dim", "300"], "--head-dim must be 1 to 256, got 300"),
+        (["--trace", "/"], "--trace / is a folder: expected a file to write"),
         (["--context", "0"], "--context must be 1 to"),
         (["--batch", "0"], "--batch must be 1 to"),
         (["--steps", "20000"], "--steps must be 1 to 10,000, got 20,000"),
@@ -271,7 +274,7 @@ def test_heads(text: str) -> None:
         ),
         (["--system", "nope"], "got 'nope'"),
         (["--system", "hybridgen"], f"over lanes have a plan: {SPLITTING}; got 'hybridgen'"),
-        (["--link", "fast"], "expected a link as GB/s or GB/s:us"),
+        (["--link", "fast"], "expected a link (--link) as GB/s above 0, or GB/s:us"),
         (["--far-dtype", "int8:64,int4"], "one format of far tokens is explained at a time"),
         (["--far-dtype", "int3"], "expected --far-dtype as model, int8, int4"),
         (["--dtype", "float16"], "what products in float16 cost is not measured"),
@@ -310,3 +313,43 @@ def test_a_picture_needs_matplotlib(run: Run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("tandemkv.explain.command.find_spec", lambda name: None)
     done = run(*SMALL, "--gantt", "step.png")
     assert (done.code, done.err) == (2, "error: --gantt needs matplotlib: pip install 'tandemkv[plot]'\n")
+
+
+def test_what_cannot_be_written_in_the_end_loses_no_report(run: Run) -> None:
+    done = run("--context", 2048, "--near-tokens", 128, "--steps", 3, "--trace", "/dev/full", "--json")
+    assert done.code == 0
+    assert "error: the trace /dev/full cannot be written: No space left on device" in done.err
+    assert json.loads(done.out.splitlines()[-1])["trace"] is None
+
+
+def test_the_plan_that_is_told_can_be_given(run: Run, tmp_path: Path) -> None:
+    first = json.loads(run("--no-run", "--json").out.splitlines()[-1])["groups"][0]["plan"]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(first))
+    assert json.loads(run("--no-run", "--json", "--plan", path).out.splitlines()[-1])["groups"][0]["plan"] == first
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[" * 200_000, "got no JSON: maximum recursion depth"),
+        ('{"tokens": {"attend": 1}, "stage_tokens": 1' + "0" * 400 + "}", "whole numbers above 0 and below 2**40"),
+        ('{"tokens": {"attend": -1}}', "whole numbers above 0"),
+    ],
+    ids=["deep", "large", "negative"],
+)
+def test_a_plan_that_is_none(run: Run, tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    done = run("--no-run", "--plan", path)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.err.startswith(f"error: --plan {path}: expected a plan such as")
+    assert expected in done.err
+
+
+def test_one_processor_is_told_before_a_profile_is_measured(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "usable_cpus", lambda: 1)
+    monkeypatch.setattr("tandemkv.explain.command.profile_of_this_machine", lambda console: pytest.fail("measured"))
+    done = run("--no-run")
+    assert done.code == 2
+    assert "a device and a host need two processors, this process may use 1" in done.err

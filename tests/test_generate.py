@@ -482,6 +482,28 @@ def test_a_trace_of_decoding(
     assert f"{path}: {told}" in done.err
 
 
+@pytest.mark.skipif(machine.usable_cpus() < 2, reason="a device and a host need two processors")
+@pytest.mark.usefixtures("profiled")
+def test_a_trace_that_is_not_written_in_the_end_loses_no_text(run: Run, folder: Path, prompt: Path) -> None:
+    args = (folder, "--prompt-file", prompt, "--dtype", "bfloat16", "--near-tokens", 128, "--max-new-tokens", 4)
+    done = run(*args, "--system", "flexgen", "--link", "2", "--trace", "/dev/full", "--json")
+    assert done.code == 0, done.err
+    assert done.report["trace"] == "the trace /dev/full cannot be written: No space left on device"
+    assert len(done.report["new_ids"]) == 4
+
+
+@pytest.mark.skipif(machine.usable_cpus() < 2, reason="a device and a host need two processors")
+@pytest.mark.usefixtures("profiled")
+@pytest.mark.parametrize("system", ["flexgen", "moe-lightning", "kvpr", "headinfer", "tandem"])
+def test_a_prompt_shorter_than_near_tokens_has_nothing_far(run: Run, folder: Path, tmp_path: Path, system: str) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("some words")
+    args = (folder, "--prompt-file", short, "--dtype", "bfloat16", "--max-new-tokens", 4, "--json")
+    done = run(*args, "--system", system, "--link", "2")
+    assert done.code == 0, done.err
+    assert done.report["new_ids"] == run(*args).report["new_ids"]
+
+
 @pytest.mark.parametrize(
     ("args", "expected"),
     [

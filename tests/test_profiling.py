@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tandemkv import machine, profiling
-from tandemkv.errors import CapacityError, ProfileError, ProfileWarning
+from tandemkv.errors import CapacityError, InputError, ProfileError, ProfileWarning
 from tandemkv.schedule import Profile
 from tests.schedule.test_profile import PROFILE
 from tests.test_cli import run
@@ -79,8 +79,8 @@ def test_it_is_measured_again_when_something_has_changed(measured: list[Profile]
 
 def test_a_damaged_file_is_measured_again(measured: list[Profile], stored: Path) -> None:
     stored.parent.mkdir()
-    stored.write_text('{"format": 2, "checksum": "1", "profile": {}}')
-    with pytest.warns(ProfileWarning, match=r"is damaged.*measuring anew"):
+    stored.write_text('{"format": 3, "checksum": "1", "profile": {}}')
+    with pytest.warns(ProfileWarning, match=r"is damaged: its checksum does not fit its numbers: measuring anew"):
         profiling.profile_of_this_machine(CONSOLE)
     assert Profile.load(stored) == measured[0]
 
@@ -95,6 +95,23 @@ def test_a_file_that_was_asked_for_must_fit(measured: list[Profile], tmp_path: P
     with pytest.raises(ProfileError, match="cannot be read"):
         profiling.profile_of_this_machine(CONSOLE, path)
     assert measured == []
+
+
+def test_a_file_that_is_missing_is_made(measured: list[Profile], tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    profiling.profile_of_this_machine(CONSOLE, path)
+    assert Profile.load(path) == measured[0]
+    with pytest.raises(InputError, match=r"--file .*/none/mine.json: there is no folder"):
+        profiling.profile_of_this_machine(CONSOLE, tmp_path / "none" / "mine.json")
+    assert len(measured) == 1
+
+
+def test_what_cannot_be_kept_is_used(measured: list[Profile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache folder is a file."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(ProfileWarning, match="cannot be kept in .*: set XDG_CACHE_HOME to a folder"):
+        assert profiling.profile_of_this_machine(CONSOLE) == measured[0]
 
 
 def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

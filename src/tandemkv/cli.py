@@ -7,9 +7,10 @@ import json
 import os
 import re
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.markup import escape
 
 import tandemkv
 from tandemkv import assets, machine
-from tandemkv.errors import TandemError
+from tandemkv.errors import LaneWarning, PrecisionWarning, ProfileWarning, TandemError
 from tandemkv.systems import EVALUATED, SYSTEMS
 
 _SYSTEMS, _BUDGETS = ["window"], [528, 1024, 2048, 4096]
@@ -74,7 +75,12 @@ Hidden = Annotated[
 ]
 Layers = Annotated[int | None, typer.Option(help="Without MODEL.", show_default="32")]
 LanedSystem = Annotated[
-    str, typer.Option(help=f"Whose lanes: {', '.join(name for name, each in SYSTEMS.items() if each.lanes)}.")
+    str,
+    typer.Option(
+        help="Whose lanes: "
+        + ", ".join(name for name, each in SYSTEMS.items() if each.lanes and not each.joins_logits)
+        + "."
+    ),
 ]
 Link = Annotated[
     str | None,
@@ -96,7 +102,11 @@ NearTokens = Annotated[int, typer.Option(help="Recent tokens kept near, per laye
 OutFolder = Annotated[Path, typer.Option(help="Where scores and the picture go; a run that was stopped goes on there.")]
 PlanFile = Annotated[
     Path | None,
-    typer.Option("--plan", help="A JSON file with the plan that every step has.", show_default="found by measurement"),
+    typer.Option(
+        "--plan",
+        help='A JSON file with the plan that every step has: {"tokens": {"attend": 3, "stream": 1}} are shares.',
+        show_default="found by measurement",
+    ),
 ]
 ProfileFile = Annotated[
     Path | None, typer.Option("--file", help="Where it is kept.", show_default="~/.cache/tandemkv/profile.json")
@@ -146,6 +156,7 @@ TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest toke
 def main() -> None:
     """Run the command line; an error that a user can mend is one line on stderr and exit code 2."""
     machine.set_passive_spin()
+    warnings.showwarning = _show_warning
     try:
         app()
     except TandemError as error:
@@ -155,6 +166,21 @@ def main() -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try to write it once more
         _stop(f"the output cannot be written: {error.strerror}")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """What we tell users is a line of its own; others' warnings say where they come from."""
+    if issubclass(category, LaneWarning | PrecisionWarning | ProfileWarning):
+        Console(stderr=True).print(f"[yellow]warning: {escape(str(message))}[/yellow]", soft_wrap=True, highlight=False)
+    else:
+        (file or sys.stderr).write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _stop(told: str) -> NoReturn:

@@ -17,7 +17,10 @@ def parse_link(text: str) -> Speed:
     """`"16"`: 16 GB/s, both ways; `"16:20"`: and 20 us for every transfer. InputError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?::\s*(\d+(?:\.\d+)?)\s*)?", text, re.ASCII)
     if match is None or float(match[1]) == 0:
-        raise InputError(f"expected a link as GB/s or GB/s:us, such as '16' or '16:20', got {text!r}")
+        raise InputError(
+            f"expected a link (--link) as GB/s above 0, or GB/s:us, in digits such as '16', '0.5' or '16:20', got "
+            f"{text!r}"
+        )
     return Speed(float(match[2] or 0), float(match[1]))
 
 
@@ -93,6 +96,8 @@ def read_plan(path: Path, system: System) -> Plan:
         plan = Plan.from_json(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the plan {path} cannot be read: {error}") from error
+    except InputError as error:
+        raise InputError(f"--plan {path}: {error}") from error
     if others := sorted(set(plan.tokens) - set(system.lanes)):
         has = ", ".join(system.lanes) or "none"
         raise InputError(f"the plan {path} uses the lanes {', '.join(others)}, this system has {has}")

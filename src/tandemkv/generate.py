@@ -39,7 +39,8 @@ from tandemkv.integrations.transformers.folders import (
     special_tokens,
     tokenize,
 )
-from tandemkv.lanes.timeline import Recorder, write_trace
+from tandemkv.lanes.rig import require_two_processors
+from tandemkv.lanes.timeline import Recorder, check_can_write, write_trace
 from tandemkv.profiling import profile_of_this_machine
 from tandemkv.schedule import Machine, Plan
 from tandemkv.schedule.budget import BudgetRule
@@ -98,8 +99,8 @@ class Settings:
         if not SYSTEMS[self.system].lanes and (self.link or self.plan_file or self.trace_file):
             options = "--link, --plan and --trace"
             raise InputError(f"{options} are for systems with lanes, such as 'tandem', got {self.system!r}")
-        if self.trace_file is not None and not self.trace_file.absolute().parent.is_dir():
-            raise InputError(f"--trace {self.trace_file}: there is no folder {self.trace_file.parent}")
+        if self.trace_file is not None:
+            check_can_write("--trace", self.trace_file)
         if self.link is not None:
             parse_link(self.link)
 
@@ -117,7 +118,7 @@ class Generation:
 
     Seconds count from the start of prefill, when the model is loaded. Rates are None where nothing was timed. verified:
     what came of a promise about the error, by layer; none where nothing was promised. plan: that the last step had,
-    where it had one. trace: the file that was written, and what is in it.
+    where it had one. trace: the file that was written, and what is in it, or why it was not.
     """
 
     text: str
@@ -196,7 +197,10 @@ def generate(
         found = _run(model, cache, ids, settings, console, TextStream(tokenizer, write))
     if settings.trace_file is None:
         return found
-    write_trace(settings.trace_file, recorder.steps)
+    try:
+        write_trace(settings.trace_file, recorder.steps)
+    except InputError as error:  # nobody loses the text for it
+        return replace(found, trace=str(error))
     return replace(found, trace=f"{settings.trace_file}: {recorder.told}")
 
 
@@ -228,7 +232,8 @@ def reserve_cache(
     staff = _staff(
         cache.kv.spec, config.get_text_config(decoder=True).num_attention_heads, num_tokens, settings, console
     )
-    near_tokens = settings.near_tokens if staff is None else staff.placement.near_tokens
+    moved = staff is not None and staff.placement.num_inputs > 0  # near tokens made room for layer inputs
+    near_tokens = staff.placement.near_tokens if staff is not None and moved else settings.near_tokens
     spec = make(near_tokens, far_bytes).kv.spec
     needed_far_bytes = spec.far_bytes_of(spec.num_far_pages(1, num_tokens))
     kv_bytes = needed_far_bytes + spec.num_near_slots(1) * spec.near_page_bytes
@@ -257,6 +262,7 @@ def _staff(spec: CacheSpec, num_q_heads: int, num_tokens: int, settings: Setting
     system = SYSTEMS[settings.system]
     if not system.lanes:
         return None
+    require_two_processors()  # before a profile is measured
     plan = None if settings.plan_file is None else read_plan(settings.plan_file, system)
     profile = profile_of_this_machine(console)
     speeds = machine_for(profile, spec, links_of(profile, settings.link))

@@ -20,7 +20,9 @@ from tandemkv import kernels, machine
 from tandemkv.errors import CapacityError, ProfileError, ProfileWarning
 from tandemkv.kernels import cpu, probes
 from tandemkv.lanes import Rig
+from tandemkv.lanes.timeline import check_can_write
 from tandemkv.schedule import Kernels, Products, Profile, Speed, Tier, Transfers
+from tandemkv.schedule.profile import AGAIN
 from tandemkv.types import Arena, Packing, PagedKV, PageLayout, ScoreRule, format_bytes
 
 FORMATS: dict[str, tuple[torch.dtype, Packing]] = {
@@ -74,9 +76,12 @@ def measured_on() -> dict[str, str]:
 def profile_of_this_machine(console: Console, path: Path | None = None, *, again: bool = False) -> Profile:
     """The stored profile, or a new one where there is none, it is damaged, or machine or versions have changed.
 
-    path: a file to read instead, which must have been measured here (ProfileError). again: measure anyway.
+    path: a file instead, which must have been measured here (ProfileError), or is made where there is none. again:
+    measure anyway.
     """
-    if path is not None and not again:
+    if path is not None and not path.exists():
+        check_can_write("--file", path)
+    elif path is not None and not again:
         profile = Profile.load(path)
         if differs := profile.differs_from(measured_on()):
             raise ProfileError(f"the profile {path} was measured on another machine: {differs}; leave it out")
@@ -90,10 +95,14 @@ def profile_of_this_machine(console: Console, path: Path | None = None, *, again
                 return profile
             why = f"the profile {path} was measured on {differs}"
         except ProfileError as error:
-            why = str(error)
+            why = str(error).removesuffix(f"; {AGAIN}")
         warnings.warn(f"{why}: measuring anew", ProfileWarning, stacklevel=2)
     profile = measure(console)
-    profile.save(path)
+    try:
+        profile.save(path)
+    except OSError as error:
+        why = f"the profile cannot be kept in {path} ({error.strerror}), and will be measured again next time"
+        warnings.warn(f"{why}: set XDG_CACHE_HOME to a folder that can be written", ProfileWarning, stacklevel=2)
     return profile
 
 

@@ -41,7 +41,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
         "cut": text[: len(text) // 2],
         "empty": "",
         "checksum": json.dumps({**json.loads(text), "checksum": "0"}),
-        "other": json.dumps({**json.loads(text), "format": 3}),
+        "other": json.dumps({**json.loads(text), "format": 2}),
         "no profile": "[1, 2]",
     }
     path.write_text(changed[damage])

@@ -21,7 +21,7 @@ WHOLE = 1 << 30
 
 WORSE = 0.03
 """What whole pages may cost more than the best of all: moved one by one, they may stop on the wrong side of a start-up.
-Of some thousand random cases one was 1 % off."""
+Of 4,000 random cases the worst was 2.3 % off (by hand)."""
 
 
 def shares(num_pages: int, num_lanes: int) -> Iterator[tuple[int, ...]]:

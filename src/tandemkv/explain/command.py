@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 
 from tandemkv.cache import CacheSpec, parse_far_dtype
 from tandemkv.crews import crew_for, links_of, machine_for, parse_link, placement_for, read_plan, work_for
@@ -16,7 +17,8 @@ from tandemkv.explain.measure import Layer, Measured, run_steps
 from tandemkv.explain.report import Explained, Explanation, Setting
 from tandemkv.explain.shapes import Group, Shape, Told, shape_of
 from tandemkv.integrations.transformers.folders import Dtype
-from tandemkv.lanes.timeline import write_trace
+from tandemkv.lanes.rig import require_two_processors
+from tandemkv.lanes.timeline import check_can_write, write_trace
 from tandemkv.profiling import profile_of_this_machine
 from tandemkv.schedule import Machine, Plan, Solution, Work, predict
 from tandemkv.schedule.placement import Placement
@@ -75,8 +77,8 @@ class Settings:
         for name, path in (("--gantt", self.gantt), ("--trace", self.trace)):
             if path is not None and not self.runs:
                 raise InputError(f"{name} shows steps that ran: leave --no-run out")
-            if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-                raise InputError(f"{name} {path}: there is no folder {path.parent}, or it is one itself")
+            if path is not None:
+                check_can_write(name, path)
         if self.gantt is not None and find_spec("matplotlib") is None:
             raise UnavailableError("--gantt needs matplotlib: pip install 'tandemkv[plot]'")
 
@@ -107,6 +109,7 @@ def explain(folder: Path | None, settings: Settings, console: Console) -> Explan
     system = SYSTEMS[settings.system]
     plan = None if settings.plan_file is None else read_plan(settings.plan_file, system)
     spec = _spec(shape, settings, settings.near_tokens)  # refuses what cannot be, before a profile is measured
+    require_two_processors()
     profile = profile_of_this_machine(console)
     machine = machine_for(profile, spec, links_of(profile, settings.link))
     work = work_for(spec, shape.num_q_heads, settings.batch, settings.context)
@@ -115,7 +118,7 @@ def explain(folder: Path | None, settings: Settings, console: Console) -> Explan
     for group in shape.groups:
         with console.status(f"steps of {group.name}"):
             groups.append(_explained(job, group))
-    _write(settings, groups)
+    gantt, trace = _written(settings, groups, console)
     setting = Setting(
         model=shape.name,
         heads=(shape.num_q_heads, shape.num_kv_heads, shape.head_dim),
@@ -131,7 +134,7 @@ def explain(folder: Path | None, settings: Settings, console: Console) -> Explan
         others=shape.others,
         plan_is_given=plan is not None,
     )
-    return Explanation(setting, groups, settings.gantt, settings.trace)
+    return Explanation(setting, groups, gantt, trace)
 
 
 def _spec(shape: Shape, settings: Settings, near_tokens: int) -> CacheSpec:
@@ -181,9 +184,20 @@ def _measured(job: _Job, work: Work, window: int | None) -> Measured:
         return run_steps(layer, crew, job.settings.num_steps)
 
 
-def _write(settings: Settings, groups: list[Explained]) -> None:
+def _written(settings: Settings, groups: list[Explained], console: Console) -> tuple[Path | None, Path | None]:
+    """The picture and the trace, where they could be written: nobody loses the report for them."""
     runs = [group.measured for group in groups if group.measured is not None]
-    if settings.trace is not None:
-        write_trace(settings.trace, [step for run in runs for step in run.steps])
-    if settings.gantt is not None:
-        draw(runs[0].median_step, groups[0].title, settings.gantt)  # those that see everything come first
+    gantt, trace = settings.gantt, settings.trace
+    try:
+        if trace is not None:
+            write_trace(trace, [step for run in runs for step in run.steps])
+    except InputError as error:
+        trace = None
+        console.print(f"[red]error: {escape(str(error))}[/red]", highlight=False)
+    try:
+        if gantt is not None:
+            draw(runs[0].median_step, groups[0].title, gantt)  # those that see everything come first
+    except InputError as error:
+        gantt = None
+        console.print(f"[red]error: {escape(str(error))}[/red]", highlight=False)
+    return gantt, trace

@@ -11,9 +11,13 @@ import torch
 from tandemkv.errors import InputError
 from tandemkv.integrations.transformers.configs import kv_shape, layers_of
 from tandemkv.integrations.transformers.folders import Dtype, quieten, read_config
+from tandemkv.types import MAX_HEAD_DIM
 
 DEFAULT_HEADS, DEFAULT_HEAD_DIM, DEFAULT_LAYERS, DEFAULT_HIDDEN = "32:8", 128, 32, 4096
 """Llama-3-8B."""
+
+MAX_LAYERS, MAX_HIDDEN = 10_000, 1 << 20
+"""Far more than any model has."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,10 @@ def shape_of(folder: Path | None, told: Told, dtype: Dtype) -> Shape:
         if given := [name for name, value in options.items() if value is not None]:
             raise InputError(f"{', '.join(given)}: {folder} says what its layers are; leave MODEL or these out")
         return _of_folder(folder, dtype)
-    for name, value in options.items():
-        if isinstance(value, int) and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+    for name, most in (("--head-dim", MAX_HEAD_DIM), ("--layers", MAX_LAYERS), ("--hidden", MAX_HIDDEN)):
+        value = options[name]
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise InputError(f"{name} must be 1 to {most:,}, got {value:,}")
     num_q_heads, num_kv_heads = parse_heads(told.heads or DEFAULT_HEADS)
     head_dim = told.head_dim or DEFAULT_HEAD_DIM
     default_hidden = num_q_heads * head_dim if told.heads or told.head_dim else DEFAULT_HIDDEN

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from tandemkv import kernels
+from tandemkv import kernels, machine
 from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.lanes.host import Host
 from tandemkv.lanes.links import Link
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from tandemkv.kernels.cpu import Call, WorkerPool
 
 T = TypeVar("T")
+
+
+def require_two_processors(num: int | None = None) -> None:
+    """InputError where a rig has fewer; None counts those of this process."""
+    num = machine.usable_cpus() if num is None else num
+    if num < 2:
+        raise InputError(
+            f"a device and a host need two processors, this process may use {num}: give it more, or take system 'dense'"
+        )
 
 
 class Rig:
@@ -39,8 +48,7 @@ class Rig:
         from tandemkv.kernels.cpu import Bell, WorkerPool
 
         cpus = tuple(sorted(os.sched_getaffinity(0))) if cpus is None else cpus
-        if len(cpus) < 2:
-            raise InputError(f"a device and a host need two processors, this process may use {len(cpus)}")
+        require_two_processors(len(cpus))
         self.bell, self.trace = Bell(), Trace()
         self.device_pool = WorkerPool(1)
         self.done: Ticket[None] = Ticket(self.bell, is_patient=True)  # for work that waits for nobody

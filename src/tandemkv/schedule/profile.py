@@ -104,7 +104,7 @@ class Profile:
         """ProfileError for a file that is no profile, is damaged, or is of another version of this format."""
         try:
             found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ProfileError(f"the profile {path} cannot be read ({error}); {AGAIN}") from error
         if not isinstance(found, dict) or found.get("format") != _FORMAT:
             was = found.get("format") if isinstance(found, dict) else None

@@ -61,6 +61,9 @@ class Work:
         return self.num_seqs * self.num_q_heads * (self.v_head_dim + 1) * 4
 
 
+_MAX_PLAN_TOKENS = 1 << 40
+
+
 @dataclass(frozen=True)
 class Plan:
     """How many far tokens of each sequence go to each lane, and in what pieces.
@@ -109,12 +112,13 @@ class Plan:
         expected = 'expected a plan such as {"tokens": {"attend": 4096, "stream": 1024}, "stage_tokens": 512}'
         try:
             found = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{expected}, got no JSON: {error}") from error
         if not isinstance(found, dict) or not isinstance(found.get("tokens"), dict) or not found["tokens"]:
             raise InputError(f"{expected}, got {text.strip()[:100]!r}")
+        found.pop("shares", None)  # `explain` tells them beside the tokens
         unknown = found.keys() - {"tokens", "stage_tokens", "piece_tokens"}
         numbers = [*found["tokens"].values(), *(num for name, num in found.items() if name != "tokens")]
-        if unknown or not all(isinstance(num, int) and not isinstance(num, bool) and num > 0 for num in numbers):
-            raise InputError(f"{expected}, with whole numbers above 0, got {text.strip()[:100]!r}")
+        if unknown or not all(type(num) is int and 0 < num < _MAX_PLAN_TOKENS for num in numbers):
+            raise InputError(f"{expected}, with whole numbers above 0 and below 2**40, got {text.strip()[:100]!r}")
         return Plan(**found)
