@@ -23,7 +23,7 @@ run_native = $(BIN)/ctest --test-dir build/$(1) --output-on-failure --no-tests=e
 FOR_ARM := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 	-DCMAKE_EXE_LINKER_FLAGS=-static -DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64-static
 
-.PHONY: help setup demo test check soak check-arm format native sanitize tables clean
+.PHONY: help setup demo test check check-gpu soak check-arm format native sanitize tables clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -48,6 +48,10 @@ check: $(INSTALLED)  ## format, lint, types, layers, native tests, pytest; stops
 	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(CSRC_TESTS)
 	$(MAKE) --no-print-directory native
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
+
+check-gpu: $(INSTALLED)  ## every variant of the GPU kernels, compiled for every architecture (tens of minutes)
+	$(BIN)/python -m tests.gpu.every_variant
 
 # OpenMP's threads sleep between ops: beside our own they would spin away the second core.
 soak: $(INSTALLED)  ## random operations of many sequences beside stock for 5 minutes; memory stays flat

@@ -41,6 +41,7 @@ LIGHT = {
     "tandemkv.types": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels": ("transformers", "triton", "tandemkv._native", "tandemkv.kernels."),
     "tandemkv.kernels.torch_ops": ("transformers", "triton", "tandemkv._native"),
+    "tandemkv.kernels.checks": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.reference": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.blocks": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.sample": ("transformers", "triton", "tandemkv._native"),

@@ -267,7 +267,7 @@ def _torch_cuda_choice(gpus: Gpus) -> Choice:
 def _triton_choice() -> Choice:
     installed = _installed("triton")
     there = f"triton {installed} is installed" if installed else "triton is not installed"
-    return Choice("triton", False, f"tandemkv {tandemkv.__version__} has no Triton kernel ({there})")
+    return Choice("triton", False, f"the decode kernel has not run on a GPU yet, and is not used ({there})")
 
 
 def _versions() -> dict[str, str | None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError, UnavailableError, UnsupportedError
+from tandemkv.kernels.checks import check_mass, check_query, check_rule, types_of
 from tandemkv.types import AnyArena, Arena, Arenas, PagedKV, Partial, ScoreRule
 
 try:
@@ -125,7 +126,7 @@ def _checked(q: Tensor, runs: Sequence[PagedKV], rule: ScoreRule, causal: bool, 
         known = _attends.get(runs[0])
         if known is not None and known.layout == layout:
             return known
-    _check_query(q, runs, causal)
+    check_query(q, runs, causal, "cpu")
     native_rule, dense_q = _native_rule(rule, causal, len(runs)), _dense(q)
     native_runs = [_native_run(kv) for kv in runs]
     native = _native.PreparedAttend(resolve_isa(isa), native_runs, _rows(dense_q), native_rule, causal)
@@ -137,7 +138,7 @@ def prepare_logits(
     q: Tensor, kv: PagedKV, *, rule: ScoreRule, pool: WorkerPool | None = None, isa: str | None = None
 ) -> Call[Tensor]:
     """See `tandemkv.kernels.logits`."""
-    _check_query(q, [kv], False)
+    check_query(q, [kv], False, "cpu")
     if isinstance(rule, ScoreRule) and rule.window is not None:
         raise InputError(f"logits are scores of all tokens of the run: expected a rule without a window, got {rule}")
     native_rule = _native_rule(rule, False, 1)
@@ -166,7 +167,7 @@ def _table_tokens(kv: PagedKV) -> int:
 
 def _check_logits(logits: Tensor, kv: PagedKV) -> None:
     if not isinstance(logits, Tensor) or not isinstance(kv, PagedKV):
-        raise InputError(f"expected a tensor logits and a PagedKV, got {_types_of(logits, kv)}")
+        raise InputError(f"expected a tensor logits and a PagedKV, got {types_of(logits, kv)}")
     if logits.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError("no gradient flows through paged attention: use torch.no_grad()")
     num_seqs, num_kv_heads = kv.page_table.shape[0] if kv.page_table.dim() else 0, kv.arena.num_kv_heads
@@ -229,7 +230,7 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[PagedKV], rule: Sc
         known = _calls.get(runs[-1])
         if known is not None and known.layout == layout:
             return known
-    _check_query(q, runs, True)
+    check_query(q, runs, True, "cpu")
     native_rule = _native_rule(rule, True, len(runs))
     runs[-1].arena.check_tokens(q.shape[0], k, v)
     _refuse_codes(runs[-1].arena)
@@ -322,7 +323,7 @@ def _channel_weights(weights: Tensor | None, shape: tuple[int, ...]) -> Tensor |
     if weights is None:
         return None
     if not isinstance(weights, Tensor) or weights.shape != shape or weights.dtype != torch.float32:
-        got = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else _types_of(weights)
+        got = f"{weights.dtype} {list(weights.shape)}" if isinstance(weights, Tensor) else types_of(weights)
         raise InputError(f"channel_weights must be float32 {list(shape)}, got {got}")
     return weights.cpu().contiguous()
 
@@ -408,51 +409,9 @@ def _log_counts(kv: PagedKV) -> int:
 
 
 def _native_rule(rule: ScoreRule, causal: bool, num_runs: int) -> _native.ScoreRule:
-    if not isinstance(rule, ScoreRule):
-        raise InputError(f"rule must be a ScoreRule, such as ScoreRule(scale=0.125), got {rule!r}")
-    if rule.window is not None and (not causal or num_runs != 1):
-        raise InputError(
-            "a window counts back from causal queries over one run: expected causal=True and 1 run, got "
-            f"causal={causal} and {num_runs}"
-        )
+    check_rule(rule, causal, num_runs)
     # No table has 2^62 tokens, and C++ counts in 64 bits.
     return _native.ScoreRule(rule.scale, rule.softcap, None if rule.window is None else min(rule.window, 2**62))
-
-
-def _check_query(q: Tensor, runs: Sequence[PagedKV], causal: bool) -> None:
-    if not runs:
-        raise InputError("attend needs at least one run of tokens; an empty one gives the identity of merge")
-    if not isinstance(q, Tensor) or not all(isinstance(kv, PagedKV) for kv in runs):
-        raise InputError(f"expected a tensor q and runs of PagedKV, got {_types_of(q, *runs)}")
-    if q.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedError("no gradient flows through paged attention: use torch.no_grad()")
-    arena = runs[0].arena
-    if q.device.type != "cpu":
-        raise InputError(f"the CPU kernel attends queries in host memory, got {q.device}")
-    if q.dtype not in _DTYPES:
-        raise UnsupportedError(
-            f"queries must be float32, bfloat16 or float16, got {q.dtype}: load the model with dtype=torch.bfloat16"
-        )
-    if q.dim() != 4 or q.shape[3] != arena.head_dim:
-        raise InputError(f"expected q [num_seqs, num_q_heads, q_len, {arena.head_dim}], got {list(q.shape)}")
-    if q.shape[2] < 1:
-        raise InputError(f"q_len must be at least 1, got {list(q.shape)}")
-    if arena.num_kv_heads < 1 or q.shape[1] < 1 or q.shape[1] % arena.num_kv_heads:
-        raise InputError(f"query heads must be a multiple of the {arena.num_kv_heads} KV heads, got {q.shape[1]}")
-    if causal and (runs[-1].of_blocks or runs[-1].stands_in):
-        kind = "blocks" if runs[-1].of_blocks else "tokens that stand for others"
-        raise InputError(f"causal queries are the last tokens of the last run: expected pages there, got {kind}")
-    for kv in runs:
-        if kv.page_table.shape[:1] != q.shape[:1]:
-            got = list(kv.page_table.shape)
-            raise InputError(f"page_table must be [{q.shape[0]}, {arena.num_kv_heads}, num_pages] as q is, got {got}")
-        first, other = ((a.num_kv_heads, a.head_dim, a.v_head_dim) for a in (arena, kv.arena))
-        if first != other:
-            raise InputError(f"runs must have one (num_kv_heads, head_dim, v_head_dim), got {first} and {other}")
-
-
-def _types_of(*values: object) -> str:
-    return ", ".join(type(value).__name__ for value in values)
 
 
 def _check_table(arena: AnyArena, page_table: Tensor, num_seqs: int) -> None:
@@ -468,7 +427,7 @@ def _check_table(arena: AnyArena, page_table: Tensor, num_seqs: int) -> None:
 
 def _check_arenas(*arenas: AnyArena) -> None:
     if not all(isinstance(arena, Arena | Arenas) for arena in arenas):
-        raise InputError(f"pages lie in an Arena, got {_types_of(*arenas)}")
+        raise InputError(f"pages lie in an Arena, got {types_of(*arenas)}")
 
 
 def _refuse_codes(arena: AnyArena) -> None:
@@ -491,7 +450,7 @@ def _check_disjoint(source: AnyArena, target: AnyArena, source_slots: list[int],
 def _check_rows(arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> None:
     _check_arenas(arena)
     if not isinstance(page_table, Tensor) or not isinstance(begin, int):
-        raise InputError(f"expected a page_table tensor and a whole number begin, got {_types_of(page_table, begin)}")
+        raise InputError(f"expected a page_table tensor and a whole number begin, got {types_of(page_table, begin)}")
     num_seqs = page_table.shape[0] if page_table.dim() else 0
     arena.check_tokens(num_seqs, k, v)
     _check_table(arena, page_table, num_seqs)
@@ -513,11 +472,7 @@ def _mass(mass: Tensor | None, q: Tensor, runs: Sequence[PagedKV]) -> tuple[int,
     """Address and blocks of what is to be filled; none is (0, 0)."""
     if mass is None:
         return 0, 0
-    expected = (*q.shape[:3], sum(kv.num_blocks for kv in runs))
-    good = isinstance(mass, Tensor) and mass.dtype == torch.float32 and mass.shape == expected
-    if not good or not mass.is_contiguous() or mass.device.type != "cpu":
-        got = f"{mass.dtype} {list(mass.shape)} on {mass.device}" if isinstance(mass, Tensor) else _types_of(mass)
-        raise InputError(f"mass must be contiguous float32 {list(expected)} on the CPU, got {got}")
+    check_mass(mass, q, runs)
     return mass.data_ptr(), mass.shape[3]
 
 

@@ -1,0 +1,69 @@
+"""What every backend asks of a call before it reads anything."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tandemkv.errors import InputError, UnsupportedError
+from tandemkv.types import PagedKV, ScoreRule
+
+
+def check_query(q: Tensor, runs: Sequence[PagedKV], causal: bool, device_type: str) -> None:
+    """InputError or UnsupportedError unless a kernel on this kind of device can attend from q over these runs."""
+    if not runs:
+        raise InputError("attend needs at least one run of tokens; an empty one gives the identity of merge")
+    if not isinstance(q, Tensor) or not all(isinstance(kv, PagedKV) for kv in runs):
+        raise InputError(f"expected a tensor q and runs of PagedKV, got {types_of(q, *runs)}")
+    if q.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError("no gradient flows through paged attention: use torch.no_grad()")
+    arena = runs[0].arena
+    if q.device.type != device_type:
+        where = "in host memory" if device_type == "cpu" else f"on {device_type}"
+        raise InputError(f"this kernel attends queries {where}, got {q.device}")
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UnsupportedError(
+            f"queries must be float32, bfloat16 or float16, got {q.dtype}: load the model with dtype=torch.bfloat16"
+        )
+    if q.dim() != 4 or q.shape[3] != arena.head_dim:
+        raise InputError(f"expected q [num_seqs, num_q_heads, q_len, {arena.head_dim}], got {list(q.shape)}")
+    if q.shape[2] < 1:
+        raise InputError(f"q_len must be at least 1, got {list(q.shape)}")
+    if arena.num_kv_heads < 1 or q.shape[1] < 1 or q.shape[1] % arena.num_kv_heads:
+        raise InputError(f"query heads must be a multiple of the {arena.num_kv_heads} KV heads, got {q.shape[1]}")
+    if causal and (runs[-1].of_blocks or runs[-1].stands_in):
+        kind = "blocks" if runs[-1].of_blocks else "tokens that stand for others"
+        raise InputError(f"causal queries are the last tokens of the last run: expected pages there, got {kind}")
+    for kv in runs:
+        if kv.page_table.shape[:1] != q.shape[:1]:
+            got = list(kv.page_table.shape)
+            raise InputError(f"page_table must be [{q.shape[0]}, {arena.num_kv_heads}, num_pages] as q is, got {got}")
+        first, other = ((a.num_kv_heads, a.head_dim, a.v_head_dim) for a in (arena, kv.arena))
+        if first != other:
+            raise InputError(f"runs must have one (num_kv_heads, head_dim, v_head_dim), got {first} and {other}")
+
+
+def check_rule(rule: ScoreRule, causal: bool, num_runs: int) -> None:
+    """InputError for what is none, and for a window that has nothing to count back from."""
+    if not isinstance(rule, ScoreRule):
+        raise InputError(f"rule must be a ScoreRule, such as ScoreRule(scale=0.125), got {rule!r}")
+    if rule.window is not None and (not causal or num_runs != 1):
+        raise InputError(
+            "a window counts back from causal queries over one run: expected causal=True and 1 run, got "
+            f"causal={causal} and {num_runs}"
+        )
+
+
+def check_mass(mass: Tensor, q: Tensor, runs: Sequence[PagedKV]) -> None:
+    """InputError unless there is room for every block of these runs, on q's device."""
+    expected = (*q.shape[:3], sum(kv.num_blocks for kv in runs))
+    good = isinstance(mass, Tensor) and mass.dtype == torch.float32 and mass.shape == expected
+    if not good or not mass.is_contiguous() or mass.device != q.device:
+        got = f"{mass.dtype} {list(mass.shape)} on {mass.device}" if isinstance(mass, Tensor) else types_of(mass)
+        where = "the CPU" if q.device.type == "cpu" else q.device
+        raise InputError(f"mass must be contiguous float32 {list(expected)} on {where}, got {got}")
+
+
+def types_of(*values: object) -> str:
+    """Their names, for errors."""
+    return ", ".join(type(value).__name__ for value in values)

@@ -1,0 +1,38 @@
+"""How a decode call is cut into programs. Looked up, never tuned while somebody waits."""
+
+from dataclasses import dataclass
+
+WAVES = 2
+"""Programs for each multiprocessor, at least: while some wait for memory, others are at work."""
+
+LEAST_TILES = 4
+"""Of a part: fewer would spend their time on beginning and merging."""
+
+MAX_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_n: tokens of a tile. block_m: rows of queries, at least the 16 of a tensor core. num_splits: parts of a
+    sequence. distance: tiles that are asked for in L2 ahead, 0 for none. num_warps, num_stages: Triton's."""
+
+    block_n: int = 64
+    block_m: int = 16
+    num_splits: int = 1
+    distance: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def config_for(num_seqs: int, num_kv_heads: int, num_rows: int, kv_tokens: int, num_processors: int) -> Config:
+    """For so many sequences of kv_tokens, num_rows queries of each KV head, and a GPU's multiprocessors.
+
+    A tile of 64 tokens is a page, so that its slot is looked up once. Rows beyond 16 share K and V in one program up to
+    64: more would not fit the registers beside out. A call has programs enough for `WAVES`, as far as parts keep
+    `LEAST_TILES`. None of these numbers was measured on a GPU yet.
+    """
+    block_n = 64
+    block_m = min(64, max(16, 1 << (num_rows - 1).bit_length()))
+    num_programs = num_seqs * num_kv_heads * -(-num_rows // block_m)
+    most = max(1, kv_tokens // (LEAST_TILES * block_n))
+    return Config(block_n, block_m, max(1, min(MAX_SPLITS, most, -(-WAVES * num_processors // num_programs))))
