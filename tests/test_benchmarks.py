@@ -79,7 +79,7 @@ def test_last_line_is_the_contract(
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not set(CONTRACT) - set(result)
     assert (result["shape"], result["num_threads"]) == (str(SHAPE), 2)
-    assert [row["num_threads"] for row in result["lanes"]] == [1, 2]
+    assert [row["num_threads"] for row in result["rows"]] == [1, 2]
     assert result["command"] == "python -m benchmarks.attend --quick --json"
     peers_ms, ours_ms = result["peers_ms"], result["ours_ms"]
     assert set(peers_ms) == {"torch_sdpa", "torch_matmul", "transformers"}
