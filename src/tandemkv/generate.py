@@ -40,7 +40,7 @@ from tandemkv.integrations.transformers.folders import (
     tokenize,
 )
 from tandemkv.lanes.rig import require_two_processors
-from tandemkv.lanes.timeline import Recorder, check_can_write, write_trace
+from tandemkv.lanes.timeline import Recorder, write_trace
 from tandemkv.profiling import profile_of_this_machine
 from tandemkv.schedule import Machine, Plan
 from tandemkv.schedule.budget import BudgetRule
@@ -100,7 +100,7 @@ class Settings:
             options = "--link, --plan and --trace"
             raise InputError(f"{options} are for systems with lanes, such as 'tandem', got {self.system!r}")
         if self.trace_file is not None:
-            check_can_write("--trace", self.trace_file)
+            machine.check_can_write("--trace", self.trace_file)
         if self.link is not None:
             parse_link(self.link)
 

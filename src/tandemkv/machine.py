@@ -236,6 +236,17 @@ def spin(environ: Mapping[str, str] = os.environ) -> Spin:
     return Spin(False, "")
 
 
+def check_can_write(option: str, path: Path) -> None:
+    """InputError where a file could not be written there; before anything has taken time."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a folder: expected a file to write")
+    if not folder.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {folder}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise InputError(f"{option} {path} cannot be written: this user may not")
+
+
 def set_passive_spin() -> bool:
     """Let torch's OpenMP threads sleep between ops, unless the user chose otherwise; returns whether they will.
 

@@ -20,7 +20,6 @@ from tandemkv import kernels, machine
 from tandemkv.errors import CapacityError, ProfileError, ProfileWarning
 from tandemkv.kernels import cpu, probes
 from tandemkv.lanes import Rig
-from tandemkv.lanes.timeline import check_can_write
 from tandemkv.schedule import Kernels, Products, Profile, Speed, Tier, Transfers
 from tandemkv.schedule.profile import AGAIN
 from tandemkv.types import Arena, Packing, PagedKV, PageLayout, ScoreRule, format_bytes
@@ -80,7 +79,7 @@ def profile_of_this_machine(console: Console, path: Path | None = None, *, again
     measure anyway.
     """
     if path is not None and not path.exists():
-        check_can_write("--file", path)
+        machine.check_can_write("--file", path)
     elif path is not None and not again:
         profile = Profile.load(path)
         if differs := profile.differs_from(measured_on()):

@@ -1,5 +1,6 @@
 """What `tandemkv explain` does: work and machine of every group of layers, steps where they may run, words, files."""
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
+from tandemkv import machine
 from tandemkv.cache import CacheSpec, parse_far_dtype
 from tandemkv.crews import crew_for, links_of, machine_for, parse_link, placement_for, read_plan, work_for
 from tandemkv.errors import InputError, UnavailableError
@@ -18,7 +20,7 @@ from tandemkv.explain.report import Explained, Explanation, Setting
 from tandemkv.explain.shapes import Group, Shape, Told, shape_of
 from tandemkv.integrations.transformers.folders import Dtype
 from tandemkv.lanes.rig import require_two_processors
-from tandemkv.lanes.timeline import check_can_write, write_trace
+from tandemkv.lanes.timeline import write_trace
 from tandemkv.profiling import profile_of_this_machine
 from tandemkv.schedule import Machine, Plan, Solution, Work, predict
 from tandemkv.schedule.placement import Placement
@@ -78,7 +80,7 @@ class Settings:
             if path is not None and not self.runs:
                 raise InputError(f"{name} shows steps that ran: leave --no-run out")
             if path is not None:
-                check_can_write(name, path)
+                machine.check_can_write(name, path)
         if self.gantt is not None and find_spec("matplotlib") is None:
             raise UnavailableError("--gantt needs matplotlib: pip install 'tandemkv[plot]'")
 
@@ -111,9 +113,9 @@ def explain(folder: Path | None, settings: Settings, console: Console) -> Explan
     spec = _spec(shape, settings, settings.near_tokens)  # refuses what cannot be, before a profile is measured
     require_two_processors()
     profile = profile_of_this_machine(console)
-    machine = machine_for(profile, spec, links_of(profile, settings.link))
+    speeds = machine_for(profile, spec, links_of(profile, settings.link))
     work = work_for(spec, shape.num_q_heads, settings.batch, settings.context)
-    job = _Job(settings, shape, system, spec, machine, placement_for(system, work, machine, plan), plan)
+    job = _Job(settings, shape, system, spec, speeds, placement_for(system, work, speeds, plan), plan)
     groups = []
     for group in shape.groups:
         with console.status(f"steps of {group.name}"):
@@ -128,7 +130,7 @@ def explain(folder: Path | None, settings: Settings, console: Console) -> Explan
         batch=settings.batch,
         system=settings.system,
         lanes=system.lanes,
-        links=(machine.up, machine.down),
+        links=(speeds.up, speeds.down),
         processor=profile.measured_on["processor"],
         profiled=profile.date,
         others=shape.others,
@@ -187,17 +189,17 @@ def _measured(job: _Job, work: Work, window: int | None) -> Measured:
 def _written(settings: Settings, groups: list[Explained], console: Console) -> tuple[Path | None, Path | None]:
     """The picture and the trace, where they could be written: nobody loses the report for them."""
     runs = [group.measured for group in groups if group.measured is not None]
-    gantt, trace = settings.gantt, settings.trace
-    try:
-        if trace is not None:
-            write_trace(trace, [step for run in runs for step in run.steps])
-    except InputError as error:
-        trace = None
-        console.print(f"[red]error: {escape(str(error))}[/red]", highlight=False)
-    try:
-        if gantt is not None:
-            draw(runs[0].median_step, groups[0].title, gantt)  # those that see everything come first
-    except InputError as error:
-        gantt = None
-        console.print(f"[red]error: {escape(str(error))}[/red]", highlight=False)
+
+    def written(path: Path | None, write: Callable[[Path], None]) -> Path | None:
+        try:
+            if path is not None:
+                write(path)
+        except InputError as error:
+            console.print(f"[red]error: {escape(str(error))}[/red]", highlight=False)
+            return None
+        return path
+
+    trace = written(settings.trace, lambda path: write_trace(path, [step for run in runs for step in run.steps]))
+    # Those that see everything come first.
+    gantt = written(settings.gantt, lambda path: draw(runs[0].median_step, groups[0].title, path))
     return gantt, trace

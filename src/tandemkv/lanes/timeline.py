@@ -5,7 +5,6 @@ to a second track of its row.
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -99,17 +98,6 @@ def chrome_trace(steps: Sequence[Step]) -> dict[str, Any]:
     sorted_ = [_named("thread_sort_index", tid, sort_index=tid) for tid in range(len(tracks))]
     first = _named("process_name", 0, name="tandemkv")
     return {"displayTimeUnit": "ms", "traceEvents": [first, *named, *sorted_, *sorted(events, key=_when)]}
-
-
-def check_can_write(option: str, path: Path) -> None:
-    """InputError where a file could not be written there; before anything has taken time."""
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise InputError(f"{option} {path} is a folder: expected a file to write")
-    if not folder.is_dir():
-        raise InputError(f"{option} {path}: there is no folder {folder}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise InputError(f"{option} {path} cannot be written: this user may not")
 
 
 def write_trace(path: Path, steps: Sequence[Step]) -> None:
