@@ -87,50 +87,19 @@ def decode_rows(
     num_tiles = tl.cdiv(tl.cdiv(end, BLOCK_N) - first_tile, num_splits)
     begin = (first_tile + split * num_tiles) * BLOCK_N
     stop = tl.minimum(begin + num_tiles * BLOCK_N, end)
+    shape: tl.constexpr = (HEAD_DIM, V_DIM, NUM_KV_HEADS, PAGE, OF_BLOCKS, BLOCK_N)
     entries = table + (seq.to(tl.int64) * NUM_KV_HEADS + head) * num_entries
 
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, V_PAD), tl.float32)
     num_wild = 0
-    if DISTANCE > 0:
-        for i in tl.static_range(DISTANCE):
-            _ask_for_tile(
-                k,
-                v,
-                entries,
-                begin + i * BLOCK_N,
-                stop,
-                head,
-                num_slots,
-                HEAD_DIM,
-                V_DIM,
-                NUM_KV_HEADS,
-                PAGE,
-                OF_BLOCKS,
-                BLOCK_N,
-                ASK_K,
-                ASK_V,
-            )
+    pages = (k, v, entries, head, num_slots)
+    for i in tl.static_range(DISTANCE):
+        _ask_for_tile(pages, begin + i * BLOCK_N, stop, shape, ASK_K, ASK_V)
     for tile in range(begin, stop, BLOCK_N):
         if DISTANCE > 0:
-            _ask_for_tile(
-                k,
-                v,
-                entries,
-                tile + DISTANCE * BLOCK_N,
-                stop,
-                head,
-                num_slots,
-                HEAD_DIM,
-                V_DIM,
-                NUM_KV_HEADS,
-                PAGE,
-                OF_BLOCKS,
-                BLOCK_N,
-                ASK_K,
-                ASK_V,
-            )
+            _ask_for_tile(pages, tile + DISTANCE * BLOCK_N, stop, shape, ASK_K, ASK_V)
         tokens = tile + tl.arange(0, BLOCK_N)
         in_run = (tokens >= start) & (tokens < end)
         place, exists = _places(entries, tokens, in_run, head, num_slots, NUM_KV_HEADS, PAGE, OF_BLOCKS)
@@ -141,11 +110,7 @@ def decode_rows(
         scores = _dot(queries, keys, WIDEN) * scale
         if HAS_SOFTCAP:
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        seen = exists[None, :]
-        if CAUSAL:
-            seen = seen & (tokens[None, :] < last[:, None])
-        if HAS_WINDOW:
-            seen = seen & (tokens[None, :] >= last[:, None] - window)
+        seen = _seen(tokens, exists, last, window, CAUSAL, HAS_WINDOW)
         scores = tl.where(seen, scores * LOG2E, float("-inf"))
         if WITH_MASS:
             blocks = tile // 16 + tl.arange(0, BLOCK_N // 16)
@@ -168,14 +133,23 @@ def decode_rows(
     tl.atomic_or(flags, SLOT_OUT_OF_RANGE, mask=num_wild > 0)
     is_empty = total == 0.0
     where = split.to(tl.int64) * tl.num_programs(2) * num_q_heads * Q_LEN + row
-    tl.store(
-        lse + where, tl.where(is_empty, float("-inf"), best * LN2 + tl.log(tl.where(is_empty, 1.0, total))), mask=is_row
-    )
+    tl.store(lse + where, _log2(best, total) * LN2, mask=is_row)
     tl.store(
         out + where[:, None] * V_DIM + v_dims,
         acc / tl.where(is_empty, 1.0, total)[:, None],
         mask=is_row[:, None] & (v_dims < V_DIM)[None, :],
     )
+
+
+@triton.jit
+def _seen(tokens, exists, last, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Which query sees which token: those that exist, are before its `last`, and not `window` before that."""
+    seen = exists[None, :]
+    if CAUSAL:
+        seen = seen & (tokens[None, :] < last[:, None])
+    if HAS_WINDOW:
+        seen = seen & (tokens[None, :] >= last[:, None] - window)
+    return seen
 
 
 @triton.jit
@@ -228,24 +202,15 @@ def _places(
 
 
 @triton.jit
-def _ask_for_tile(
-    k,
-    v,
-    entries,
-    tile,
-    stop,
-    head,
-    num_slots,
-    HEAD_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    PAGE: tl.constexpr,
-    OF_BLOCKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ASK_K: tl.constexpr,
-    ASK_V: tl.constexpr,
-):
+def _ask_for_tile(pages, tile, stop, SHAPE: tl.constexpr, ASK_K: tl.constexpr, ASK_V: tl.constexpr):
     """For K and V of a tile to be in L2: nobody waits. What lies in one piece is asked for at once."""
+    k, v, entries, head, num_slots = pages
+    HEAD_DIM: tl.constexpr = SHAPE[0]
+    V_DIM: tl.constexpr = SHAPE[1]
+    NUM_KV_HEADS: tl.constexpr = SHAPE[2]
+    PAGE: tl.constexpr = SHAPE[3]
+    OF_BLOCKS: tl.constexpr = SHAPE[4]
+    BLOCK_N: tl.constexpr = SHAPE[5]
     piece: tl.constexpr = min(BLOCK_N, 16 if OF_BLOCKS else PAGE)
     for i in tl.static_range(BLOCK_N // piece):
         token = tile + i * piece
@@ -267,6 +232,7 @@ def _log2_sums(scores, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _log2(base, total):
+    """Of sums that were taken relative to 2^base; -inf for none."""
     return tl.where(total == 0.0, float("-inf"), base + tl.log2(tl.where(total == 0.0, 1.0, total)))
 
 
