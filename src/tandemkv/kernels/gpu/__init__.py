@@ -1,26 +1,29 @@
 """Attention over pages in a GPU's memory, by Triton kernels. Run by Triton's interpreter where `TRITON_INTERPRET=1`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
-from tandemkv.errors import InputError, UnsupportedError
-from tandemkv.kernels.checks import check_mass, check_query, check_rule
+from tandemkv.errors import InputError, UnavailableError, UnsupportedError
+from tandemkv.kernels.checks import check_mass, check_query, check_rule, raise_for
 from tandemkv.kernels.gpu import decode
 from tandemkv.kernels.gpu.config import Config, block_n_for, config_for
 from tandemkv.kernels.gpu.formats import DTYPES, k_format, padded, v_format
 from tandemkv.kernels.gpu.l2 import asks
 from tandemkv.kernels.gpu.placed import device_of, num_processors, placed
-from tandemkv.types import Arena, PagedKV, Partial, ScoreRule
+from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule
 
 LOG2E = 1.4426950408889634
 
-__all__ = ["Config", "append", "attend", "config_for", "merge", "raise_for", "unpack"]
+__all__ = ["Config", "append", "attend", "config_for", "failure", "is_interpreted", "merge", "raise_for", "unpack"]
 
 
 def attend(
@@ -79,7 +82,7 @@ def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -
         return
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
     block_n = min(16, triton.next_power_of_2(num_new))
-    with device_of(arena.k):
+    with _launching(arena.k):
         decode.append_rows[(triton.cdiv(num_new, block_n), num_heads, num_seqs)](
             arena.k,
             arena.v,
@@ -114,7 +117,7 @@ def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Ten
     block_n = block_n_for(source.layout.page_size)
     if not slots.shape[0]:
         return
-    with device_of(source.k):
+    with _launching(source.k):
         decode.unpack_pages[(slots.shape[0], source.num_kv_heads, source.layout.page_size // block_n)](
             source.k,
             source.v,
@@ -133,13 +136,35 @@ def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Ten
         )
 
 
-def raise_for(flags: Tensor) -> None:
-    """Waits for the device, if flags lie there. InputError for NaN in q, AssertionError for a slot that is none."""
-    found = int(flags)
-    if found & decode.SLOT_OUT_OF_RANGE.value:
-        raise AssertionError("a page table entry in use points outside its arena")
-    if found & decode.NAN_IN_Q.value:
-        raise InputError("q contains NaN: a layer before this attention produced it")
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels, on tensors in host memory."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def failure(device: torch.device) -> str:
+    """Why these kernels do not work on a device; '' where they do: a call over 16 equal tokens, whose lse is known."""
+    rows = PageLayout(torch.float32, 16)
+    try:
+        arena = Arena.allocate(rows, 1, 1, 16, device)
+        x = torch.ones(1, 1, 16, 16, device=device)
+        arena.k.zero_()
+        append(arena, torch.zeros(1, 1, 1, dtype=torch.int32, device="cpu"), 0, x, x)
+        zero = torch.zeros(1, dtype=torch.int64, device="cpu")
+        kv = PagedKV(arena, torch.zeros(1, 1, 1, dtype=torch.int32, device="cpu"), zero, zero + 16)
+        lse = float(attend(x[:, :, :1], kv, rule=ScoreRule(1.0)).lse)
+    except Exception as error:  # noqa: BLE001  no C compiler, a driver that is too old, whatever Triton raises
+        return f"a kernel of Triton {triton.__version__} does not run on {device}: {error or type(error).__name__}"
+    return "" if abs(lse - 16 - math.log(16)) < 1e-4 else f"a kernel on {device} computes {lse} for 18.7726"
+
+
+@contextmanager
+def _launching(x: Tensor) -> Iterator[None]:
+    """Kernels on x's device. UnavailableError where one does not compile."""
+    try:
+        with device_of(x):
+            yield
+    except (CompilationError, OutOfResources, PTXASError) as error:
+        raise UnavailableError(f"a kernel does not compile for {x.device}: {error}") from error
 
 
 class _Call(NamedTuple):
@@ -168,7 +193,7 @@ def _attend_run(call: _Call, kv: PagedKV, config: Config, parts: Partial, block_
     rows_of_masses = parts.lse if block_lse is None else block_lse
     k, row_blocks = k_format(arena), -(-group_size * q_len // config.block_m)
     grid = config.num_splits, arena.num_kv_heads * row_blocks, num_seqs
-    with device_of(q):
+    with _launching(q):
         decode.decode_pages[grid](
             q,
             arena.k,
@@ -213,7 +238,7 @@ def _merged(parts: Partial, sink_logit: Tensor | None = None) -> Partial:
         return Partial(*(x[0] for x in parts))
     out, lse = torch.empty_like(parts.out[0]), torch.empty_like(parts.lse[0])
     if lse.numel():
-        with device_of(out):
+        with _launching(out):
             decode.merge_parts[(lse.numel(),)](
                 *parts,
                 lse if sink_logit is None else sink_logit,

@@ -8,14 +8,15 @@ Query heads of a group are rows of one product: K and V are read once for all of
 import triton
 import triton.language as tl
 
+from tandemkv.kernels import checks
 from tandemkv.kernels.gpu import formats as f
 from tandemkv.kernels.gpu.tiles import INTERPRETED, kept_channels, keys_of, places, rounded, values_of
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
-NAN_IN_Q: tl.constexpr = tl.constexpr(1)
-SLOT_OUT_OF_RANGE: tl.constexpr = tl.constexpr(2)
+NAN_IN_Q: tl.constexpr = tl.constexpr(checks.NAN_IN_Q)
+SLOT_OUT_OF_RANGE: tl.constexpr = tl.constexpr(checks.SLOT_OUT_OF_RANGE)
 
 
 @triton.jit

@@ -8,8 +8,8 @@ from tandemkv.types import Arena, PageLayout
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 Format = tuple[str | int, ...]
-"""Of K or V: packing; stored channels or dims, and those padded to a power of 2; numbers of a head's slice of a page, of
-a token in it; channels or tokens that a word has; of codes where scales and zeros are. Then of V how many groups of
+"""Of K or V: packing; stored channels or dims, and those padded to a power of 2; numbers of a head's slice of a page,
+of a token in it; channels or tokens that a word has; of codes where scales and zeros are. Then of V how many groups of
 dims have scales; of K where exact channels are and how many, where kept ones are named, or -1, and where exact ones."""
 
 PACKING, STORED, PAD, SLICE, TOKEN, PER_WORD, SCALES, ZEROS = (tl.constexpr(place) for place in range(8))

@@ -15,8 +15,8 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def places(entries, tokens, exists, head, num_slots, PAGES: tl.constexpr):
-    """Which head's slice of the arena holds each token, in int64, its place in the page, and whether there is one. Where
-    not, the place can be read.
+    """Which head's slice of the arena holds each token, in int64, its place in the page, and whether there is one.
+    Where not, the place can be read.
 
     PAGES: (KV heads of a page, tokens of a page, whether entries are blocks of 16 tokens).
     """
