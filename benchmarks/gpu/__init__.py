@@ -1,0 +1,1 @@
+"""GPU kernels side by side, on one card at a time."""
