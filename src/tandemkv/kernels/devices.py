@@ -4,7 +4,7 @@ the two, and why, is never silent."""
 import functools
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -63,8 +63,8 @@ def append(arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor
 def why_not_triton(device: torch.device) -> str:
     """What keeps our kernels from a device; '' for nothing. Compiles a small one and runs it: a second, once."""
     try:
-        installed = version("triton")
-    except PackageNotFoundError:
+        installed = metadata.version("triton")
+    except metadata.PackageNotFoundError:
         return "triton is not installed: pip install 'tandemkv[gpu]'"
     if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_TRITON:
         return f"triton {installed} is too old: {'.'.join(map(str, OLDEST_TRITON))} or newer is needed"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import UnsupportedError
-from tandemkv.kernels.checks import NAN_IN_Q, check_mass, check_query, check_rule
+from tandemkv.kernels.checks import NAN_IN_Q, SLOT_OUT_OF_RANGE, check_mass, check_query, check_rule
 from tandemkv.types import BLOCK_TOKENS, Arena, PagedKV, Partial, ScoreRule
 
 
@@ -66,11 +66,11 @@ def attend(
     mass: Tensor | None = None,
 ) -> Partial:
     """See `tandemkv.kernels.devices.attend`: pages are gathered, then plain products in float32. Correct, not tuned,
-    for devices on which our own kernels do not work. Slots are taken as they are."""
+    for devices on which our own kernels do not work."""
     check_query(q, runs, causal, q.device.type)
     check_rule(rule, causal, len(runs))
     flags |= q.isnan().any().to(torch.int32) * NAN_IN_Q
-    dense = [_dense(q, kv, rule, causal and kv is runs[-1]) for kv in runs]
+    dense = [_dense(q, kv, rule, causal and kv is runs[-1], flags) for kv in runs]
     k, v, sees = (torch.cat(xs, dim) for xs, dim in zip(zip(*dense, strict=True), (2, 2, 3), strict=True))
     v = v.masked_fill(~sees.any(2).unsqueeze(-1), 0.0)  # a zero weight does not silence a NaN in V
     sees = sees.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -82,7 +82,7 @@ def attend(
     return Partial(out, lse)
 
 
-def _dense(q: Tensor, kv: PagedKV, rule: ScoreRule, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _dense(q: Tensor, kv: PagedKV, rule: ScoreRule, causal: bool, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """k, v `[num_seqs, heads, tokens of the table, dim]` and who sees them `[num_seqs, heads, q_len, tokens]`."""
     arena, q_len, device = kv.arena, q.shape[2], q.device
     if not isinstance(arena, Arena) or arena.layout.is_quantised or kv.of_blocks or kv.stands_in:
@@ -90,16 +90,17 @@ def _dense(q: Tensor, kv: PagedKV, rule: ScoreRule, causal: bool) -> tuple[Tenso
     slots, starts, lens = (x.to(device, non_blocking=True).long() for x in (kv.page_table, kv.kv_start, kv.kv_len))
     starts, lens = (x[:, None, None, None] for x in (starts, lens))
     tokens = torch.arange(slots.shape[2] * kv.entry_tokens, device=device)
-    exists = (tokens >= starts) & (tokens < lens)
-    is_used = exists[:, :, 0].unflatten(2, (-1, kv.entry_tokens)).any(3)
-    places = torch.where(is_used, slots, 0), torch.arange(arena.num_kv_heads, device=device)[:, None]
-    k, v = _rows_of_k(arena.k[places], arena), _rows_of_v(arena.v[places], arena)
-    sees = exists.expand(-1, arena.num_kv_heads, q_len, -1)
+    sees = ((tokens >= starts) & (tokens < lens)).expand(-1, arena.num_kv_heads, q_len, -1)
     if causal:
         query = lens - q_len + torch.arange(q_len, device=device)[:, None]  # which token it is
         sees = sees & (tokens <= query)
         sees = sees if rule.window is None else sees & (tokens > query - rule.window)
-    return k, v, sees
+    is_used = sees.any(2).unflatten(2, (-1, kv.entry_tokens)).any(3)
+    is_wild = is_used & ((slots < 0) | (slots >= arena.num_slots))
+    flags |= is_wild.any().to(torch.int32) * SLOT_OUT_OF_RANGE
+    places = torch.where(is_used & ~is_wild, slots, 0), torch.arange(arena.num_kv_heads, device=device)[:, None]
+    sees = sees & ~is_wild.repeat_interleave(kv.entry_tokens, 2).unsqueeze(2)
+    return _rows_of_k(arena.k[places], arena), _rows_of_v(arena.v[places], arena), sees
 
 
 def _rows_of_k(pages: Tensor, arena: Arena) -> Tensor:
