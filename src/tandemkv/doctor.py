@@ -134,12 +134,7 @@ def collect(probe_bytes: int = PROBE_BYTES) -> Report:
     threads = _threads()
     gpus = _gpus()
     memory = machine.memory()
-    backends = (
-        _native_choice(cpu, native_missing),
-        _torch_cpu_choice(),
-        _torch_cuda_choice(gpus),
-        _triton_choice(gpus),
-    )
+    on_gpu = _torch_cuda_choice(gpus), _triton_choice(gpus)
     return Report(
         versions=_versions(),
         processor=machine.processor(),
@@ -152,7 +147,7 @@ def collect(probe_bytes: int = PROBE_BYTES) -> Report:
         numa_nodes=machine.numa_nodes(),
         read_bandwidth=_read_bandwidth(cpu, native_missing, threads.default_threads, probe_bytes, memory.available),
         gpus=gpus,
-        backends=backends,
+        backends=(_native_choice(cpu, native_missing), _torch_cpu_choice(), *on_gpu),
         warnings=tuple(_warnings(threads, native_missing)),
     )
 
@@ -277,18 +272,10 @@ def _triton_choice(gpus: Gpus) -> Choice:
     why_not = devices.why_not_triton(device)
     if why_not:
         return Choice("triton", False, f"{why_not}; torch attends near tokens instead")
-    return Choice(
-        "triton", True, f"decode over near pages on CUDA, merge: triton {_installed('triton')}; {_prefetch(device)}"
-    )
-
-
-def _prefetch(device: torch.device) -> str:
-    from tandemkv.kernels.gpu.l2 import BULK_CAPABILITY
-
     major, minor = torch.cuda.get_device_capability(device)
-    if 10 * major + minor >= BULK_CAPABILITY:
-        return "pages can be asked for in L2 in bulk"
-    return f"compute capability {major}.{minor} has no bulk prefetch (9.0 has): pages are asked for in L2 line by line"
+    l2 = "in bulk" if major >= 9 else f"line by line (compute capability {major}.{minor}, bulk requests came with 9.0)"
+    attends = f"decode over near pages on CUDA, merge: triton {_installed('triton')}"
+    return Choice("triton", True, f"{attends}; pages can be asked for in L2 {l2}")
 
 
 def _versions() -> dict[str, str | None]:
