@@ -1,15 +1,20 @@
 """The decode kernel, as a GPU or Triton's interpreter computes it, against the float64 reference behind poisoned
 pages."""
 
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 
 from tandemkv.errors import InputError
 from tandemkv.kernels import gpu, reference
+from tandemkv.kernels.checks import raise_for
 from tandemkv.kernels.gpu import Config
 from tandemkv.kernels.gpu.config import config_for
+from tandemkv.kernels.gpu.l2 import code_bytes
 from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule
 from tests.kernels.test_attend import COVER
 from tests.paged import Case, Shape, build
@@ -31,7 +36,7 @@ def attend(case: Case, shape: Shape, config: Config | None = None, mass: torch.T
     part = gpu.attend(
         case.q.to(DEVICE), placed(case.kv), rule=shape.rule, causal=shape.causal, config=config, flags=flags, mass=mass
     )
-    gpu.raise_for(flags)
+    raise_for(flags)
     return Partial(part.out.cpu(), part.lse.cpu())
 
 
@@ -157,3 +162,65 @@ def test_programs_fill_the_gpu_and_parts_stay_long() -> None:
     assert config_for(64, 32, 1, 131_072, 132).num_splits == 1
     assert config_for(1, 8, 4, 512, 132).num_splits == 2
     assert config_for(1, 8, 128, 131_072, 132).block_m == 64
+
+
+class Asked:
+    """In the place of the assembly that asks for pieces: byte addresses in K and V, as the interpreter has them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.addresses: dict[str, list[int]] = {"k": [], "v": []}
+        monkeypatch.setattr(tl, "inline_asm_elementwise", self.note)
+
+    def note(self, asm: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> None:
+        self.addresses[asm] += [int(address) for address in args[0].handle.data.reshape(-1)]
+
+    def pieces(self, x: torch.Tensor, name: str, piece_bytes: int) -> Counter[int]:
+        """How often each piece of an arena was asked for."""
+        offsets = [address - x.data_ptr() for address in self.addresses[name]]
+        assert all(offset % piece_bytes == 0 and 0 <= offset < x.nbytes for offset in offsets)
+        return Counter(offset // piece_bytes for offset in offsets)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="assembly cannot be looked into on a GPU")
+@pytest.mark.parametrize("distance", [1, 2])
+@pytest.mark.parametrize("packing", ["rows", "int8"])
+def test_every_piece_that_is_read_is_asked_for_once(
+    packing: str, distance: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = Arena.allocate(PageLayout(torch.float32, 32, packing), 9, 2, 64)  # type: ignore[arg-type]
+    for x in (arena.k, arena.v):
+        x.zero_()
+    table = torch.randperm(9)[:8].view(2, 1, 4).int().expand(2, 2, 4)
+    kv = PagedKV(arena, table, torch.tensor([0, 40]), torch.tensor([100, 70]))
+    sizes = [int(32 * size) for size in code_bytes(arena)]
+    asked = Asked(monkeypatch)
+    monkeypatch.setattr("tandemkv.kernels.gpu.calls.asks", lambda *args: (distance, "k", "v"))
+    config = Config(block_n=64 if packing == "rows" else 32, num_splits=2, distance=distance)
+    gpu.attend(torch.randn(2, 4, 1, 64), kv, rule=ScoreRule(0.1), config=config)
+    slots = [
+        *table[0, 0].tolist(),
+        *table[1, 0, 0 if packing == "rows" else 1 : 3].tolist(),
+    ]  # tiles, of 2 pages in rows
+    for x, name, size in ((arena.k, "k", sizes[0]), (arena.v, "v", sizes[1])):
+        if packing == "int8":  # codes are in front of the scales
+            offsets = [address - x.data_ptr() for address in asked.addresses[name]]
+            found = Counter(divmod(offset, x.shape[2]) for offset in offsets)
+            assert found == Counter({(2 * slot + head, 0): 1 for slot in slots for head in range(2)})
+        else:
+            assert asked.pieces(x, name, size) == Counter({2 * slot + head: 1 for slot in slots for head in range(2)})
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="assembly cannot be looked into on a GPU")
+@pytest.mark.parametrize(("max_bytes", "expected"), [(10**9, 12), (65_536 * 5, 5), (65_535, 0)])
+def test_what_is_pulled_is_bounded(max_bytes: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 64 tokens x 128 in float32 are 64 KiB, K and V; 12 are read."""
+    arena = Arena.allocate(PageLayout(torch.float32), 9, 2, 128)
+    kv = PagedKV(arena, torch.randperm(9)[:8].view(2, 1, 4).int().expand(2, 2, 4), *torch.tensor([[0, 64], [256, 190]]))
+    asked = Asked(monkeypatch)
+    monkeypatch.setattr("tandemkv.kernels.gpu.moves.asks_for_pieces", lambda *args: ("k", "v"))
+    monkeypatch.setattr("tandemkv.kernels.gpu.calls.config_for", lambda *args: Config(num_splits=2))
+    assert gpu.pull(torch.randn(2, 4, 1, 128), kv, ScoreRule(1.0), max_bytes) <= max_bytes
+    pieces = asked.pieces(arena.k, "k", 32_768), asked.pieces(arena.v, "v", 32_768)
+    assert pieces[0] == pieces[1]
+    assert sum(pieces[0].values()) == expected
+    assert set(pieces[0].values()) <= {1}

@@ -9,6 +9,7 @@ import torch
 
 from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.kernels import cpu, gpu, reference
+from tandemkv.kernels.checks import raise_for
 from tandemkv.kernels.gpu import Config
 from tandemkv.types import Arena, Arenas, PagedKV, PageLayout, Partial, ScoreRule
 from tests.dense import visible_tokens
@@ -101,7 +102,7 @@ def test_attended_as_the_rows_that_they_stand_for(name: str, of_blocks: bool) ->
     flags = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     there = replace(kv, arena=on_device(arena))
     part = gpu.attend(q.to(DEVICE), there, rule=rule, causal=causal, flags=flags, config=Config(num_splits=2))
-    gpu.raise_for(flags)
+    raise_for(flags)
     part = Partial(part.out.cpu(), part.lse.cpu())
     expected = reference.attend(q, kv, rule=rule, causal=causal)
     if of_blocks:  # heads see tokens of their own: as sequences of one head each
@@ -149,7 +150,7 @@ def test_codes_with_wild_slots_set_the_flag() -> None:
     part = gpu.attend(torch.randn(1, 2, 1, 128).to(DEVICE), kv, rule=ScoreRule(0.1), flags=flags)
     assert bool((part.lse == -torch.inf).all())
     with pytest.raises(AssertionError, match="points outside its arena"):
-        gpu.raise_for(flags)
+        raise_for(flags)
 
 
 def test_what_cannot_be_unpacked_or_attended_is_refused() -> None:

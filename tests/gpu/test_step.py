@@ -115,11 +115,11 @@ def test_a_probe_that_computes_something_else_is_a_failure(monkeypatch: pytest.M
     from tandemkv.kernels import gpu
 
     wrong = Partial(torch.zeros(1, 1, 1, 16), torch.full((1, 1, 1), 3.0))
-    monkeypatch.setattr(gpu, "attend", lambda *args, **kwargs: wrong)
+    monkeypatch.setattr("tandemkv.kernels.gpu.works.attend", lambda *args, **kwargs: wrong)
     assert gpu.failure(HERE) == "a kernel on cpu computes 3.0 for 18.7726"
 
     def failing(*args: object, **kwargs: object) -> None:
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(gpu, "attend", failing)
+    monkeypatch.setattr("tandemkv.kernels.gpu.works.attend", failing)
     assert gpu.failure(HERE).endswith("does not run on cpu: Failed to find C compiler")

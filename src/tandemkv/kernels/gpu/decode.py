@@ -92,10 +92,7 @@ def decode_pages(
     last = end - Q_LEN + 1 + query if CAUSAL else tl.zeros_like(query) + end  # a query sees what is before
     if HAS_WINDOW:
         start = tl.maximum(start, end - Q_LEN + 1 - window)
-    first_tile = start // BLOCK_N
-    num_tiles = tl.cdiv(tl.cdiv(end, BLOCK_N) - first_tile, num_splits)
-    begin = (first_tile + split * num_tiles) * BLOCK_N
-    stop = tl.minimum(begin + num_tiles * BLOCK_N, end)
+    begin, stop = _part(start, end, split, num_splits, BLOCK_N)
     entries = table + (seq.to(tl.int64) * PAGES[0] + head) * num_entries
 
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -152,6 +149,15 @@ def decode_pages(
         acc / tl.where(is_empty, 1.0, total)[:, None],
         mask=is_row[:, None] & (v_dims < V_DIM)[None, :],
     )
+
+
+@triton.jit
+def _part(start, end, split, num_splits, BLOCK_N: tl.constexpr):
+    """Tokens [begin, stop) of a split: whole tiles, of which the run's first and last may be cut."""
+    first_tile = start // BLOCK_N
+    num_tiles = tl.cdiv(tl.cdiv(end, BLOCK_N) - first_tile, num_splits)
+    begin = (first_tile + split * num_tiles) * BLOCK_N
+    return begin, tl.minimum(begin + num_tiles * BLOCK_N, end)
 
 
 @triton.jit
@@ -355,3 +361,35 @@ def append_rows(
     to_k, to_v = k + piece * K[f.SLICE] + offset * K[f.TOKEN], v + piece * V[f.SLICE] + offset * V[f.TOKEN]
     tl.store(to_k[:, None] + channels, tl.load(from_k[:, None] + channels, mask=of_k, other=0.0), mask=of_k)
     tl.store(to_v[:, None] + v_dims, tl.load(from_v[:, None] + v_dims, mask=of_v, other=0.0), mask=of_v)
+
+
+@triton.jit
+def pull_pages(
+    k,
+    v,
+    table,
+    starts,
+    lens,
+    window,
+    num_slots,
+    num_entries,
+    lens_seq_stride,
+    lens_head_stride,
+    num_tiles,
+    PAGES: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """Grid: (splits, KV heads, sequences), those of the `decode_pages` that comes next. Each program asks for the first
+    tiles of what it will read then, all together for num_tiles, and ends without waiting for them."""
+    split, num_splits, head, seq = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.program_id(2)
+    at = seq * lens_seq_stride + head * lens_head_stride
+    start, end = tl.load(starts + at).to(tl.int32), tl.load(lens + at).to(tl.int32)
+    begin, stop = _part(tl.maximum(start, end - window), end, split, num_splits, BLOCK_N)
+    program, num_programs = (seq * PAGES[0] + head) * num_splits + split, num_splits * PAGES[0] * tl.num_programs(2)
+    its_tiles = num_tiles // num_programs + (program < num_tiles % num_programs).to(tl.int32)
+    arena = (k, v, table + (seq.to(tl.int64) * PAGES[0] + head) * num_entries, head, num_slots)
+    for i in range(its_tiles):
+        _ask_for_tile(arena, begin + i * BLOCK_N, stop, PAGES, K, V, BLOCK_N, AHEAD)

@@ -20,18 +20,27 @@ _LINE_BYTES = 128
 
 
 def asks(kv: PagedKV, config: Config, num_programs: int, device: torch.device) -> Ahead:
-    """What a call of so many programs asks for; nothing where tiles are no whole pieces, what is asked for would not
-    fit L2, and in the interpreter."""
-    arena, piece = kv.arena, min(config.block_n, kv.entry_tokens)
-    is_whole = config.block_n % piece == 0 and kv.entry_tokens % piece == 0
-    if config.distance == 0 or device.type != "cuda" or not is_whole:
+    """What a call of so many programs asks for; nothing where what is asked for would not fit L2, where tiles are no
+    whole pieces, and in the interpreter."""
+    if config.distance == 0 or not fits_l2(tile_bytes(kv, config), config.distance, num_programs, l2_bytes(device)):
         return NOTHING_AHEAD
-    sizes = [int(piece * size) for size in code_bytes(arena)]
-    tile_bytes = config.block_n // piece * sum(sizes)
-    if not fits_l2(tile_bytes, config.distance, num_programs, l2_bytes(device)):
-        return NOTHING_AHEAD
+    ask_k, ask_v = asks_for_pieces(kv, config, device)
+    return (config.distance, ask_k, ask_v) if ask_k else NOTHING_AHEAD
+
+
+def asks_for_pieces(kv: PagedKV, config: Config, device: torch.device) -> tuple[str, str]:
+    """Assembly for a piece of K and for one of V, or none of both."""
+    piece = min(config.block_n, kv.entry_tokens)
+    if device.type != "cuda" or config.block_n % piece or kv.entry_tokens % piece:
+        return "", ""
+    sizes = (int(piece * size) for size in code_bytes(kv.arena))
     ask_k, ask_v = (prefetch_ptx(capability(device), size, 32 * config.num_warps) for size in sizes)
-    return (config.distance, ask_k, ask_v) if ask_k and ask_v else NOTHING_AHEAD
+    return (ask_k, ask_v) if ask_k and ask_v else ("", "")
+
+
+def tile_bytes(kv: PagedKV, config: Config) -> int:
+    """Of a tile of one KV head, K and V, that are asked for."""
+    return int(config.block_n * sum(code_bytes(kv.arena)))
 
 
 def code_bytes(arena: AnyArena) -> tuple[float, float]:

@@ -1,12 +1,17 @@
 """Where kernels run: devices, what they have, and what lies on them of host memory's tables."""
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from tandemkv.errors import UnavailableError
 
 
 class _Copy(NamedTuple):
@@ -37,9 +42,14 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-def device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+@contextmanager
+def launching(x: Tensor) -> Iterator[None]:
+    """Kernels on x's device: Triton launches on the current one. UnavailableError where a kernel does not compile."""
+    try:
+        with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+            yield
+    except (CompilationError, OutOfResources, PTXASError) as error:
+        raise UnavailableError(f"a kernel does not compile for {x.device}: {error}") from error
 
 
 @functools.cache

@@ -143,16 +143,23 @@ def compiled(variant: Variant, num_warps: int = 4, num_stages: int = 3) -> Any:
 
 
 def compiled_moves(capability: int, packing: str, dtype: str, head_dim: int) -> dict[str, Any]:
-    """The kernel that unpacks such pages, by its name; and of rows those that append tokens and merge parts."""
+    """The kernel that unpacks such pages, by its name; and of rows those that append tokens, merge parts and pull
+    pages into L2."""
     arena = arena_of(packing, dtype, head_dim)
     if packing != "rows":
         types = {**_arena_types(arena), **_arena_types(arena_of("rows", dtype, head_dim), "rows_k", "rows_v")}
         constants = {**_of_pages(arena), "BLOCK_N": 64, "D_PAD": padded(head_dim)}
         return {"unpack": _compiled(decode.unpack_pages, capability, types, constants)}
     types = {**_arena_types(arena), **_arena_types(arena, "new_k", "new_v")}
-    append = _compiled(decode.append_rows, capability, types, {**_of_pages(arena), "BLOCK_N": 16})
-    constants = {"V_DIM": head_dim, "V_PAD": padded(head_dim), "HAS_SINK": True}
-    return {"append": append, "merge": _compiled(decode.merge_parts, capability, {}, constants)}
+    asks = [prefetch_ptx(capability, int(64 * size), 128) for size in code_bytes(arena)]
+    of_merge = {"V_DIM": head_dim, "V_PAD": padded(head_dim), "HAS_SINK": True}
+    return {
+        "append": _compiled(decode.append_rows, capability, types, {**_of_pages(arena), "BLOCK_N": 16}),
+        "merge": _compiled(decode.merge_parts, capability, {}, of_merge),
+        "pull": _compiled(
+            decode.pull_pages, capability, types, {**_of_pages(arena), "BLOCK_N": 64, "AHEAD": (0, *asks)}
+        ),
+    }
 
 
 def _of_pages(arena: Arena, of_blocks: bool = False) -> dict[str, Any]:

@@ -1,0 +1,118 @@
+"""Tokens and pages that move: into pages, out of packed ones, and into L2."""
+
+import torch
+import triton
+from torch import Tensor
+
+from tandemkv.errors import InputError, UnsupportedError
+from tandemkv.kernels.gpu import decode
+from tandemkv.kernels.gpu.calls import check_run, config_of
+from tandemkv.kernels.gpu.config import block_n_for
+from tandemkv.kernels.gpu.formats import DTYPES, k_format, padded, v_format
+from tandemkv.kernels.gpu.l2 import asks_for_pieces, tile_bytes
+from tandemkv.kernels.gpu.placed import launching, placed
+from tandemkv.types import Arena, PagedKV, ScoreRule
+
+
+def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> None:
+    """`tandemkv.kernels.append` into an arena of rows on a device; the table may lie there or in host memory, which no
+    call waits for."""
+    if arena.layout.packing != "rows":
+        raise UnsupportedError(f"on a GPU tokens are appended to pages of rows, got {arena.layout.packing}")
+    arena.check_tokens(page_table.shape[0], k, v)
+    num_seqs, num_heads, num_new = k.shape[:3]
+    if not num_seqs * num_new:
+        return
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    block_n = min(16, triton.next_power_of_2(num_new))
+    with launching(arena.k):
+        decode.append_rows[(triton.cdiv(num_new, block_n), num_heads, num_seqs)](
+            arena.k,
+            arena.v,
+            placed(page_table, arena.k.device),
+            k,
+            v,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            begin,
+            num_new,
+            arena.num_slots,
+            page_table.shape[2],
+            PAGES=(arena.num_kv_heads, arena.layout.page_size, False),
+            K=k_format(arena),
+            V=v_format(arena),
+            BLOCK_N=block_n,
+        )
+
+
+def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Tensor) -> None:
+    """Pages of any packing -> pages of rows on the same device, rounded as `gather` does: what came up a link.
+
+    source_slots, target_slots: int32 `[num_pages]`, there or in host memory; slots in range, targets named once.
+    InputError for arenas whose pages are not of one shape, or lie on two devices.
+    """
+    shapes = [(a.layout.dtype, a.layout.page_size, a.num_kv_heads, a.head_dim, a.v_head_dim) for a in (source, target)]
+    if shapes[0] != shapes[1] or target.layout.packing != "rows" or source.k.device != target.k.device:
+        raise InputError(f"pages become rows of the same shape on one device, got {shapes[0]} and {shapes[1]}")
+    slots, targets = (placed(x, source.k.device) for x in (source_slots, target_slots))
+    if slots.dtype != torch.int32 or targets.dtype != torch.int32 or slots.dim() != 1 or slots.shape != targets.shape:
+        raise InputError(f"slots must be int32 of one length, got {list(slots.shape)} and {list(targets.shape)}")
+    block_n = block_n_for(source.layout.page_size)
+    if not slots.shape[0]:
+        return
+    with launching(source.k):
+        decode.unpack_pages[(slots.shape[0], source.num_kv_heads, source.layout.page_size // block_n)](
+            source.k,
+            source.v,
+            target.k,
+            target.v,
+            slots,
+            targets,
+            HEAD_DIM=source.head_dim,
+            V_DIM=source.v_head_dim,
+            PAGES=(source.num_kv_heads, source.layout.page_size, False),
+            K=k_format(source),
+            V=v_format(source),
+            DTYPE=DTYPES[source.layout.dtype],
+            BLOCK_N=block_n,
+            D_PAD=padded(source.head_dim),
+        )
+
+
+def pull(q: Tensor, kv: PagedKV, rule: ScoreRule, max_bytes: int) -> int:
+    """Let pages that `attend` of such a q will read come to L2, at most so many bytes: the first tiles of each of its
+    programs. Enqueued as any kernel, it computes nothing and waits for nothing. Returns the bytes asked for at most; 0
+    where nothing can be asked for, as in the interpreter."""
+    config, device = config_of(q, kv, None), q.device
+    arena = kv.arena
+    check_run(q, kv)
+    assert isinstance(arena, Arena)
+    ask_k, ask_v = asks_for_pieces(kv, config, device)
+    num_programs = config.num_splits * arena.num_kv_heads * q.shape[0]
+    tokens = kv.page_table.shape[2] * kv.entry_tokens
+    most = num_programs * -(-tokens // config.block_n // config.num_splits)
+    num_tiles = min(most, max_bytes // tile_bytes(kv, config))
+    if not ask_k or not num_tiles:
+        return 0
+    table, starts, lens = (placed(x, device) for x in (kv.page_table, kv.kv_start, kv.kv_len))
+    with launching(q):
+        decode.pull_pages[(config.num_splits, arena.num_kv_heads, q.shape[0])](
+            arena.k,
+            arena.v,
+            table,
+            starts,
+            lens,
+            min(rule.window or 1 << 30, 1 << 30),
+            arena.num_slots,
+            table.shape[2],
+            lens.stride(0),
+            lens.stride(1) if lens.dim() == 2 else 0,
+            num_tiles,
+            PAGES=(arena.num_kv_heads, arena.layout.page_size, kv.of_blocks),
+            K=k_format(arena),
+            V=v_format(arena),
+            BLOCK_N=config.block_n,
+            AHEAD=(0, ask_k, ask_v),
+            num_warps=config.num_warps,
+        )
+    return num_tiles * tile_bytes(kv, config)
