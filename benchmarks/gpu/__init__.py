@@ -1,0 +1,1 @@
+"""The GPU's benchmark: `python -m benchmarks.gpu --help` teaches."""
