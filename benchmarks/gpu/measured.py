@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from benchmarks import common
 from benchmarks.gpu.bootstrap import elapsed_s
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import Pools
+from benchmarks.gpu.compilers import Compilers
 from benchmarks.gpu.ground import Facts, Ground, Speeds, slug, smi
 from benchmarks.gpu.peers import told
 from benchmarks.gpu.report import LOG, Report
@@ -58,12 +60,13 @@ def measure_and_report(options: Options, arguments: Sequence[str], native: str, 
     report = Report(run_of(ground.facts, arguments), native, tested, ground, smi={"before": before})
     tell(f"{report.run}\nnative module: {native}; copy {ground.speeds.copy_gbps:,.0f} GB/s")
     budget = Budget(QUICK_S if options.quick else LIMIT_S - elapsed_s())
-    pools = Pools(ground.device, lambda: _free_bytes(ground))
-    for name, found in measured(sections, Bench(ground, pools, options.quick, tell), budget):
+    pools, compilers = Pools(ground.device, lambda: _free_bytes(ground)), Compilers(ground.device)
+    for name, found in measured(sections, Bench(ground, pools, compilers, options.quick, tell), budget):
         report.found[name] = found
         if options.out is not None:
             report.save_json(options.out)  # what is there stays when the run is cut off
     pools.release()
+    compilers.close()
     report.copy_after, report.smi["after"] = _again(ground, tell), smi()
     for line in report.save(options.out, sections) if options.out is not None else ():
         tell(line)
@@ -92,8 +95,8 @@ def measured(sections: Mapping[str, Section], bench: Bench, budget: Budget) -> I
         try:
             section.measure(bench, part, found)
         except Exception as error:  # noqa: BLE001  told in the table, and in the exit code
-            found.error = told(error)
-            bench.tell(f"{name} ended early: {found.error}")
+            found.error, found.traceback = told(error), traceback.format_exc()
+            bench.tell(f"{name} ended early:\n{found.traceback}")
         found.seconds = time.monotonic() - began
         yield name, found
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import Run
@@ -24,7 +25,7 @@ def draw_speed(rows: Sequence["Row"], run: Run, path: Path) -> str:
 
     models, batches = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "batch"))
     batches.sort()
-    figure = Figure(figsize=(2 + 3.0 * len(models), 1.6 + 2.2 * len(batches)), layout="constrained")
+    figure = Figure(figsize=(max(8.5, 2 + 3.0 * len(models)), 1.6 + 2.2 * len(batches)), layout="constrained")
     panels = figure.subplots(len(batches), len(models), sharex=True, sharey=True, squeeze=False)
     for i, batch in enumerate(batches):
         for j, model in enumerate(models):
@@ -51,7 +52,8 @@ def draw_paper(rows: Sequence["Row"], run: Run, path: Path) -> str:
     models, contexts, variants = (
         list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "context", "variant")
     )
-    figure = Figure(figsize=(2 + 1.3 * len(contexts), 1.4 + 2.2 * len(models)), layout="constrained")
+    contexts.sort()
+    figure = Figure(figsize=(max(8.5, 2 + 1.3 * len(contexts)), 1.4 + 2.2 * len(models)), layout="constrained")
     width = 0.85 / len(variants)
     for axes, model in zip(figure.subplots(len(models), 1, sharex=True, squeeze=False)[:, 0], models, strict=True):
         for i, variant in enumerate(variants):
@@ -64,7 +66,7 @@ def draw_paper(rows: Sequence["Row"], run: Run, path: Path) -> str:
         axes.set_xticks(range(len(contexts)), [f"{context:,}" for context in contexts])
         axes.spines[["top", "right"]].set_visible(False)
     bars, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(bars, names, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(bars, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return _saved(figure, "K and V once over time, batch 64, float16: the paper's design and ours", run, path)
 
 
@@ -103,7 +105,7 @@ def _panel(axes: "Axes", rows: Sequence["Row"]) -> None:
 
 
 def _saved(figure: "Figure", title: str, run: Run, path: Path) -> str:
-    figure.suptitle(f"{title}\n{run.machine}; {run.commit}", fontsize=10)
+    figure.suptitle("\n".join([title, *wrap(f"{run.machine}; {run.commit}", 110)]), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return f"picture: {path}"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from benchmarks.common import Run
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import Pools
+from benchmarks.gpu.compilers import Compilers
 from benchmarks.gpu.ground import Ground
 
 Row = dict[str, Any]
@@ -17,13 +18,15 @@ Row = dict[str, Any]
 @dataclass
 class Found:
     """Filled as it is measured, so that what was found stays when a section is cut off. missed: cases that were not
-    measured, and why. notes: what has to be told beside the numbers. error: what ended the section early."""
+    measured, and why. notes: what has to be told beside the numbers. error: what ended the section early, in a line;
+    traceback: where."""
 
     rows: list[Row] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     error: str = ""
+    traceback: str = ""
 
     @property
     def wrong(self) -> list[Row]:
@@ -37,6 +40,7 @@ class Bench:
 
     ground: Ground
     pools: Pools
+    compilers: Compilers
     quick: bool
     tell: Callable[[str], None]
 

@@ -21,6 +21,7 @@ from benchmarks.gpu import bootstrap, command, counters, measured, peers, prefet
 from benchmarks.gpu.bootstrap import ROOT
 from benchmarks.gpu.budget import Allowance, Budget
 from benchmarks.gpu.cases import MODELS, PAGE, Case, Form, Model, Pool, Pools, Problem
+from benchmarks.gpu.compilers import ALIGNED, Compilers, compile_one, like
 from benchmarks.gpu.ground import CudaTimer, Facts, Ground, Sample, slug, times_of
 from benchmarks.gpu.peers import Entrants, Forms
 from benchmarks.gpu.report import MOST_FILES, Report
@@ -72,7 +73,7 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bench(ground: Ground) -> Bench:
-    return Bench(ground, Pools(CPU, lambda: 1 << 20), quick=False, tell=lambda _: None)
+    return Bench(ground, Pools(CPU, lambda: 1 << 20), Compilers(CPU), quick=False, tell=lambda _: None)
 
 
 @pytest.fixture
@@ -477,6 +478,24 @@ def test_why_counters_are_missing(bench: Bench, monkeypatch: pytest.MonkeyPatch,
     assert "ERR_NVGPUCTRPERM" in found.notes[1] and not found.rows
 
 
+def test_small_cases_are_compiled_in_the_place_of_large_ones() -> None:
+    """Triton tells numbers that are 1, multiples of 16, and others apart; small ones are what large ones are."""
+    counts: tuple[Callable[[Case], int], ...] = (
+        lambda x: x.num_pages,
+        lambda x: x.num_pages * x.batch,
+        lambda x: 4 * x.num_pages,
+    )
+    contexts, batches = (528, 1024, 1536, 2048, 4608, 8704, 131_072), (1, 4, 16, 64)
+    for case in (Case(model, context, batch) for model in MODELS for context in contexts for batch in batches):
+        small = like(case)
+        assert small.kv_bytes <= 300 << 20 and small.model == case.model
+        for count in counts:
+            assert 1 not in (count(case), count(small))
+            assert (count(case) % ALIGNED == 0) == (count(small) % ALIGNED == 0)
+    compile_one("cpu", like(Case(TINY, 64 * 18, 1)), gpu.Config(distance=1))
+    Compilers(CPU).compile([(CASE, gpu.Config())], 0.0)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -539,6 +558,7 @@ def test_a_section_that_fails_leaves_the_others(
     assert measured.measure_and_report(options(tmp_path, "broken", "speed"), [], "found", lambda: ground) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["sections"]
     assert found["broken"]["error"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert "in breaking" in found["broken"]["traceback"]
     assert found["broken"]["rows"] == [{"model": "Tiny", "ratio": None}]
     assert len(found["speed"]["rows"]) == 2
 
