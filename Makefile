@@ -9,6 +9,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CSRC := $(wildcard csrc/*.cc csrc/*.h)
 CSRC_TESTS := $(wildcard csrc/tests/*.cc csrc/tests/*.h)
+CUDA := $(wildcard benchmarks/gpu/*/*.cu tests/gpu/*.cc tests/gpu/*.h)
 
 # A comma that does not separate the arguments of $(call).
 , := ,
@@ -45,7 +46,7 @@ check: $(INSTALLED)  ## format, lint, types, layers, native tests, pytest; stops
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(CSRC_TESTS)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(CSRC_TESTS) $(CUDA)
 	$(MAKE) --no-print-directory native
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
@@ -60,7 +61,7 @@ soak: $(INSTALLED)  ## random operations of many sequences beside stock for 5 mi
 format: $(INSTALLED)  ## format Python and C++, and apply ruff's safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC) $(CSRC_TESTS)
+	$(BIN)/clang-format -i $(CSRC) $(CSRC_TESTS) $(CUDA)
 
 native: $(INSTALLED)  ## the native tests as they ship
 	$(call build_native,native)

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from tandemkv import doctor, machine
-from tandemkv.kernels import cpu, probes, torch_ops
+from tandemkv.kernels import cpu, devices, probes, torch_ops
 from tandemkv.types import Partial, ScoreRule
 
 GIB = 1 << 30
@@ -103,8 +103,36 @@ def test_bandwidth_takes_no_more_than_a_quarter_of_what_is_left() -> None:
 
 def test_backends_that_work_here_are_used(report: doctor.Report) -> None:
     used = {backend.name: backend.used for backend in report.backends}
-    assert used == {"native cpu": True, "torch cpu": True, "torch cuda": torch.cuda.is_available(), "triton": False}
+    assert used == {
+        "native cpu": True,
+        "torch cpu": True,
+        "torch cuda": torch.cuda.is_available(),
+        "triton": torch.cuda.is_available(),
+    }
     assert all(backend.reason for backend in report.backends)
+
+
+@pytest.mark.parametrize(
+    ("why_not", "capability", "used", "told"),
+    [
+        ("triton is not installed: pip install 'tandemkv[gpu]'", (9, 0), False, "tandemkv[gpu]'; torch attends near"),
+        ("", (9, 0), True, "pages can be asked for in L2 in bulk"),
+        ("", (8, 6), True, "line by line (compute capability 8.6, bulk requests came with 9.0)"),
+    ],
+)
+def test_of_a_gpu_one_line_says_who_attends_and_how(
+    why_not: str, capability: tuple[int, int], used: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "why_not_triton", lambda device: why_not)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    choice = doctor._triton_choice(doctor.Gpus((doctor.Gpu("a GPU", GIB, "9.0"),), ""))
+    assert choice.used == used
+    assert told in choice.reason
+
+
+def test_without_a_gpu_the_line_of_triton_says_why() -> None:
+    choice = doctor._triton_choice(doctor.Gpus((), "the driver is too old (found version 11040)"))
+    assert choice == doctor.Choice("triton", False, "the driver is too old (found version 11040)")
 
 
 def test_torch_cpu_is_not_used_where_its_lse_is_of_another_base(monkeypatch: pytest.MonkeyPatch) -> None:

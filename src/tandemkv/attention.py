@@ -12,7 +12,7 @@ from torch import Tensor
 from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
-from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, gather, merge
+from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, devices, merge
 from tandemkv.lanes import LANES, Ahead, Crew, HybridCrew, Inputs, Staging, Task, TorchRig, drive
 from tandemkv.lanes.hybrid import join, near_logits, pick
 from tandemkv.select import MAX_SELECT_QUERIES
@@ -102,15 +102,11 @@ def extend_and_attend(
     except for the result.
     """
     num_seqs, num_q_heads, q_len, _ = q.shape
-    if q_len <= _max_step(q, layer):
+    if q_len <= _max_step(layer):
         weigh_channels(q, layer)
         layer.evict()
         worker_pool().rouse()  # they wake while this thread adds the new tokens
         return decode_step(q, k, v, layer, rule, sink_logit)
-    if layer.sparse is not None and q_len <= MAX_SELECT_QUERIES:  # on a device a step is one token, and picks for it
-        tokens = [slice(i, i + 1) for i in range(q_len)]
-        steps = [extend_and_attend(q[:, :, t], k[:, :, t], v[:, :, t], layer, rule, sink_logit) for t in tokens]
-        return torch.cat(steps, 1)
     out = torch.empty((num_seqs, q_len, num_q_heads, v.shape[3]), dtype=q.dtype, device=q.device)
     for begin in range(0, q_len, layer.chunk_tokens):
         chunk = slice(begin, begin + layer.chunk_tokens)
@@ -146,10 +142,8 @@ def worker_pool() -> "WorkerPool":
     return WorkerPool(min(torch.get_num_threads(), machine.default_threads()), machine.pinned_cpus())
 
 
-def _max_step(q: Tensor, layer: LayerKV) -> int:
+def _max_step(layer: LayerKV) -> int:
     """Queries that one step serves: where a selector picks, as many as one choice may serve."""
-    if q.device.type != "cpu":
-        return 1
     return MAX_DECODE_QUERIES if layer.sparse is None else MAX_SELECT_QUERIES
 
 
@@ -256,14 +250,14 @@ def _inputs_of(layer: LayerKV) -> Inputs | None:
 def _decode_on_device(
     q: Tensor, k: Tensor, v: Tensor, layer: LayerKV, rule: ScoreRule, sink_logit: Tensor | None = None
 ) -> Tensor:
-    if bool(q.isnan().any()):  # torch's kernels may hide it
-        raise InputError("q contains NaN: a layer before this attention produced it")
-    rig = _torch_rig(os.getpid())
+    """`decode_step` where near tokens lie on a device, and far ones where the host attends to them meanwhile. NaN in q
+    is told when the step is over (`DeviceFlags`): nobody waits for the device but for far tokens."""
+    rig, flags = _torch_rig(os.getpid()), layer.flags.bits(q.device)
     with layer.extended(q.shape[2]) as held:
         layer.write(k, v)
         far = taking_part(q, layer, held, worker_pool())
         works = {f"attend {i}": LANES["attend"](Task(q, rule, rig), run) for i, run in enumerate(far)}
-        outcome = drive(lambda: _attend_near(q, held.near, rule), works, rig)  # the device works while the host does
+        outcome = drive(lambda: _attend_near(q, held.near, rule, flags), works, rig)  # while the host works
         for error in outcome.failed.values():
             raise error
         parts = [Partial(*(x.to(q.device) for x in outcome.parts[name])) for name in works]
@@ -277,20 +271,8 @@ def _torch_rig(pid: int) -> TorchRig:
     return TorchRig(worker_pool())
 
 
-def _attend_near(q: Tensor, near: PagedKV, rule: ScoreRule) -> Partial:
-    """One query per sequence over near pages on a GPU: gathered, then torch's kernels. Correct, not tuned."""
-    arena, num_tokens = near.arena, int(near.kv_len.max())
-    shape = (q.shape[0], arena.num_kv_heads, num_tokens)
-    k = torch.empty((*shape, arena.head_dim), dtype=q.dtype, device=q.device)
-    v = torch.empty((*shape, arena.v_head_dim), dtype=q.dtype, device=q.device)
-    gather(arena, near.page_table, 0, k, v)
-
-    def attend(seqs: slice, kv_start: int) -> Partial:
-        tokens = slice(kv_start, None)
-        first_query = num_tokens - kv_start - q.shape[2]
-        return attend_dense(q[seqs], k[seqs, :, tokens], v[seqs, :, tokens], rule=rule, first_query=first_query)
-
-    return _by_padding(near.kv_start, attend)
+def _attend_near(q: Tensor, near: PagedKV, rule: ScoreRule, flags: Tensor) -> Partial:
+    return devices.attend(q, near, rule=rule, causal=True, flags=flags)
 
 
 def _prefill_rows(

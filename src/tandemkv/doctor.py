@@ -24,7 +24,7 @@ except ImportError as error:
     raise UnavailableError(f"torch cannot be imported ({error}): install it again") from error
 
 from tandemkv.cache import FAR_PACKINGS
-from tandemkv.kernels import torch_ops
+from tandemkv.kernels import devices, torch_ops
 from tandemkv.types import PageLayout, ScoreRule, format_bytes
 
 FAR_SHAPE = 32, 8, 128
@@ -134,7 +134,7 @@ def collect(probe_bytes: int = PROBE_BYTES) -> Report:
     threads = _threads()
     gpus = _gpus()
     memory = machine.memory()
-    backends = (_native_choice(cpu, native_missing), _torch_cpu_choice(), _torch_cuda_choice(gpus), _triton_choice())
+    on_gpu = _torch_cuda_choice(gpus), _triton_choice(gpus)
     return Report(
         versions=_versions(),
         processor=machine.processor(),
@@ -147,7 +147,7 @@ def collect(probe_bytes: int = PROBE_BYTES) -> Report:
         numa_nodes=machine.numa_nodes(),
         read_bandwidth=_read_bandwidth(cpu, native_missing, threads.default_threads, probe_bytes, memory.available),
         gpus=gpus,
-        backends=backends,
+        backends=(_native_choice(cpu, native_missing), _torch_cpu_choice(), *on_gpu),
         warnings=tuple(_warnings(threads, native_missing)),
     )
 
@@ -261,13 +261,21 @@ def _torch_cpu_choice() -> Choice:
 def _torch_cuda_choice(gpus: Gpus) -> Choice:
     if gpus.missing:
         return Choice("torch cuda", False, gpus.missing)
-    return Choice("torch cuda", True, "near attention of models on CUDA: torch's flash attention returns lse")
+    return Choice("torch cuda", True, "prefill on CUDA: torch's flash attention returns lse")
 
 
-def _triton_choice() -> Choice:
-    installed = _installed("triton")
-    there = f"triton {installed} is installed" if installed else "triton is not installed"
-    return Choice("triton", False, f"the decode kernel has not run on a GPU yet, and is not used ({there})")
+def _triton_choice(gpus: Gpus) -> Choice:
+    """Compile a small kernel and run it, where there is a GPU."""
+    if gpus.missing:
+        return Choice("triton", False, gpus.missing)
+    device = torch.device("cuda", 0)
+    why_not = devices.why_not_triton(device)
+    if why_not:
+        return Choice("triton", False, f"{why_not}; torch attends near tokens instead")
+    major, minor = torch.cuda.get_device_capability(device)
+    l2 = "in bulk" if major >= 9 else f"line by line (compute capability {major}.{minor}, bulk requests came with 9.0)"
+    attends = f"decode over near pages on CUDA, merge: triton {_installed('triton')}"
+    return Choice("triton", True, f"{attends}; pages can be asked for in L2 {l2}")
 
 
 def _versions() -> dict[str, str | None]:

@@ -12,6 +12,7 @@ TandemError
 PrecisionWarning: some tokens are kept in full precision, because they cannot be quantised.
 
 ProfileWarning: a stored machine profile was of no use, and the machine was measured again.
+BackendWarning: our kernels do not work on a device, and slower ones attend there.
 LaneWarning: a lane has stalled or failed, and steps go on without it.
 
 A broken invariant of our own is an AssertionError, never one of these.
@@ -52,6 +53,10 @@ class ProfileError(TandemError, ValueError):
 
 class ProfileWarning(UserWarning):
     """A stored machine profile was of no use, and the machine was measured again."""
+
+
+class BackendWarning(UserWarning):
+    """Our kernels do not work on a device: slower ones attend there."""
 
 
 class LaneWarning(RuntimeWarning):

@@ -1,26 +1,32 @@
-"""The nouns of attention over pages: a partial result, a page layout, an arena and what a call reads of it."""
+"""The nouns of attention over pages: a partial result, an arena and what a call reads of it."""
 
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeGuard, get_args
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from tandemkv import machine
-from tandemkv.errors import InputError, UnsupportedError
+from tandemkv.errors import InputError
+from tandemkv.layouts import BLOCK_TOKENS, GROUP_DIMS, MAX_HEAD_DIM, Packing, PageLayout
 
-BLOCK_TOKENS = 16
-"""Tokens of one KV head that are scored, packed and masked together."""
-
-MAX_HEAD_DIM = 256
-
-GROUP_DIMS = 64
-"""Dims of V that share a scale in int4 pages; of so many channels of K one is kept as it is."""
-
-Packing = Literal["rows", "panels", "int8", "int4"]
+__all__ = [
+    "BLOCK_TOKENS",
+    "GROUP_DIMS",
+    "MAX_HEAD_DIM",
+    "AnyArena",
+    "Arena",
+    "Arenas",
+    "Packing",
+    "PageLayout",
+    "PagedKV",
+    "Partial",
+    "ScoreRule",
+    "format_bytes",
+    "is_number",
+    "parse_bytes",
+]
 
 
 class Partial(NamedTuple):
@@ -58,121 +64,6 @@ class ScoreRule:
             raise InputError(f"softcap must be positive and finite, or None, got {softcap!r}")
         if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
             raise InputError(f"window must be a whole number of tokens, at least 1, or None, got {window!r}")
-
-
-@dataclass(frozen=True)
-class PageLayout:
-    """How a head's slice of a page lies in memory; a property of a pool and of saved files, not of a processor.
-
-    rows:   `[token][dim]`, as the model wrote it.
-    panels: ready for dot products of `pair` neighbours (2 in bf16, 1 in float32 and float16): K as
-            `[block of 16 tokens][dim / pair][16][pair]`, V as `[token / pair][dim][pair]`, dim padded to 16 with zeros.
-    int8:   codes of 8 bits: K with a scale for each channel, V with one for each token.
-    int4:   codes of 4 bits, with a scale and a zero: K for each channel, V for each token and GROUP_DIMS dims; of every
-            GROUP_DIMS channels of K one, that of the widest range, is kept as it is (KVQuant, 2401.18079; csrc/attend.h
-            has the bytes).
-    Quantised pages are filled whole, from rows of `dtype`, and give such rows back.
-    num_channels: of K that a quantised page keeps, a multiple of 16; None for all (ThinK, 2407.21018).
-    """
-
-    dtype: torch.dtype
-    page_size: int = 64
-    packing: Packing = "rows"
-    num_channels: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise InputError(
-                f"pages hold float32, bfloat16 or float16, got {self.dtype}: load the model with dtype=torch.bfloat16"
-            )
-        if self.packing not in get_args(Packing):
-            raise InputError(f"packing must be one of {get_args(Packing)}, got {self.packing!r}")
-        if not isinstance(self.page_size, int) or self.page_size < BLOCK_TOKENS or self.page_size % BLOCK_TOKENS:
-            raise InputError(f"page_size must be a multiple of {BLOCK_TOKENS}, got {self.page_size!r}")
-        num = self.num_channels
-        if num is not None and (not isinstance(num, int) or num < 16 or num % 16 or not self.is_quantised):
-            raise InputError(
-                f"num_channels must be a multiple of 16, of int8 or int4 pages, got {num!r} of {self.packing}"
-            )
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether numbers are codes."""
-        return self.packing in ("int8", "int4")
-
-    @property
-    def pair(self) -> int:
-        """Neighbours that panels keep together: bf16 has dot products of two."""
-        return 2 if self.dtype == torch.bfloat16 else 1
-
-    def check_dims(self, head_dim: int, v_head_dim: int) -> None:
-        """UnsupportedError where this kernel has no such pages."""
-        for name, dim in (("head_dim", head_dim), ("v_head_dim", v_head_dim)):
-            if not 1 <= dim <= MAX_HEAD_DIM:
-                raise UnsupportedError(f"{name} must be 1 to {MAX_HEAD_DIM}, got {dim}")
-            if self.packing == "int4" and dim % GROUP_DIMS:
-                raise UnsupportedError(
-                    f"int4 pages have a scale for {GROUP_DIMS} dims: {name} must be a multiple of it, got {dim}; use "
-                    "int8"
-                )
-        if self.num_channels is not None and self.num_channels > head_dim:
-            raise InputError(
-                f"cannot keep {self.num_channels} channels of keys that have {head_dim} "
-                f"(far_dtype {self.packing}/{self.num_channels}): at most {head_dim}"
-            )
-
-    def stored_dim(self, head_dim: int) -> int:
-        """Elements that one token of one head takes, in rows and panels."""
-        return head_dim if self.packing == "rows" else _round_up(head_dim, 16)
-
-    def k_shape(self, head_dim: int) -> tuple[int, ...]:
-        """Of a head's slice of K: `[page_size, stored_dim]` numbers, or where they are codes so many bytes."""
-        return self._slice_shape(head_dim, self._k_bytes)
-
-    def v_shape(self, v_head_dim: int) -> tuple[int, ...]:
-        """The same of V."""
-        return self._slice_shape(v_head_dim, self._v_bytes)
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """Of an arena's tensors."""
-        return torch.uint8 if self.is_quantised else self.dtype
-
-    def token_bytes(self, head_dim: int, v_head_dim: int) -> tuple[float, float]:
-        """Bytes of K and of V of a token of one head."""
-        sizes = (math.prod(self.k_shape(head_dim)), math.prod(self.v_shape(v_head_dim)))
-        k_bytes, v_bytes = (size * self.stored_dtype.itemsize / self.page_size for size in sizes)
-        return k_bytes, v_bytes
-
-    def page_bytes(self, num_kv_heads: int, head_dim: int, v_head_dim: int) -> int:
-        """Bytes of K and V of one page."""
-        numbers = math.prod(self.k_shape(head_dim)) + math.prod(self.v_shape(v_head_dim))
-        return num_kv_heads * numbers * self.stored_dtype.itemsize
-
-    def _slice_shape(self, dim: int, num_bytes: Callable[[int], int]) -> tuple[int, ...]:
-        return (num_bytes(dim),) if self.is_quantised else (self.page_size, self.stored_dim(dim))
-
-    def _k_bytes(self, head_dim: int) -> int:
-        """csrc/attend.h, SliceOfK."""
-        is_int4 = self.packing == "int4"
-        num_channels = _round_up(self.num_channels or head_dim, 16)
-        codes = self.page_size * num_channels // (2 if is_int4 else 1)
-        steps = _round_up(num_channels * (4 if is_int4 else 2), 64)
-        index = 0 if self.num_channels is None else _round_up(num_channels, 64)
-        if not is_int4:
-            return codes + steps + index
-        num_exact = -(-head_dim // GROUP_DIMS)
-        return codes + steps + _round_up(num_exact * self.page_size * self.dtype.itemsize, 64) + index + 64
-
-    def _v_bytes(self, v_head_dim: int) -> int:
-        """csrc/attend.h, SliceOfV."""
-        num_dims, is_int4 = _round_up(v_head_dim, 16), self.packing == "int4"
-        num_steps = self.page_size * (2 * -(-v_head_dim // GROUP_DIMS) if is_int4 else 1)
-        return _round_up(self.page_size * num_dims // (2 if is_int4 else 1) + 2 * num_steps, 64)
-
-
-def _round_up(num: int, step: int) -> int:
-    return -(-num // step) * step
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,7 @@ from benchmarks.peers import PeerUnavailableError
 from tandemkv.errors import InputError, UnavailableError
 from tandemkv.kernels import gpu
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself runs")
 CPU = torch.device("cpu")
 FACTS = Facts("Triton's interpreter", 0, 2, 1 << 10, 1 << 22)
 RUN = Run("a machine", "abc1234", "a command")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tandemkv.errors import InputError, UnsupportedError
+from tandemkv.errors import InputError
 from tandemkv.kernels import gpu, reference
 from tandemkv.kernels.gpu import Config
 from tandemkv.kernels.gpu.config import config_for
@@ -142,9 +142,6 @@ def test_merge_of_many_parts_with_a_sink() -> None:
 
 def test_what_it_cannot_attend_is_refused() -> None:
     shape = COVER["causal"]
-    case = build(shape, torch.bfloat16, "panels", torch.bfloat16)
-    with pytest.raises(UnsupportedError, match="pages of rows"):
-        attend(case, shape)
     case = build(shape, torch.bfloat16, "rows", torch.bfloat16)
     with pytest.raises(InputError, match=r"expected q \[num_seqs, num_q_heads, q_len, 64\]"):
         attend(case._replace(q=case.q[..., :32]), shape)

@@ -1,17 +1,20 @@
 """torch's own kernels behind our convention: lse in base e, any group, causal chunks, out rounded to q's dtype."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from tandemkv import kernels
-from tandemkv.errors import InputError
+from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.kernels import attend, merge, reference, torch_ops
-from tandemkv.types import PageLayout, Partial, ScoreRule
+from tandemkv.kernels.checks import raise_for
+from tandemkv.types import Arena, Packing, PagedKV, PageLayout, Partial, ScoreRule
 from tests.dense import causal_visible, dense_attention, visible_tokens
-from tests.paged import paginate
+from tests.kernels.test_attend import COVER
+from tests.paged import Shape, build, paginate
 from tests.tolerances import (
     TORCH_BF16,
     TORCH_FLOAT32,
@@ -159,3 +162,53 @@ def test_values_of_another_width(v_head_dim: int) -> None:
         bound = attend_bound(q, k, v, sees[None], 0.2, ROUNDING[torch.float32])
         got = torch_ops.attend_dense(q, k, v, rule=ScoreRule(0.2), first_query=first_query)
         assert_within(got, truth, bound)
+
+
+@pytest.mark.parametrize("packing", ["rows", "panels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", COVER)
+def test_pages_as_devices_attend_them_by_torch(name: str, dtype: torch.dtype, packing: Packing) -> None:
+    """The backend behind our own kernels, over the shapes and the poison of the others."""
+    shape = COVER[name]
+    case = build(shape, dtype, packing, dtype)
+    flags, mass = torch.zeros(1, dtype=torch.int32), kernels.block_mass(case.q, case.kv)
+    part = torch_ops.attend(case.q, case.kv, rule=shape.rule, causal=shape.causal, flags=flags, mass=mass)
+    bound = attend_bound(case.q, case.k, case.v, case.visible, shape.rule)
+    assert_within(part, reference.attend(case.q, case.kv, rule=shape.rule, causal=shape.causal), bound)
+    assert torch.allclose(mass.sum(-1), (part.lse > -torch.inf).float(), atol=1e-5)
+    assert not flags.any()
+
+
+def test_nan_in_q_sets_the_flag_of_torch_s_backend_too() -> None:
+    case = build(COVER["causal"], torch.float32)
+    flags = torch.zeros(1, dtype=torch.int32)
+    torch_ops.attend(case.q * math.nan, case.kv, rule=ScoreRule(1.0), flags=flags)
+    with pytest.raises(InputError, match="q contains NaN"):
+        raise_for(flags)
+
+
+def test_a_wild_slot_is_told_and_not_read() -> None:
+    case = build(COVER["causal"], torch.float32)
+    table, flags = case.kv.page_table.clone(), torch.zeros(1, dtype=torch.int32)
+    table[0, 0, 0] = 1 << 20
+    torch_ops.attend(case.q, replace(case.kv, page_table=table), rule=ScoreRule(1.0), flags=flags)
+    with pytest.raises(AssertionError, match="points outside its arena"):
+        raise_for(flags)
+
+
+def test_runs_of_torch_s_backend_are_one_attention() -> None:
+    shape = Shape(16, 2, 3, 64, kv_len=(96, 96), kv_start=(0, 40), q_len=2, causal=True)
+    case = build(shape)
+    flags = torch.zeros(1, dtype=torch.int32)
+    parts = case.kv.part(0, 4), case.kv.part(4, 6)
+    part = torch_ops.attend(case.q, *parts, rule=shape.rule, causal=True, flags=flags)
+    bound = attend_bound(case.q, case.k, case.v, case.visible, shape.rule)
+    assert_within(part, reference.attend(case.q, case.kv, rule=shape.rule, causal=True), bound)
+
+
+def test_what_torch_s_backend_cannot_attend_is_refused() -> None:
+    arena = Arena.allocate(PageLayout(torch.float32, 16, "int8"), 1, 1, 16)
+    zero = torch.zeros(1, dtype=torch.int64)
+    kv = PagedKV(arena, zero.int().view(1, 1, 1), zero, zero + 5)
+    with pytest.raises(UnsupportedError, match="whole pages of rows or panels"):
+        torch_ops.attend(torch.randn(1, 1, 1, 16), kv, rule=ScoreRule(1.0), flags=zero.int())

@@ -22,7 +22,7 @@ from tandemkv.cache.pool import PagePool
 from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
-from tandemkv.lanes import Crew
+from tandemkv.lanes import Crew, DeviceFlags
 from tandemkv.select import Sparse, Tally
 from tandemkv.types import Arena, Arenas, format_bytes
 
@@ -344,10 +344,13 @@ class KVCache:
         """Before a forward pass: refuse, while nothing has moved, what one of the layers could not take.
 
         `num_tokens` more will be appended to every layer in chunks of at most chunk_tokens. Raises CapacityError where
-        the far tier cannot take what they push out, InputError for another batch size.
+        the far tier cannot take what they push out, InputError for another batch size, and for NaN that a device found
+        in a query of the step before, whose tokens are held: nobody waited for it.
         """
         self._refuse_if_closed()
         self.settle()
+        if self._layers:
+            self._layers[0].flags.look()
         self._take_batch(num_seqs)
         if self._store is None:
             self.reserve(num_seqs, num_tokens)
@@ -386,6 +389,7 @@ class KVCache:
         if any(layer.seq_len != step.end for layer in self._layers):
             self.settle()
             raise CacheError("a forward pass has left out some of this cache's layers: it is undone")
+        self._layers[0].flags.send()
         self._step = None
         if self.inputs is not None:
             self.inputs.end_pass()
@@ -563,6 +567,9 @@ class KVCache:
     def _join(self, store: PageStore, layers: list[LayerKV]) -> None:
         """Become one of those whose tables the store's books are counted from."""
         store.join(self)
+        flags = DeviceFlags()
+        for layer in layers:
+            layer.flags = flags
         self._store, self._layers = store, layers
         self._limit_near()
 

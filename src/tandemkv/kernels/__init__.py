@@ -1,11 +1,11 @@
 """Attention over a subset of tokens, and the merge of such partial results: tensors and numbers only.
 
-Backends are the files beside this one and never import each other: `cpu` (native, pages in host memory), `torch_ops`
-(torch's own kernels, dense K and V on any device) and `reference` (float64, the specification; only tests import it).
+Backends are the files beside this one and never import each other: `cpu` (native, pages in host memory), `gpu` (Triton,
+pages in a device's), `torch_ops` (torch's own kernels, on any device) and `reference` (float64, the specification; only
+tests import it). `devices` chooses between the middle two.
 """
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +29,9 @@ def attend(
 ) -> Partial:
     """Exact attention of q over the tokens `[kv_start, kv_len)` of each sequence's page table, in all runs together.
 
-    q: float32, bfloat16 or float16 `[num_seqs, num_q_heads, q_len, head_dim]` in host memory. Query heads are a
-        multiple of the KV heads, grouped: query head h reads KV head h // group_size. Dims are at most 256.
+    q: float32, bfloat16 or float16 `[num_seqs, num_q_heads, q_len, head_dim]` in host memory, or with the pages on a
+        device, which is waited for. Query heads are a multiple of the KV heads, grouped: query head h reads KV head
+        h // group_size. Dims are at most 256.
     runs: disjoint tokens, such as older ones in one pair of arenas and newer ones in another: one call is cheaper than
         one each and a `merge`.
     rule: a window needs `causal` and one run; tokens that no query sees are not read.
@@ -38,14 +39,27 @@ def attend(
         `kv_len - q_len + 1 + i`, and all tokens of the other runs; without it all see all.
     mass: what `block_mass` made for these, to be filled.
     pool: threads to use; without one, the caller's.
-    isa: force an instruction set by name (`tandemkv doctor` lists them); without one, the fastest.
+    isa: force an instruction set by name (`tandemkv doctor` lists them); without one, the fastest. Both for the CPU.
 
     A query that sees nothing (an empty run, padding) gets out 0 and lse -inf. out is
     `[num_seqs, num_q_heads, q_len, v_head_dim]`. Accumulates in float32.
     Raises InputError for shapes, dtypes or devices that do not fit and for NaN in q, UnsupportedError for a q that
     requires a gradient.
     """
+    if isinstance(q, Tensor) and q.device.type != "cpu":
+        return _attend_on_device(q, *runs, rule=rule, causal=causal, mass=mass)
     return prepare_attend(q, *runs, rule=rule, causal=causal, mass=mass, pool=pool, isa=isa).make()
+
+
+def _attend_on_device(q: Tensor, *runs: PagedKV, rule: ScoreRule, causal: bool, mass: Tensor | None) -> Partial:
+    """Waits for the device, to tell of NaN; `devices.attend` does not."""
+    from tandemkv.kernels import devices
+    from tandemkv.kernels.checks import raise_for
+
+    flags = torch.zeros(1, dtype=torch.int32, device=q.device)
+    part = devices.attend(q, *runs, rule=rule, causal=causal, mass=mass, flags=flags)
+    raise_for(flags)
+    return part
 
 
 def prepare_attend(
@@ -70,7 +84,7 @@ def block_mass(q: Tensor, *runs: PagedKV) -> Tensor:
     behind the other, has of a query's attention. A sink's logit counts in the whole, so that shares add up to less.
     """
     num_blocks = sum(kv.num_blocks for kv in runs)
-    return torch.zeros((*q.shape[:3], num_blocks), dtype=torch.float32, device="cpu")
+    return torch.zeros((*q.shape[:3], num_blocks), dtype=torch.float32, device=q.device)
 
 
 def logits(
@@ -173,9 +187,9 @@ def merge(parts: Sequence[Partial], pool: "WorkerPool | None" = None, *, sink_lo
         from tandemkv.kernels import cpu
 
         return cpu.merge(parts, pool, sink_logit)
-    from tandemkv.kernels import torch_ops
+    from tandemkv.kernels import devices
 
-    return torch_ops.merge(parts, sink_logit)
+    return devices.merge(parts, sink_logit)
 
 
 def append(
@@ -186,7 +200,13 @@ def append(
     k: `[num_seqs, num_kv_heads, num_tokens, head_dim]` in the arena's dtype, on its device; v with v_head_dim.
     InputError for an arena of codes: those are filled a page at a time, by `move_pages`.
     """
-    _backend_of(arena).append(arena, page_table, begin, k, v, pool)
+    if arena.k.device.type == "cpu":
+        from tandemkv.kernels import cpu
+
+        return cpu.append(arena, page_table, begin, k, v, pool)
+    from tandemkv.kernels import devices
+
+    return devices.append(arena, page_table, begin, k, v)
 
 
 def gather(
@@ -194,7 +214,14 @@ def gather(
 ) -> None:
     """Read tokens `begin...` of the page table's run into k and v, shaped as in `append`; codes as what they stand for,
     rounded to the arena's dtype."""
-    _backend_of(arena).gather(arena, page_table, begin, k, v, pool)
+    if arena.k.device.type == "cpu":
+        from tandemkv.kernels import cpu
+
+        return cpu.gather(arena, page_table, begin, k, v, pool)
+    from tandemkv.kernels import torch_ops
+
+    assert isinstance(arena, Arena), "pages of several packings lie in host memory"
+    return torch_ops.gather(arena, page_table, begin, k, v)
 
 
 def move_pages(
@@ -268,13 +295,3 @@ def _check_dense(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, first_query: 
             f"q, k and v must have one dtype and device, got {q.dtype} on {q.device}, {k.dtype} on {k.device} and "
             f"{v.dtype} on {v.device}"
         )
-
-
-def _backend_of(arena: AnyArena) -> ModuleType:
-    if arena.k.device.type == "cpu":
-        from tandemkv.kernels import cpu
-
-        return cpu
-    from tandemkv.kernels import torch_ops
-
-    return torch_ops

@@ -8,6 +8,9 @@ from torch import Tensor
 from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.types import PagedKV, ScoreRule
 
+NAN_IN_Q, SLOT_OUT_OF_RANGE = 1, 2
+"""Bits of the flags that kernels on a device set."""
+
 
 def check_query(q: Tensor, runs: Sequence[PagedKV], causal: bool, device_type: str) -> None:
     """InputError or UnsupportedError unless a kernel on this kind of device can attend from q over these runs."""
@@ -62,6 +65,16 @@ def check_mass(mass: Tensor, q: Tensor, runs: Sequence[PagedKV]) -> None:
         got = f"{mass.dtype} {list(mass.shape)} on {mass.device}" if isinstance(mass, Tensor) else types_of(mass)
         where = "the CPU" if q.device.type == "cpu" else q.device
         raise InputError(f"mass must be contiguous float32 {list(expected)} on {where}, got {got}")
+
+
+def raise_for(flags: Tensor) -> None:
+    """Waits for the device on which flags, int32 `[1]`, lie. InputError for NaN in q, AssertionError for a slot that is
+    none."""
+    found = int(flags)
+    if found & SLOT_OUT_OF_RANGE:
+        raise AssertionError("a page table entry in use points outside its arena")
+    if found & NAN_IN_Q:
+        raise InputError("q contains NaN: a layer before this attention produced it")
 
 
 def types_of(*values: object) -> str:

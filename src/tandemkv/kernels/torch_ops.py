@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tandemkv.types import Arena, Partial, ScoreRule
+from tandemkv.errors import UnsupportedError
+from tandemkv.kernels.checks import NAN_IN_Q, SLOT_OUT_OF_RANGE, check_mass, check_query, check_rule
+from tandemkv.types import BLOCK_TOKENS, Arena, PagedKV, Partial, ScoreRule
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, *, rule: ScoreRule, first_query: int | None = None) -> Partial:
@@ -53,6 +55,69 @@ def empty_partial(q: Tensor, v_head_dim: int) -> Partial:
         torch.zeros((*q.shape[:3], v_head_dim), dtype=torch.float32, device=q.device),
         torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device),
     )
+
+
+def attend(
+    q: Tensor,
+    *runs: PagedKV,
+    rule: ScoreRule,
+    flags: Tensor,
+    causal: bool = False,
+    mass: Tensor | None = None,
+) -> Partial:
+    """See `tandemkv.kernels.devices.attend`: pages are gathered, then plain products in float32. Correct, not tuned,
+    for devices on which our own kernels do not work."""
+    check_query(q, runs, causal, q.device.type)
+    check_rule(rule, causal, len(runs))
+    flags |= q.isnan().any().to(torch.int32) * NAN_IN_Q
+    dense = [_dense(q, kv, rule, causal and kv is runs[-1], flags) for kv in runs]
+    k, v, sees = (torch.cat(xs, dim) for xs, dim in zip(zip(*dense, strict=True), (2, 2, 3), strict=True))
+    v = v.masked_fill(~sees.any(2).unsqueeze(-1), 0.0)  # a zero weight does not silence a NaN in V
+    sees = sees.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    out, lse = _plain(q, k, v, rule, sees)
+    if mass is not None:
+        check_mass(mass, q, runs)
+        scores = _scores(q, k, rule, sees)
+        mass.copy_((scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0).unflatten(-1, (-1, BLOCK_TOKENS)).sum(-1))
+    return Partial(out, lse)
+
+
+def _dense(q: Tensor, kv: PagedKV, rule: ScoreRule, causal: bool, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v `[num_seqs, heads, tokens of the table, dim]` and who sees them `[num_seqs, heads, q_len, tokens]`."""
+    arena, q_len, device = kv.arena, q.shape[2], q.device
+    if not isinstance(arena, Arena) or arena.layout.is_quantised or kv.of_blocks or kv.stands_in:
+        raise UnsupportedError("torch attends whole pages of rows or panels, each token for itself")
+    slots, starts, lens = (x.to(device, non_blocking=True).long() for x in (kv.page_table, kv.kv_start, kv.kv_len))
+    starts, lens = (x[:, None, None, None] for x in (starts, lens))
+    tokens = torch.arange(slots.shape[2] * kv.entry_tokens, device=device)
+    sees = ((tokens >= starts) & (tokens < lens)).expand(-1, arena.num_kv_heads, q_len, -1)
+    if causal:
+        query = lens - q_len + torch.arange(q_len, device=device)[:, None]  # which token it is
+        sees = sees & (tokens <= query)
+        sees = sees if rule.window is None else sees & (tokens > query - rule.window)
+    is_used = sees.any(2).unflatten(2, (-1, kv.entry_tokens)).any(3)
+    is_wild = is_used & ((slots < 0) | (slots >= arena.num_slots))
+    flags |= is_wild.any().to(torch.int32) * SLOT_OUT_OF_RANGE
+    places = torch.where(is_used & ~is_wild, slots, 0), torch.arange(arena.num_kv_heads, device=device)[:, None]
+    sees = sees & ~is_wild.repeat_interleave(kv.entry_tokens, 2).unsqueeze(2)
+    return _rows_of_k(arena.k[places], arena), _rows_of_v(arena.v[places], arena), sees
+
+
+def _rows_of_k(pages: Tensor, arena: Arena) -> Tensor:
+    """Pages `[num_seqs, heads, pages, page_size, stored dim]` of rows or panels as `[num_seqs, heads, tokens, dim]`."""
+    if arena.layout.packing == "panels":  # [block of 16 tokens][dim / pair][16][pair]
+        pair = arena.layout.pair
+        blocks = pages.flatten(3).unflatten(3, (-1, pages.shape[4] // pair, BLOCK_TOKENS, pair))
+        pages = blocks.transpose(4, 5).reshape(pages.shape)
+    return pages.flatten(2, 3)[..., : arena.head_dim]
+
+
+def _rows_of_v(pages: Tensor, arena: Arena) -> Tensor:
+    """The same of V."""
+    if arena.layout.packing == "panels":  # [token / pair][dim][pair]
+        pairs = pages.flatten(3).unflatten(3, (-1, pages.shape[4], arena.layout.pair))
+        pages = pairs.transpose(4, 5).reshape(pages.shape)
+    return pages.flatten(2, 3)[..., : arena.v_head_dim]
 
 
 def merge(parts: Sequence[Partial], sink_logit: Tensor | None = None) -> Partial:
@@ -114,13 +179,17 @@ def _flash(
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, rule: ScoreRule, sees: Tensor | None) -> tuple[Tensor, Tensor]:
     """Two products and a softmax, for what torch has no kernel that returns lse: soft caps, float32 on CUDA."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * rule.scale
-    if rule.softcap is not None:
-        scores = scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
-    if sees is not None:
-        scores.masked_fill_(~sees, -math.inf)
+    scores = _scores(q, k, rule, sees)
     lse = torch.logsumexp(scores, -1, keepdim=True)
     weights = scores.sub_(lse.masked_fill(lse == -math.inf, 0.0)).exp_()
     return torch.matmul(weights, v.float()), lse.squeeze(-1)
+
+
+def _scores(q: Tensor, k: Tensor, rule: ScoreRule, sees: Tensor | None) -> Tensor:
+    """float32; -inf where a query does not see a token."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * rule.scale
+    if rule.softcap is not None:
+        scores = scores.div_(rule.softcap).tanh_().mul_(rule.softcap)
+    return scores if sees is None else scores.masked_fill_(~sees, -math.inf)

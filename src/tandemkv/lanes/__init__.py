@@ -2,6 +2,7 @@
 
 from tandemkv.lanes.base import Inputs, Lane, Task, drive
 from tandemkv.lanes.crew import Crew
+from tandemkv.lanes.flags import DeviceFlags
 from tandemkv.lanes.hybrid import Ahead, FarQuestion, HybridCrew
 from tandemkv.lanes.rig import Rig, TorchRig
 from tandemkv.lanes.staging import Staging
@@ -11,6 +12,7 @@ __all__ = [
     "LANES",
     "Ahead",
     "Crew",
+    "DeviceFlags",
     "FarQuestion",
     "HybridCrew",
     "Inputs",

@@ -32,7 +32,17 @@ def config_for(num_seqs: int, num_kv_heads: int, num_rows: int, kv_tokens: int, 
     `LEAST_TILES`. None of these numbers was measured on a GPU yet.
     """
     block_n = 64
-    block_m = min(64, max(16, 1 << (num_rows - 1).bit_length()))
+    block_m = block_m_for(num_rows)
     num_programs = num_seqs * num_kv_heads * -(-num_rows // block_m)
     most = max(1, kv_tokens // (LEAST_TILES * block_n))
     return Config(block_n, block_m, max(1, min(MAX_SPLITS, most, -(-WAVES * num_processors // num_programs))))
+
+
+def block_m_for(num_rows: int) -> int:
+    """Rows of queries that share K and V in one program."""
+    return min(64, max(16, 1 << (num_rows - 1).bit_length()))
+
+
+def block_n_for(entry_tokens: int) -> int:
+    """The longest tile, up to 64 tokens, that always lies in one page: where codes share scales, a tile has one set."""
+    return min(64, entry_tokens & -entry_tokens)

@@ -1,11 +1,46 @@
 """What asks for pages to be in L2 before anybody reads them (asynchronous KV prefetch, 2504.06319): PTX, chosen by
 architecture, and the paper's rule for how much there is room for."""
 
+import torch
+
+from tandemkv.kernels.gpu.config import Config
+from tandemkv.kernels.gpu.placed import capability, l2_bytes
+from tandemkv.types import AnyArena, PagedKV
+
+Ahead = tuple[int, str, str]
+"""Tiles asked for ahead, and the assembly that asks for a piece of K and of V."""
+
+NOTHING_AHEAD: Ahead = (0, "", "")
+
 BULK_CAPABILITY = 90
 """From sm_90 on one instruction of one thread asks for up to a whole piece: `cp.async.bulk.prefetch.L2` (PTX ISA 8.0).
 Before, each thread asks for a line: `prefetch.global.L2` (PTX ISA 2.0)."""
 
 _LINE_BYTES = 128
+
+
+def asks(kv: PagedKV, config: Config, num_programs: int, device: torch.device) -> Ahead:
+    """What a call of so many programs asks for; nothing where tiles are no whole pieces, what is asked for would not
+    fit L2, and in the interpreter."""
+    arena, piece = kv.arena, min(config.block_n, kv.entry_tokens)
+    is_whole = config.block_n % piece == 0 and kv.entry_tokens % piece == 0
+    if config.distance == 0 or device.type != "cuda" or not is_whole:
+        return NOTHING_AHEAD
+    sizes = [int(piece * size) for size in code_bytes(arena)]
+    tile_bytes = config.block_n // piece * sum(sizes)
+    if not fits_l2(tile_bytes, config.distance, num_programs, l2_bytes(device)):
+        return NOTHING_AHEAD
+    ask_k, ask_v = (prefetch_ptx(capability(device), size, 32 * config.num_warps) for size in sizes)
+    return (config.distance, ask_k, ask_v) if ask_k and ask_v else NOTHING_AHEAD
+
+
+def code_bytes(arena: AnyArena) -> tuple[float, float]:
+    """Of a token of one head, K and V, as they lie in one piece: without scales, which a page has at its end."""
+    layout, item_bytes = arena.layout, arena.layout.stored_dtype.itemsize
+    if not layout.is_quantised:
+        return layout.stored_dim(arena.head_dim) * item_bytes, layout.stored_dim(arena.v_head_dim) * item_bytes
+    k, v = layout.slice_of_k(arena.head_dim), layout.slice_of_v(arena.v_head_dim)
+    return k.scales / layout.page_size, v.scales / layout.page_size
 
 
 def prefetch_ptx(capability: int, num_bytes: int, num_threads: int) -> str:

@@ -4,18 +4,26 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tandemkv.kernels.gpu import decode
-from tandemkv.kernels.gpu.l2 import prefetch_ptx
+from tandemkv.kernels.gpu.config import block_m_for, block_n_for
+from tandemkv.kernels.gpu.formats import DTYPES, k_format, padded, v_format
+from tandemkv.kernels.gpu.l2 import code_bytes, prefetch_ptx
+from tandemkv.types import Arena, PageLayout
 
 CAPABILITIES = 80, 90, 120
 """A100, H100 and H200, RTX PRO 6000 and 5090."""
 
+PACKINGS = "rows", "panels", "int8", "int4", "int8/48", "int4/48"
+"""As `far_dtype` names them; /48: that many channels of K are kept."""
+
 AXES: Mapping[str, Sequence[Any]] = {
     "capability": CAPABILITIES,
+    "packing": PACKINGS,
     "dtype": ("bf16", "fp16", "fp32"),
     "head_dim": (64, 80, 128, 256),
     "group_size": (1, 4, 7, 8),
@@ -28,11 +36,20 @@ AXES: Mapping[str, Sequence[Any]] = {
 }
 """What a variant of the decode kernel is."""
 
+_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_NUM_KV_HEADS = 8
+_POINTERS = {
+    **dict.fromkeys(("out", "lse", "block_lse", "outs", "lses", "sink"), "*fp32"),
+    **dict.fromkeys(("table", "flags", "slots", "targets"), "*i32"),
+    **dict.fromkeys(("starts", "lens"), "*i64"),
+}
+
 
 class Variant(NamedTuple):
-    """A decode kernel. dtype: of q, K and V. distance: tiles asked for in L2 ahead."""
+    """A decode kernel. dtype: of q, and of the rows that pages stand for. distance: tiles asked for in L2 ahead."""
 
     capability: int
+    packing: str
     dtype: str
     head_dim: int
     group_size: int
@@ -50,17 +67,19 @@ class Variant(NamedTuple):
 
 
 def pairwise() -> list[Variant]:
-    """Few variants in which every two values of two axes meet (greedily, always the one that covers most new pairs)."""
-    axes = list(AXES.values())
+    """Few variants in which every two values of two axes meet, where they can (greedily, always the one that covers
+    most new pairs)."""
+    names, axes = list(AXES), list(AXES.values())
     places = list(combinations(range(len(axes)), 2))
-    left = {(i, j, x, y) for i, j in places for x, y in product(axes[i], axes[j])}
+    left = {(i, j, x, y) for i, j in places for x, y in product(axes[i], axes[j]) if _fits({i: x, j: y}, names)}
     found = []
     while left:
         i, j, x, y = min(left, key=repr)
         chosen: dict[int, Any] = {i: x, j: y}
         for place, axis in enumerate(axes):
             if place not in chosen:
-                chosen[place] = max(axis, key=lambda value: _num_covered(left, {**chosen, place: value}, place))
+                possible = [value for value in axis if _fits({**chosen, place: value}, names)]
+                chosen[place] = max(possible, key=lambda value: _num_covered(left, {**chosen, place: value}, place))
         variant = Variant(*(chosen[place] for place in range(len(axes))))
         left -= {(i, j, variant[i], variant[j]) for i, j in places}
         found.append(variant)
@@ -68,16 +87,25 @@ def pairwise() -> list[Variant]:
 
 
 def every() -> list[Variant]:
-    """All that are code of their own: of rows and of tiles ahead, which only set sizes, few and many."""
-    names = ("capability", "dtype", "head_dim", "rule", "mass")
+    """All that are code of their own: of queries and of tiles ahead, which only set sizes, few and many; of packings,
+    which only change how a tile is loaded, one rule."""
+    shapes, pages = ((4, 1), (8, 16)), ((16, False), (64, False), (64, True))
     found = []
-    for capability, dtype, head_dim, rule, mass in product(*(AXES[name] for name in names)):
-        for (page_size, of_blocks), (group_size, q_len), distance in product(
-            ((16, False), (64, False), (64, True)), ((4, 1), (8, 16)), (0, 2)
+    for packing, *axes in product(*(AXES[name] for name in ("packing", "capability", "dtype", "head_dim"))):
+        rules = product(AXES["rule"], AXES["mass"]) if packing == "rows" else [("plain", False)]
+        for (rule, mass), (page_size, of_blocks), (group_size, q_len), distance in product(
+            rules, pages, shapes, (0, 2)
         ):
+            capability, dtype, head_dim = axes
             rows = group_size, q_len, page_size, of_blocks
-            found.append(Variant(capability, dtype, head_dim, *rows, rule, mass, distance))
-    return found
+            found.append(Variant(capability, packing, dtype, head_dim, *rows, rule, mass, distance))
+    return [variant for variant in found if _fits(dict(enumerate(variant)), list(AXES))]
+
+
+def _fits(chosen: Mapping[int, Any], names: Sequence[str]) -> bool:
+    """Whether such pages can be."""
+    value = {names[place]: x for place, x in chosen.items()}
+    return not (value.get("packing", "").startswith("int4") and value.get("head_dim", 64) % 64)
 
 
 def _num_covered(left: set[tuple[int, int, Any, Any]], chosen: Mapping[int, Any], place: int) -> int:
@@ -85,54 +113,82 @@ def _num_covered(left: set[tuple[int, int, Any, Any]], chosen: Mapping[int, Any]
     return sum((i, j, chosen[i], chosen[j]) in left for i, j in pairs)
 
 
+def arena_of(packing: str, dtype: str, head_dim: int, page_size: int = 64) -> Arena:
+    """An arena without memory."""
+    name, _, num_channels = packing.partition("/")
+    layout = PageLayout(_TORCH[dtype], page_size, name, int(num_channels) if num_channels else None)  # type: ignore[arg-type]
+    return Arena.allocate(layout, 1, _NUM_KV_HEADS, head_dim, "meta")
+
+
 def compiled(variant: Variant, num_warps: int = 4, num_stages: int = 3) -> Any:
-    """Triton's compiled kernel: `asm["ptx"]`, `asm["cubin"]`, `metadata`. Needs no GPU."""
-    constants = _constants(variant, 32 * num_warps)
-    kernel = decode.decode_rows
-    types = {
-        **dict.fromkeys(("q", "k", "v"), f"*{variant.dtype}"),
-        **dict.fromkeys(("out", "lse", "block_lse"), "*fp32"),
-        **dict.fromkeys(("table", "flags"), "*i32"),
-        **dict.fromkeys(("starts", "lens"), "*i64"),
-        **dict.fromkeys(("scale", "softcap"), "fp32"),
-    }
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if name in types and types[name][0] == "*"
-    }
-    by_place = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs=by_place, attrs=aligned)
-    target = GPUTarget("cuda", variant.capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
-
-
-def _constants(variant: Variant, num_threads: int) -> dict[str, Any]:
-    num_rows, block_n = variant.group_size * variant.q_len, 64
-    item_bytes = 4 if variant.dtype == "fp32" else 2
-    piece = 16 if variant.of_blocks else min(block_n, variant.page_size)
-    ask = (
-        prefetch_ptx(variant.capability, piece * variant.head_dim * item_bytes, num_threads) if variant.distance else ""
-    )
-    return {
+    """Triton's compiled decode kernel: `asm["ptx"]`, `asm["cubin"]`, `metadata`. Needs no GPU."""
+    arena = arena_of(variant.packing, variant.dtype, variant.head_dim, variant.page_size)
+    entry_tokens = 16 if variant.of_blocks else variant.page_size
+    block_n = 64 if variant.packing == "rows" else block_n_for(entry_tokens)
+    sizes = [int(min(block_n, entry_tokens) * size) for size in code_bytes(arena)]
+    asks = [prefetch_ptx(variant.capability, size, 32 * num_warps) if variant.distance else "" for size in sizes]
+    k = k_format(arena)
+    constants = {
+        **_of_pages(arena, variant.of_blocks),
         "GROUP": variant.group_size,
         "Q_LEN": variant.q_len,
-        "HEAD_DIM": variant.head_dim,
-        "V_DIM": variant.head_dim,
-        "NUM_KV_HEADS": 8,
-        "PAGE": variant.page_size,
-        "OF_BLOCKS": variant.of_blocks,
-        "CAUSAL": not variant.of_blocks,
-        "HAS_SOFTCAP": variant.rule == "softcap",
-        "HAS_WINDOW": variant.rule == "window",
-        "WITH_MASS": variant.mass,
-        "BLOCK_M": min(64, max(16, triton.next_power_of_2(num_rows))),
+        "Q_PAD": padded(variant.head_dim) if arena.layout.num_channels else k[2],
+        "RULE": (not variant.of_blocks, variant.rule == "softcap", variant.rule == "window", variant.mass),
+        "BLOCK_M": block_m_for(variant.group_size * variant.q_len),
         "BLOCK_N": block_n,
-        "D_PAD": triton.next_power_of_2(variant.head_dim),
-        "V_PAD": triton.next_power_of_2(variant.head_dim),
-        "ASK_K": ask,
-        "ASK_V": ask,
-        "DISTANCE": variant.distance,
-        "WIDEN": False,
+        "AHEAD": (variant.distance, *asks),
     }
+    types = {"q": f"*{variant.dtype}", **_arena_types(arena)}
+    return _compiled(decode.decode_pages, variant.capability, types, constants, num_warps, num_stages)
+
+
+def compiled_moves(capability: int, packing: str, dtype: str, head_dim: int) -> dict[str, Any]:
+    """The kernel that unpacks such pages, by its name; and of rows those that append tokens and merge parts."""
+    arena = arena_of(packing, dtype, head_dim)
+    if packing != "rows":
+        types = {**_arena_types(arena), **_arena_types(arena_of("rows", dtype, head_dim), "rows_k", "rows_v")}
+        constants = {**_of_pages(arena), "BLOCK_N": 64, "D_PAD": padded(head_dim)}
+        return {"unpack": _compiled(decode.unpack_pages, capability, types, constants)}
+    types = {**_arena_types(arena), **_arena_types(arena, "new_k", "new_v")}
+    append = _compiled(decode.append_rows, capability, types, {**_of_pages(arena), "BLOCK_N": 16})
+    constants = {"V_DIM": head_dim, "V_PAD": padded(head_dim), "HAS_SINK": True}
+    return {"append": append, "merge": _compiled(decode.merge_parts, capability, {}, constants)}
+
+
+def _of_pages(arena: Arena, of_blocks: bool = False) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": arena.head_dim,
+        "V_DIM": arena.v_head_dim,
+        "PAGES": (arena.num_kv_heads, arena.layout.page_size, of_blocks),
+        "K": k_format(arena),
+        "V": v_format(arena),
+        "DTYPE": DTYPES[arena.layout.dtype],
+    }
+
+
+def _arena_types(arena: Arena, *names: str) -> dict[str, str]:
+    stored = "*u8" if arena.layout.is_quantised else f"*{DTYPES[arena.layout.dtype]}"
+    return dict.fromkeys(names or ("k", "v"), stored)
+
+
+def _compiled(
+    kernel: Any,
+    capability: int,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Any:
+    """types: of what pointers point to, beside those that have one name everywhere; numbers are int32 or float32."""
+    names = kernel.arg_names
+    pointers = {**_POINTERS, **types}
+    numbers = dict.fromkeys(("scale", "softcap"), "fp32")
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name) or numbers.get(name, "i32") for name in names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
+    by_place = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=by_place, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})

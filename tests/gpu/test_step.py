@@ -1,0 +1,125 @@
+"""A decode step whose near tokens are attended by our GPU kernels, on CPU tensors in Triton's interpreter."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tandemkv import attention
+from tandemkv.cache import KVCache
+from tandemkv.errors import InputError
+from tandemkv.kernels import checks, devices
+from tandemkv.types import Partial
+from tests.dense import causal_visible, dense_attention
+from tests.test_attention import RULE, SCALE, SPEC, filled, random_qkv
+from tests.tolerances import FLOAT32, assert_within, attend_bound
+
+HERE = torch.device("cpu")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/integrations/test_cuda.py has models")
+
+
+def test_triton_is_what_attends_here() -> None:
+    assert devices.backend_of(HERE).name == "triton"
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 8])
+@pytest.mark.parametrize("kv_start", [[0, 0], [0, 70], [90, 99]])
+def test_a_step(kv_start: list[int], q_len: int) -> None:
+    layer, q, k, v = filled(100, kv_start)
+    tail = slice(100 - q_len, 100)
+    layer.crop(100 - q_len)
+    out = attention._decode_on_device(q[:, :, tail], k[:, :, tail], v[:, :, tail], layer, RULE)
+    layer.flags.send()
+    visible = causal_visible(100, q_len, layer.kv_start)
+    truth = dense_attention(q[:, :, tail], k, v, visible, SCALE)
+    bound = attend_bound(q[:, :, tail], k, v, visible, SCALE, FLOAT32, num_merges=4)
+    got = Partial(out.transpose(1, 2).float(), truth.lse.float())
+    assert_within(got, truth, bound._replace(lse=torch.full_like(bound.lse, math.inf)))
+
+
+def test_nan_in_q_is_told_when_the_step_is_over() -> None:
+    """Also where no host looks at q: no token is far."""
+    cache = KVCache(SPEC, attention.worker_pool())
+    q, k, v = random_qkv(1, 3)
+    for i, spoilt in enumerate((False, True)):
+        cache.begin_step(1, 1)
+        token = slice(i, i + 1)
+        query = q[:, :, token] * (math.nan if spoilt else 1.0)
+        for index in range(SPEC.num_layers):
+            attention._decode_on_device(query, k[:, :, token], v[:, :, token], cache.layer(index), RULE)
+        if not spoilt:
+            cache.end_step()
+    with pytest.raises(InputError, match="q contains NaN"):
+        cache.end_step()
+    cache.settle()
+    assert cache.seq_len == 1
+    cache.begin_step(1, 1)  # nothing is left of it
+
+
+def test_what_came_late_is_told_by_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose flags are still under way when the step ends."""
+
+    class Late:
+        has_come = False
+
+        def record(self, stream: object) -> None:
+            """Nothing to do."""
+
+        def query(self) -> bool:
+            return self.has_come
+
+    flags, late = filled(1, [0])[0].flags, Late()
+    flags.bits(HERE).fill_(checks.NAN_IN_Q)
+    monkeypatch.setattr(flags, "_came", late)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    flags.send()
+    flags.look()
+    flags.bits(HERE).fill_(checks.SLOT_OUT_OF_RANGE)
+    flags.send()  # the first is still under way: this one's waits
+    late.has_come = True
+    with pytest.raises(InputError, match="q contains NaN"):
+        flags.send()
+    with pytest.raises(AssertionError, match="outside its arena"):
+        flags.send()
+    flags.send()
+
+
+def test_a_kernel_that_does_not_compile_leaves_the_device_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is right, and the backend's name says who made it."""
+    from triton.runtime.errors import OutOfResources
+
+    from tandemkv.kernels.gpu import decode
+
+    class Greedy:
+        def __getitem__(self, grid: object) -> Any:
+            def launch(*args: object, **kwargs: object) -> None:
+                raise OutOfResources(300_000, 232_448, "shared memory")
+
+            return launch
+
+    monkeypatch.setattr(decode, "decode_pages", Greedy())
+    monkeypatch.setattr(devices, "_FAILED", {})
+    layer, q, k, v = filled(100, [0, 70])
+    layer.crop(99)
+    out = attention._decode_on_device(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], layer, RULE)
+    backend = devices.backend_of(HERE)
+    assert backend.name == "torch"
+    assert "does not compile for cpu: out of resource: shared memory" in backend.why_not
+    visible = causal_visible(100, 1, layer.kv_start)
+    truth = dense_attention(q[:, :, -1:], k, v, visible, SCALE)
+    assert torch.allclose(out.transpose(1, 2).double(), truth.out, atol=1e-5)
+
+
+def test_a_probe_that_computes_something_else_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tandemkv.kernels import gpu
+
+    wrong = Partial(torch.zeros(1, 1, 1, 16), torch.full((1, 1, 1), 3.0))
+    monkeypatch.setattr(gpu, "attend", lambda *args, **kwargs: wrong)
+    assert gpu.failure(HERE) == "a kernel on cpu computes 3.0 for 18.7726"
+
+    def failing(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(gpu, "attend", failing)
+    assert gpu.failure(HERE).endswith("does not run on cpu: Failed to find C compiler")
