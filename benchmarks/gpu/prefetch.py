@@ -17,7 +17,8 @@ Beside what was measured stands the ceiling: K and V once at the copy bandwidth 
 prefetch is its share of copy, and nothing that reads every byte from memory gains more than 1 / share.
 
 The paper's rule of capacity: what all warps ask for ahead has to fit L2,
-`M_block * warps * num_q_heads * batch * distance <= L2`, M_block = 4 KiB (16 tokens of 128 in float16), 4 warps.
+`M_block * warps * num_q_heads * batch * distance <= L2`, M_block = 4 KiB (16 tokens of 128 in float16), 4 warps. Ours
+counts the tiles of its programs so, and where they do not fit asks for nothing: such a row is `ours` once more.
 """
 
 import gc
@@ -29,9 +30,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import sweep
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import MODELS, Case, Form, Pool, Problem
-from benchmarks.gpu.ground import Times
+from benchmarks.gpu.ground import Facts, Times
 from benchmarks.gpu.peers import told
 from benchmarks.gpu.pictures import draw_paper
 from benchmarks.gpu.section import Bench, Found, Row, Section
@@ -204,7 +206,7 @@ def _num_copies(problem: Problem) -> int:
 
 def rows_of(bench: Bench, case: Case, times: Mapping[str, Times], reasons: Mapping[Variant, str]) -> list[Row]:
     """gain: over the same design without prefetch. ceiling: the most that it can be. foreseen_us and foreseen_gain
-    are the formula's, of the baseline."""
+    are the formula's, of the baseline. fits_l2: the baseline asks all the same, ours only where it fits."""
     facts, copy_gbps = bench.ground.facts, bench.ground.speeds.copy_gbps
     expected, rows = foreseen(case, facts.num_processors, copy_gbps), []
     for variant in VARIANTS:
@@ -219,10 +221,17 @@ def rows_of(bench: Bench, case: Case, times: Mapping[str, Times], reasons: Mappi
             | {"ceiling": None if plain is None else 1 / bench.ground.share(case.kv_bytes, plain.us)}
             | {"foreseen_us": us if is_baseline else None}
             | {"foreseen_gain": expected.gain if is_baseline and variant.distance else None}
-            | {"fits_l2": fits_l2(case, variant.distance, facts.l2_bytes) if is_baseline else None}
+            | {"fits_l2": _fits(case, variant, facts)}
             | {"reason": reasons.get(variant, ""), "wrong": _if_wrong(variant, reasons)}
         )
     return rows
+
+
+def _fits(case: Case, variant: Variant, facts: Facts) -> bool:
+    if variant.design == "baseline":
+        return fits_l2(case, variant.distance, facts.l2_bytes)
+    config = replace(chosen(case, facts.num_processors), distance=variant.distance)
+    return sweep.fits_l2(case, config, facts.l2_bytes)
 
 
 def _speeds(bench: Bench, case: Case, times: Times | None) -> Row:
@@ -249,7 +258,8 @@ def summary(found: Found) -> Iterator[tuple[str, str]]:
 
 def _gains(rows: list[Row]) -> str:
     shares = [row["of_copy"] for row in rows if not row["distance"]]
-    ahead = [row for row in rows if row["distance"] and row["gain"]]
+    asked = [row for row in rows if row["distance"] and row["gain"]]
+    ahead = [row for row in asked if row["fits_l2"] or row["foreseen_us"]]
     expected = [row["foreseen_gain"] for row in ahead if row["foreseen_gain"]]
     told = [f"{min(shares):.0%} to {max(shares):.0%} of copy"] if shares else []
     told += [f"foreseen {min(expected):.2f} to {max(expected):.2f}"] if expected else []
@@ -259,6 +269,8 @@ def _gains(rows: list[Row]) -> str:
         hurts, least = sum(row["gain"] < 1 for row in ahead), min(float(row["gain"]) for row in ahead)
         told += [f"best prefetch {min(best):.2f} to {max(best):.2f} times as fast"]
         told += [f"slower in {hurts} of {len(ahead)}, least {least:.2f}"]
+    if len(ahead) < len(asked):
+        told += [f"in {len(asked) - len(ahead)} of {len(asked)} it asked for nothing, as it would not fit L2"]
     return "; ".join(told)
 
 

@@ -52,6 +52,14 @@ def chosen(case: Case, num_processors: int) -> Config:
     return config_for(case.batch, case.model.num_kv_heads, case.group_size, PAGE * case.num_pages, num_processors)
 
 
+def fits_l2(case: Case, config: Config, l2_bytes: int) -> bool:
+    """Whether what all programs ask for ahead fits L2 at once. Where it does not, the kernel asks for nothing."""
+    tile_bytes = 2 * config.block_n * case.model.head_dim * case.dtype.itemsize
+    row_blocks = -(-case.group_size // config.block_m)
+    num_programs = config.num_splits * case.model.num_kv_heads * row_blocks * case.batch
+    return tile_bytes * config.distance * num_programs <= l2_bytes
+
+
 def tiles(config: Config) -> list[Config]:
     """Every other combination of tokens of a tile, warps and stages."""
     found = (
@@ -80,7 +88,7 @@ def _step(bench: Bench, budget: Budget, found: Found, what: tuple[Problem, str],
     bench.compilers.compile(((problem.case, config) for config in configs), budget.left_s / 2)
     forms: dict[Config, Form] = {}
     for config in dict.fromkeys(configs):
-        row = problem.case.to_row() | {"step": step, "config": short(config), "wrong": ""}
+        row = _columns(bench, what, config)
         if not budget.has(COMPILING_S) and forms:
             found.missed.append(f"{problem.case}, {step}, {short(config)}: no time was left")
             continue
@@ -100,10 +108,17 @@ def _step(bench: Bench, budget: Budget, found: Found, what: tuple[Problem, str],
     times = bench.ground.in_turn({short(config): form.call for config, form in forms.items()}, STEP_S)
     best = min(forms, key=lambda config: times[short(config)].us)
     for config in forms:
-        row = problem.case.to_row() | {"step": step, "config": short(config), "wrong": ""}
+        row = _columns(bench, what, config)
         row |= times_row(bench, problem.case, times[short(config)])
         found.rows.append(row | {"best": config == best, "failed": ""})
     return best
+
+
+def _columns(bench: Bench, what: tuple[Problem, str], config: Config) -> Row:
+    """asks: whether anything is asked for ahead."""
+    (problem, step), l2_bytes = what, bench.ground.facts.l2_bytes
+    asks = config.distance > 0 and fits_l2(problem.case, config, l2_bytes)
+    return problem.case.to_row() | {"step": step, "config": short(config), "asks": asks, "wrong": ""}
 
 
 def short(config: Config) -> str:

@@ -377,6 +377,8 @@ def test_what_is_foreseen_follows_from_the_paper_s_table() -> None:
     assert prefetch.foreseen(gqa._replace(context=1056), 132, 3000.0).after_us == pytest.approx(2 * 119.90 * 78 / 132)
     assert [prefetch.fits_l2(mha, n, 50 << 20) for n in (0, 1, 2)] == [True, True, False]  # 32 MiB for each
     assert not prefetch.fits_l2(mha._replace(batch=128), 1, 60_000_000)
+    config = gpu.Config(distance=1)  # 32 KiB for each of 2,048 programs, or of 512
+    assert not sweep.fits_l2(mha, config, 50 << 20) and sweep.fits_l2(gqa, config, 16 << 20)
 
 
 class FakePaper:
@@ -440,6 +442,15 @@ def test_without_the_baseline_ours_is_measured(bench: Bench, monkeypatch: pytest
         "ours ahead 4",
     }
     assert found.notes == ["paper, the baseline: ModuleNotFoundError: No module named 'cuda'"]
+
+
+def test_the_paper_s_kernel_takes_what_it_is_given(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is there: all that it refuses is a CPU."""
+    monkeypatch.setattr(prefetch, "PAPER_US", {"Small": (200.0, 100.0)})
+    found, case = Found(), Case(Model("Small", 4, 2, 64), 32, 1, torch.float16)
+    prefetch._measure(bench, case, Pool(CPU, torch.float16, 1 << 17), found)
+    told = {row["reason"] for row in found.rows if row["variant"].startswith("baseline")}
+    assert told == {"InputError: expected tensors on a CUDA device, got cpu"}
 
 
 NCU = """==PROF== Connected to process 7
