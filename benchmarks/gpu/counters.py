@@ -3,7 +3,6 @@ memory is, and how long warps wait for loads. One shape; this module is also the
 """
 
 import csv
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from benchmarks.gpu.bootstrap import ROOT
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import MODELS, Case, Form, Pool, Problem
 from benchmarks.gpu.ground import cuda_facts
@@ -31,15 +31,16 @@ METRICS = {
 SEPARATOR = "spin_kernel"
 """torch's sleeping kernel, between variants: a variant may be several kernels."""
 TIMEOUT_S = 75.0
+TOOLKIT = "/usr/local/cuda/bin"
 _COLUMNS = ("ID", "Kernel Name", "Metric Name", "Metric Unit", "Metric Value")
 
 
 def measure(bench: Bench, budget: Budget, found: Found) -> None:
     """A row for each kernel of each variant; a note where ncu does not run."""
     bench.pools.release()
-    ncu = shutil.which("ncu")
+    ncu = shutil.which("ncu") or shutil.which("ncu", path=TOOLKIT)
     if ncu is None:
-        found.notes.append("counters: ncu is not in PATH")
+        found.notes.append(f"counters: ncu is neither in PATH nor in {TOOLKIT}")
         return
     if not budget.has(20):
         found.missed.append("counters: no time was left")
@@ -48,7 +49,7 @@ def measure(bench: Bench, budget: Budget, found: Found) -> None:
     command += ["--metrics", ",".join(METRICS), sys.executable, "-m", "benchmarks.gpu.counters"]
     seconds = min(TIMEOUT_S, budget.left_s)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=os.environ)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, cwd=ROOT)
     except subprocess.TimeoutExpired:
         found.notes.append(f"counters: ncu did not end within {seconds:.0f} s")
         return

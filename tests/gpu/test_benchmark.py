@@ -479,9 +479,10 @@ def test_counters_are_read_from_what_ncu_prints() -> None:
 
 def test_why_counters_are_missing(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(counters, "TOOLKIT", str(tmp_path))
     found = Found()
     counters.measure(bench, Budget(60.0), found)
-    assert found.notes == ["counters: ncu is not in PATH"]
+    assert found.notes == [f"counters: ncu is neither in PATH nor in {tmp_path}"]
     ncu = tmp_path / "ncu"
     ncu.write_text("#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM'; exit 1\n")
     ncu.chmod(0o755)
