@@ -1,1 +1,1 @@
-"""GPU kernels side by side, on one card at a time."""
+"""The GPU's benchmark: `python -m benchmarks.gpu --help` teaches."""
