@@ -12,7 +12,7 @@ import triton.language as tl
 from tandemkv.errors import InputError
 from tandemkv.kernels import gpu, reference
 from tandemkv.kernels.checks import raise_for
-from tandemkv.kernels.gpu import Config
+from tandemkv.kernels.gpu import Config, l2
 from tandemkv.kernels.gpu.config import config_for
 from tandemkv.kernels.gpu.l2 import code_bytes
 from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule
@@ -224,3 +224,16 @@ def test_what_is_pulled_is_bounded(max_bytes: int, expected: int, monkeypatch: p
     assert pieces[0] == pieces[1]
     assert sum(pieces[0].values()) == expected
     assert set(pieces[0].values()) <= {1}
+
+
+@pytest.mark.parametrize(("guarded", "num_programs", "asks"), [(True, 16, True), (True, 17, False), (False, 17, True)])
+def test_what_would_not_fit_l2_is_not_asked_for(
+    guarded: bool, num_programs: int, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of 64 KiB, two ahead, in 2 MiB of L2; the paper's rule is a default, which a measurement can set aside."""
+    kv = PagedKV(Arena.allocate(PageLayout(torch.float32), 1, 2, 128), *torch.zeros(3, 1, 1, 1).int())
+    monkeypatch.setattr(l2, "l2_bytes", lambda device: 2 << 20)
+    monkeypatch.setattr(l2, "capability", lambda device: 90)
+    config = Config(distance=2, guarded=guarded)
+    distance, ask_k, ask_v = l2.asks(kv, config, num_programs, torch.device("cuda"))
+    assert (distance > 0) == asks == ("32768" in ask_k) == ("prefetch.L2" in ask_v)

@@ -14,7 +14,8 @@ MAX_SPLITS = 64
 @dataclass(frozen=True)
 class Config:
     """block_n: tokens of a tile. block_m: rows of queries, at least the 16 of a tensor core. num_splits: parts of a
-    sequence. distance: tiles that are asked for in L2 ahead, 0 for none. num_warps, num_stages: Triton's."""
+    sequence. distance: tiles that are asked for in L2 ahead, 0 for none. guarded: none either where what all programs
+    ask for would not fit L2 (`l2.fits_l2`). num_warps, num_stages: Triton's."""
 
     block_n: int = 64
     block_m: int = 16
@@ -22,6 +23,7 @@ class Config:
     distance: int = 0
     num_warps: int = 4
     num_stages: int = 3
+    guarded: bool = True
 
 
 def config_for(num_seqs: int, num_kv_heads: int, num_rows: int, kv_tokens: int, num_processors: int) -> Config:

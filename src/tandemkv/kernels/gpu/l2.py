@@ -20,9 +20,10 @@ _LINE_BYTES = 128
 
 
 def asks(kv: PagedKV, config: Config, num_programs: int, device: torch.device) -> Ahead:
-    """What a call of so many programs asks for; nothing where what is asked for would not fit L2, where tiles are no
+    """What a call of so many programs asks for; nothing where it would not fit L2 and is guarded, where tiles are no
     whole pieces, and in the interpreter."""
-    if config.distance == 0 or not fits_l2(tile_bytes(kv, config), config.distance, num_programs, l2_bytes(device)):
+    fits = fits_l2(tile_bytes(kv, config), config.distance, num_programs, l2_bytes(device))
+    if config.distance == 0 or (config.guarded and not fits):
         return NOTHING_AHEAD
     ask_k, ask_v = asks_for_pieces(kv, config, device)
     return (config.distance, ask_k, ask_v) if ask_k else NOTHING_AHEAD
