@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tandemkv import machine
 from tandemkv.cache import LayerKV
-from tandemkv.errors import InputError
+from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, devices, merge
-from tandemkv.lanes import LANES, Ahead, Crew, HybridCrew, Inputs, Staging, Task, TorchRig, drive
+from tandemkv.lanes import LANES, Ahead, Crew, HybridCrew, Inputs, Staging, Task, TorchRig, drive, pull_into_l2
 from tandemkv.lanes.hybrid import join, near_logits, pick
 from tandemkv.select import MAX_SELECT_QUERIES
 from tandemkv.selection import (
@@ -211,6 +211,16 @@ def stream_ahead(layer: LayerKV, q_len: int) -> None:
                 return
             far = taking_part(layer.foreseen, layer, held, crew.rig.host.pool, num_new=q_len)
     crew.send_ahead(far)
+
+
+def pull_ahead(layer: LayerKV, q: Tensor) -> None:
+    """Between two layers of a step: let near pages of this one come to the device's L2 while the MLP of the one before
+    computes. q: the query of the one before. UnsupportedError on a CPU, which fetches ahead itself."""
+    if q.device.type == "cpu":
+        raise UnsupportedError("l2_share is for CUDA devices, the near tier is on a CPU: set it to 0")
+    if layer.num_near_tokens and q.shape[2] <= MAX_DECODE_QUERIES:
+        with layer.hold() as held:
+            pull_into_l2(q, held.near, ScoreRule(1.0, window=layer.window), layer.l2_share)
 
 
 def _taken_up(q: Tensor, layer: LayerKV, rule: ScoreRule, crew: HybridCrew) -> Ahead:

@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 
 from tandemkv import attention
-from tandemkv.cache import KVCache
+from tandemkv.cache import KVCache, LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import checks, devices
-from tandemkv.types import Partial
+from tandemkv.kernels.gpu import Config
+from tandemkv.lanes import pull_into_l2
+from tandemkv.types import PagedKV, Partial, ScoreRule
 from tests.dense import causal_visible, dense_attention
 from tests.test_attention import RULE, SCALE, SPEC, filled, random_qkv
 from tests.tolerances import FLOAT32, assert_within, attend_bound
@@ -123,3 +126,37 @@ def test_a_probe_that_computes_something_else_is_a_failure(monkeypatch: pytest.M
 
     monkeypatch.setattr("tandemkv.kernels.gpu.works.attend", failing)
     assert gpu.failure(HERE).endswith("does not run on cpu: Failed to find C compiler")
+
+
+def test_near_pages_of_the_next_layer_are_pulled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the share of L2 allows, and nothing that was pulled changes."""
+    asked: list[int] = []
+
+    def note(asm: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> None:
+        asked.append(int(args[0].handle.data.reshape(-1)[0]))
+
+    layer, q, *_ = filled(100, [0, 0])
+    q = q[:, :, -1:]
+    page_bytes = 2 * SPEC.page_size * SPEC.head_dim * 4  # of a head, K and V
+    monkeypatch.setattr(tl, "inline_asm_elementwise", note)
+    monkeypatch.setattr("tandemkv.kernels.gpu.l2_bytes", lambda device: 6 * page_bytes)
+    assert pull_into_l2(q, near_of(layer), ScoreRule(1.0), 0.5) == 0  # an interpreter has nothing to ask with
+    monkeypatch.setattr("tandemkv.kernels.gpu.moves.asks_for_pieces", lambda *args: ("k", "v"))
+    monkeypatch.setattr("tandemkv.kernels.gpu.calls.config_for", lambda *args: Config(block_n=SPEC.page_size))
+    assert pull_into_l2(q, near_of(layer), ScoreRule(1.0), 0.5) == 3 * page_bytes
+    assert len(asked) == len(set(asked)) == 6
+    assert pull_into_l2(q, near_of(layer), ScoreRule(1.0), 0.1) == 0
+
+
+def near_of(layer: LayerKV) -> PagedKV:
+    with layer.hold() as held:
+        return held.near
+
+
+def test_torch_has_nothing_to_pull_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tandemkv.kernels import torch_ops
+
+    layer, q, _, _ = filled(100, [0])
+    torch_backend = devices.Backend("torch", torch_ops, "no Triton")
+    monkeypatch.setattr(devices, "_FAILED", {HERE: torch_backend})
+    assert pull_into_l2(q[:, :, -1:], near_of(layer), ScoreRule(1.0), 0.5) == 0

@@ -397,3 +397,22 @@ def test_python_types_that_cannot_be(ours: Any, cache: Any) -> None:
         with pytest.raises(InputError, match=message):
             act()
     cache.check()
+
+
+@torch.no_grad()
+def test_pages_are_pulled_into_l2_on_cuda_alone() -> None:
+    model = attached(models.llama())
+    cache: Any = tiered(model)
+    for share in (-0.1, 1.5, True, "half"):
+        with pytest.raises(InputError, match="l2_share is a part of a device's L2, 0 to 1, got"):
+            cache.kv.l2_share = share
+    cache.kv.l2_share = 0.25
+    ids = models.random_ids(1, 3)
+    with pytest.raises(UnsupportedError, match="l2_share is for CUDA devices, the near tier is on a CPU: set it to 0"):
+        model(ids, past_key_values=cache)
+    cache.kv.l2_share = 0
+    model(ids, past_key_values=cache)
+    assert cache.kv.seq_len == 3
+    cache.kv.l2_share = 0.5
+    assert cache.kv.fork().l2_share == 0.5
+    assert {layer.l2_share for layer in cache.kv.fork()._layers} == {0.5}

@@ -100,6 +100,7 @@ class LayerKV:
         self._no_padding = self._kv_start = torch.zeros(num_seqs, dtype=torch.int64, device="cpu")
         self._sparse: Sparse | None = None
         self.crew: Crew | None = None  # who splits its steps; None: whoever asks attends to all of it
+        self.l2_share = 0.0  # of a device's L2, that near pages may take before their turn
         self.flags = DeviceFlags()  # of a step on a device; layers of a cache have one
         self.knowledge = Knowledge.none(num_seqs, spec.num_kv_heads)  # of the blocks, where somebody observes
         self.chosen: tuple[Standing | None, ChosenBlocks] | None = None  # the last choice, and what it was made from
@@ -306,7 +307,7 @@ class LayerKV:
         self._share(pages)
         self._map = self._map._replace(owns_open_page=False)
         twin._map, twin._kv_start, twin._sparse, twin.crew = pages, kv_start, self._sparse, self.crew
-        twin.flags = self.flags
+        twin.flags, twin.l2_share = self.flags, self.l2_share
         weights = self.channel_weights
         twin.channel_weights = weights if weights is None or seqs is None else weights[seqs]
         # A fork is another request, with a report of its own; beams and batches are the same one.

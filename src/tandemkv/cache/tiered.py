@@ -24,7 +24,7 @@ from tandemkv.cache.store import PageStore
 from tandemkv.errors import CacheError, CapacityError, InputError, UnsupportedError
 from tandemkv.lanes import Crew, DeviceFlags
 from tandemkv.select import Sparse, Tally
-from tandemkv.types import Arena, Arenas, format_bytes
+from tandemkv.types import Arena, Arenas, format_bytes, is_number
 
 if TYPE_CHECKING:
     from tandemkv.kernels.cpu import WorkerPool
@@ -81,6 +81,7 @@ class KVCache:
         self._num_selections = 0
         self._sparse: Sparse | None = None
         self._crew: Crew | None = None
+        self._l2_share = 0.0
         self._asked = InputsSpec()
         self._rebuild: Rebuild | None = None
         self._is_closed = False
@@ -151,6 +152,20 @@ class KVCache:
         self._crew = crew
         for layer in self._layers:
             layer.crew = crew
+
+    @property
+    def l2_share(self) -> float:
+        """Of a CUDA device's L2, how much near pages of the next layer may take while a layer's MLP computes, from the
+        next step on; 0, which is the default: none are asked for before their turn. A fork takes it along."""
+        return self._l2_share
+
+    @l2_share.setter
+    def l2_share(self, share: float) -> None:
+        if not is_number(share) or not 0 <= share <= 1:
+            raise InputError(f"l2_share is a part of a device's L2, 0 to 1, got {share!r}")
+        self._l2_share = share
+        for layer in self._layers:
+            layer.l2_share = share
 
     @property
     def tallies(self) -> list[Tally]:
@@ -424,7 +439,7 @@ class KVCache:
         """The same tokens in a cache that grows on its own. Pages are shared until one of the two writes to them."""
         self._refuse_if_closed()
         twin = KVCache(self.spec, self._workers)
-        twin._sparse, twin._crew = self._sparse, self._crew
+        twin._sparse, twin._crew, twin._l2_share = self._sparse, self._crew, self._l2_share
         twin._asked, twin._rebuild = self._asked, self._rebuild
         if self._store is not None:
             with self._changing():
@@ -560,7 +575,7 @@ class KVCache:
         )
         layers = [LayerKV(store, num_seqs, spec, index) for index in range(spec.num_layers)]
         for layer in layers:
-            layer.sparse, layer.crew = self._sparse, self._crew
+            layer.sparse, layer.crew, layer.l2_share = self._sparse, self._crew, self._l2_share
         self._keep_in(layers)
         self._join(store, layers)
 

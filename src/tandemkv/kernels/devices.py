@@ -6,13 +6,16 @@ import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tandemkv.errors import BackendWarning, UnavailableError
 from tandemkv.types import AnyArena, PagedKV, Partial, ScoreRule
+
+if TYPE_CHECKING:
+    from tandemkv.kernels.gpu import Pull
 
 OLDEST_TRITON = 3, 6
 OLDEST_CAPABILITY = 80
@@ -58,6 +61,16 @@ def merge(parts: Sequence[Partial], sink_logit: Tensor | None = None) -> Partial
 def append(arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> None:
     """`tandemkv.kernels.append` on a device, which nobody waits for."""
     _first_that_works("append", arena.k.device, arena, page_table, begin, k, v)
+
+
+def prepare_pull(q: Tensor, kv: PagedKV, rule: ScoreRule, share: float) -> "Pull | None":
+    """What asks for pages that `attend` of such a q will read, up to this share of the device's L2, once launched.
+    None where the backend cannot ask."""
+    if backend_of(q.device).why_not:
+        return None
+    from tandemkv.kernels import gpu
+
+    return gpu.prepare_pull(q, kv, rule, int(share * gpu.l2_bytes(q.device)))
 
 
 def why_not_triton(device: torch.device) -> str:

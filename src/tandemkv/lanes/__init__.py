@@ -4,6 +4,7 @@ from tandemkv.lanes.base import Inputs, Lane, Task, drive
 from tandemkv.lanes.crew import Crew
 from tandemkv.lanes.flags import DeviceFlags
 from tandemkv.lanes.hybrid import Ahead, FarQuestion, HybridCrew
+from tandemkv.lanes.l2 import pull_into_l2
 from tandemkv.lanes.rig import Rig, TorchRig
 from tandemkv.lanes.staging import Staging
 from tandemkv.lanes.table import LANES
@@ -22,4 +23,5 @@ __all__ = [
     "Task",
     "TorchRig",
     "drive",
+    "pull_into_l2",
 ]

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tandemkv import machine
-from tandemkv.attention import extend_and_attend, stream_ahead, worker_pool
+from tandemkv.attention import extend_and_attend, pull_ahead, stream_ahead, worker_pool
 from tandemkv.cache import CacheSpec, KVCache, Moment, Tier, TierUse, parse_far_dtype
 from tandemkv.errors import CacheError, InputError, UnsupportedError
 from tandemkv.integrations.transformers.adapter import Call
@@ -496,8 +496,12 @@ class TieredLayer(CacheLayerMixin):
         out = extend_and_attend(q, k, v, layer, rule, sink_logit)
         if cache.keeper is not None:
             cache.keeper.prove(layer, begin, k, v)
-        if kv.crew is not None and self.index + 1 < kv.spec.num_layers:
-            stream_ahead(kv.layer(self.index + 1), q.shape[2])
+        if self.index + 1 < kv.spec.num_layers:
+            following = kv.layer(self.index + 1)
+            if kv.crew is not None:
+                stream_ahead(following, q.shape[2])
+            if kv.l2_share:
+                pull_ahead(following, q)
         return out
 
     def get_seq_length(self) -> int | Tensor:

@@ -2,7 +2,21 @@
 
 from tandemkv.kernels.gpu.calls import attend, merge
 from tandemkv.kernels.gpu.config import Config, config_for
-from tandemkv.kernels.gpu.moves import append, pull, unpack
+from tandemkv.kernels.gpu.moves import Pull, append, prepare_pull, pull, unpack
+from tandemkv.kernels.gpu.placed import l2_bytes
 from tandemkv.kernels.gpu.works import failure, is_interpreted
 
-__all__ = ["Config", "append", "attend", "config_for", "failure", "is_interpreted", "merge", "pull", "unpack"]
+__all__ = [
+    "Config",
+    "Pull",
+    "append",
+    "attend",
+    "config_for",
+    "failure",
+    "is_interpreted",
+    "l2_bytes",
+    "merge",
+    "prepare_pull",
+    "pull",
+    "unpack",
+]

@@ -1,5 +1,9 @@
 """Tokens and pages that move: into pages, out of packed ones, and into L2."""
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -7,7 +11,7 @@ from torch import Tensor
 from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.kernels.gpu import decode
 from tandemkv.kernels.gpu.calls import check_run, config_of
-from tandemkv.kernels.gpu.config import block_n_for
+from tandemkv.kernels.gpu.config import Config, block_n_for
 from tandemkv.kernels.gpu.formats import DTYPES, k_format, padded, v_format
 from tandemkv.kernels.gpu.l2 import asks_for_pieces, tile_bytes
 from tandemkv.kernels.gpu.placed import launching, placed
@@ -79,40 +83,56 @@ def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Ten
         )
 
 
+class Pull(NamedTuple):
+    """A kernel that asks for pages, ready to be enqueued behind whatever made `reads`. num_bytes: that it asks for, at
+    most."""
+
+    num_bytes: int
+    reads: tuple[Tensor, ...]
+    launch: Callable[[], None]
+
+
 def pull(q: Tensor, kv: PagedKV, rule: ScoreRule, max_bytes: int) -> int:
     """Let pages that `attend` of such a q will read come to L2, at most so many bytes: the first tiles of each of its
     programs. Enqueued as any kernel, it computes nothing and waits for nothing. Returns the bytes asked for at most; 0
     where nothing can be asked for, as in the interpreter."""
-    config, device = config_of(q, kv, None), q.device
-    arena = kv.arena
+    prepared = prepare_pull(q, kv, rule, max_bytes)
+    if prepared is None:
+        return 0
+    prepared.launch()
+    return prepared.num_bytes
+
+
+def prepare_pull(q: Tensor, kv: PagedKV, rule: ScoreRule, max_bytes: int) -> Pull | None:
+    """`pull`, with its tables on the device and not enqueued; None where nothing would be asked for."""
     check_run(q, kv)
+    arena, config, device = kv.arena, config_of(q, kv, None), q.device
     assert isinstance(arena, Arena)
     ask_k, ask_v = asks_for_pieces(kv, config, device)
-    num_programs = config.num_splits * arena.num_kv_heads * q.shape[0]
-    tokens = kv.page_table.shape[2] * kv.entry_tokens
-    most = num_programs * -(-tokens // config.block_n // config.num_splits)
-    num_tiles = min(most, max_bytes // tile_bytes(kv, config))
+    grid = config.num_splits, arena.num_kv_heads, q.shape[0]
+    num_tiles = min(max_bytes // tile_bytes(kv, config), math.prod(grid) * _tiles_of_a_part(kv, config))
     if not ask_k or not num_tiles:
-        return 0
-    table, starts, lens = (placed(x, device) for x in (kv.page_table, kv.kv_start, kv.kv_len))
-    with launching(q):
-        decode.pull_pages[(config.num_splits, arena.num_kv_heads, q.shape[0])](
-            arena.k,
-            arena.v,
-            table,
-            starts,
-            lens,
-            min(rule.window or 1 << 30, 1 << 30),
-            arena.num_slots,
-            table.shape[2],
-            lens.stride(0),
-            lens.stride(1) if lens.dim() == 2 else 0,
-            num_tiles,
-            PAGES=(arena.num_kv_heads, arena.layout.page_size, kv.of_blocks),
-            K=k_format(arena),
-            V=v_format(arena),
-            BLOCK_N=config.block_n,
-            AHEAD=(0, ask_k, ask_v),
-            num_warps=config.num_warps,
-        )
-    return num_tiles * tile_bytes(kv, config)
+        return None
+    reads = arena.k, arena.v, *(placed(x, device) for x in (kv.page_table, kv.kv_start, kv.kv_len))
+    lens, window = reads[4], min(rule.window or 1 << 30, 1 << 30)
+    strides = lens.stride(0), lens.stride(1) if lens.dim() == 2 else 0
+    numbers = window, arena.num_slots, kv.page_table.shape[2], *strides, num_tiles
+
+    def launch() -> None:
+        with launching(q):
+            decode.pull_pages[grid](
+                *reads,
+                *numbers,
+                PAGES=(arena.num_kv_heads, arena.layout.page_size, kv.of_blocks),
+                K=k_format(arena),
+                V=v_format(arena),
+                BLOCK_N=config.block_n,
+                AHEAD=(0, ask_k, ask_v),
+                num_warps=config.num_warps,
+            )
+
+    return Pull(num_tiles * tile_bytes(kv, config), reads, launch)
+
+
+def _tiles_of_a_part(kv: PagedKV, config: Config) -> int:
+    return -(-kv.page_table.shape[2] * kv.entry_tokens // (config.block_n * config.num_splits))
