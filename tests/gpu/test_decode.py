@@ -60,6 +60,16 @@ def test_with_the_configuration_that_is_chosen(name: str) -> None:
     assert_within(attend(case, shape), truth, bound)
 
 
+@pytest.mark.parametrize("group_size", [1, 4, 8])
+def test_sixteen_causal_queries(group_size: int) -> None:
+    """With 8 heads to a group they are two blocks of 64 rows."""
+    shape = Shape(16, 2, group_size, 64, kv_len=(90, 16), kv_start=(3, 5), q_len=16, causal=True)
+    case = build(shape, torch.bfloat16, "rows", torch.bfloat16)
+    truth = reference.attend(case.q, case.kv, rule=shape.rule, causal=True)
+    bound = attend_bound(case.q, case.k, case.v, case.visible, shape.rule, kernel_rounding(torch.bfloat16), 2)
+    assert_within(attend(case, shape, Config(block_m=64, num_splits=2)), truth, bound)
+
+
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_huge_logits(scale: float) -> None:
     shape = COVER["ragged"]

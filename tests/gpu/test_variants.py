@@ -98,7 +98,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     class Driver:
         def get_current_device(self) -> int:
-            return 0
+            return 99  # where no kernel is cached for one that is there
 
         def get_current_stream(self, device: int) -> int:
             return 0

@@ -31,7 +31,7 @@ from tandemkv.cache.spec import CacheSpec
 from tandemkv.cache.store import Copied, PageStore
 from tandemkv.errors import CacheError, InputError, PrecisionWarning
 from tandemkv.kernels.blocks import ChosenBlocks, FarPages
-from tandemkv.lanes import Ahead, Crew, DeviceFlags
+from tandemkv.lanes import Ahead, Crew, DeviceFlags, bring_up
 from tandemkv.select import Sparse, Summaries, Tally
 from tandemkv.types import BLOCK_TOKENS, PagedKV
 
@@ -415,10 +415,7 @@ class LayerKV:
         if k.device == arena.k.device:
             kernels.gather(arena, table, offset, k, v, self._store.workers)
         else:
-            host_k, host_v = torch.empty_like(k, device="cpu"), torch.empty_like(v, device="cpu")
-            kernels.gather(arena, table, offset, host_k, host_v, self._store.workers)
-            k.copy_(host_k)
-            v.copy_(host_v)
+            bring_up(arena, table, offset, k, v, self._store.workers)
 
     def forget_foreseen(self) -> None:
         """What was foreseen is of no use any more."""

@@ -3,7 +3,7 @@ the two, and why, is never silent."""
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import BackendWarning, UnavailableError
-from tandemkv.types import AnyArena, PagedKV, Partial, ScoreRule
+from tandemkv.types import AnyArena, Arena, PagedKV, Partial, ScoreRule
 
 if TYPE_CHECKING:
     from tandemkv.kernels.gpu import Pull
@@ -71,6 +71,15 @@ def prepare_pull(q: Tensor, kv: PagedKV, rule: ScoreRule, share: float) -> "Pull
     from tandemkv.kernels import gpu
 
     return gpu.prepare_pull(q, kv, rule, int(share * gpu.l2_bytes(q.device)))
+
+
+def unpacker(device: torch.device) -> "Callable[[Arena, Arena, Tensor, Tensor], None] | None":
+    """What makes rows of packed pages on a device (`gpu.unpack`); None where the backend cannot."""
+    if backend_of(device).why_not:
+        return None
+    from tandemkv.kernels import gpu
+
+    return gpu.unpack
 
 
 def why_not_triton(device: torch.device) -> str:

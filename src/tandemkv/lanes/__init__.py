@@ -8,6 +8,7 @@ from tandemkv.lanes.l2 import pull_into_l2
 from tandemkv.lanes.rig import Rig, TorchRig
 from tandemkv.lanes.staging import Staging
 from tandemkv.lanes.table import LANES
+from tandemkv.lanes.up import bring_up
 
 __all__ = [
     "LANES",
@@ -22,6 +23,7 @@ __all__ = [
     "Staging",
     "Task",
     "TorchRig",
+    "bring_up",
     "drive",
     "pull_into_l2",
 ]
