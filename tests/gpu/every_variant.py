@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import track
 
 from tandemkv import machine
-from tandemkv.kernels.gpu.variants import Variant, compiled, every
+from tandemkv.kernels.gpu.variants import SHARED_BYTES, Variant, compiled, every
 
 
 def error_of(variant: Variant) -> str:
@@ -14,6 +14,8 @@ def error_of(variant: Variant) -> str:
     try:
         kernel = compiled(variant)
         asks = "prefetch" in kernel.asm["ptx"]
+        if kernel.metadata.shared > SHARED_BYTES[variant.capability]:
+            return f"{variant.name}: {kernel.metadata.shared:,} bytes of shared memory"
     except Exception as error:  # noqa: BLE001  told with the others
         return f"{variant.name}: {error!r}"
     return "" if asks == (variant.distance > 0) else f"{variant.name}: asks ahead: {asks}"

@@ -13,7 +13,7 @@ from tandemkv.errors import InputError
 from tandemkv.kernels import gpu, reference
 from tandemkv.kernels.checks import raise_for
 from tandemkv.kernels.gpu import Config, l2
-from tandemkv.kernels.gpu.config import config_for
+from tandemkv.kernels.gpu.config import config_for, fitted
 from tandemkv.kernels.gpu.l2 import code_bytes
 from tandemkv.types import Arena, PagedKV, PageLayout, Partial, ScoreRule
 from tests.kernels.test_attend import COVER
@@ -247,3 +247,18 @@ def test_what_would_not_fit_l2_is_not_asked_for(
     config = Config(distance=2, guarded=guarded)
     distance, ask_k, ask_v = l2.asks(kv, config, num_programs, torch.device("cuda"))
     assert (distance > 0) == asks == ("32768" in ask_k) == ("prefetch.L2" in ask_v)
+
+
+@pytest.mark.parametrize(
+    ("token_bytes", "shared_bytes", "block_n", "num_stages"),
+    [
+        (512, 232_448, 64, 3),  # head_dim 128 in bf16 on an H100: 32 KiB tiles, two programs of two
+        (1024, 232_448, 64, 2),  # head_dim 256
+        (512, 101_376, 64, 2),  # on an RTX PRO 6000
+        (2048, 101_376, 32, 2),  # head_dim 256 in float32 there: 64 tokens would not fit at all
+        (72, 101_376, 64, 3),
+    ],
+)
+def test_tiles_fit_shared_memory(token_bytes: int, shared_bytes: int, block_n: int, num_stages: int) -> None:
+    config = fitted(Config(), token_bytes, shared_bytes)
+    assert (config.block_n, config.num_stages) == (block_n, num_stages)

@@ -17,6 +17,7 @@ from tandemkv.kernels.gpu.variants import (
     AXES,
     CAPABILITIES,
     PACKINGS,
+    SHARED_BYTES,
     Variant,
     arena_of,
     compiled,
@@ -42,6 +43,7 @@ def test_it_compiles_and_asks_ahead(variant: Variant) -> None:
     kernel = compiled(variant)
     ptx: str = kernel.asm["ptx"]
     assert len(kernel.asm["cubin"]) > 1000
+    assert kernel.metadata.shared <= SHARED_BYTES[variant.capability]
     assert re.search(rf"\.target sm_{variant.capability}", ptx)
     bulk, lines = (
         len(re.findall(rf"{name}\b", ptx))
@@ -58,9 +60,14 @@ def test_it_compiles_and_asks_ahead(variant: Variant) -> None:
 
 
 def test_tiles_are_loaded_asynchronously() -> None:
-    """Of a plain call K and V go to shared memory by cp.async: 16 bytes each."""
-    plain = Variant(90, "rows", "bf16", 128, 4, 1, 64, False, "plain", False, 0)
-    assert compiled(plain).asm["ptx"].count("cp.async.cg.shared.global") >= 16
+    """Of a plain call K and V go to shared memory by cp.async, 16 bytes each, two tiles of both ahead of products."""
+    plain = compiled(Variant(90, "rows", "bf16", 128, 4, 1, 64, False, "plain", False, 0))
+    assert plain.asm["ptx"].count("cp.async.cg.shared.global") >= 48
+    assert "cp.async.ca" not in plain.asm["ptx"]
+    assert sorted(re.findall(r"local_alloc : .*?memdesc<(2x[\dx]+)xbf16", plain.asm["ttgir"])) == [
+        "2x128x64",
+        "2x64x128",
+    ]
 
 
 @pytest.mark.parametrize(("packing", "capability"), [*zip(PACKINGS, 2 * CAPABILITIES, strict=True)])

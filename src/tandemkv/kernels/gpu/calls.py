@@ -12,10 +12,10 @@ from torch import Tensor
 from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.kernels.checks import check_mass, check_query, check_rule
 from tandemkv.kernels.gpu import decode
-from tandemkv.kernels.gpu.config import Config, block_n_for, config_for
+from tandemkv.kernels.gpu.config import Config, block_n_for, config_for, fitted
 from tandemkv.kernels.gpu.formats import DTYPES, k_format, padded, v_format
 from tandemkv.kernels.gpu.l2 import asks
-from tandemkv.kernels.gpu.placed import launching, num_processors, placed
+from tandemkv.kernels.gpu.placed import launching, num_processors, placed, shared_bytes
 from tandemkv.types import Arena, PagedKV, Partial, ScoreRule
 
 LOG2E = 1.4426950408889634
@@ -73,6 +73,8 @@ def config_of(q: Tensor, kv: PagedKV, config: Config | None) -> Config:
         num_heads, tokens = kv.arena.num_kv_heads, kv.page_table.shape[2] * kv.entry_tokens
         num_rows = num_q_heads // num_heads * q_len
         config = config_for(num_seqs, num_heads, num_rows, tokens, num_processors(q.device))
+        token_bytes = sum(kv.arena.layout.token_bytes(kv.arena.head_dim, kv.arena.v_head_dim))
+        config = fitted(config, token_bytes, shared_bytes(q.device))
     if kv.arena.layout.packing == "rows":
         return config
     return replace(config, block_n=min(config.block_n, block_n_for(kv.entry_tokens)))  # a tile lies in one page

@@ -1,6 +1,6 @@
 """How a decode call is cut into programs. Looked up, never tuned while somebody waits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WAVES = 2
 """Programs for each multiprocessor, at least: while some wait for memory, others are at work."""
@@ -9,6 +9,9 @@ LEAST_TILES = 4
 """Of a part: fewer would spend their time on beginning and merging."""
 
 MAX_SPLITS = 64
+
+BESIDE_TILES_BYTES = 16 << 10
+"""Of shared memory, for queries, weights and what changes its layout: 8 to 24 KiB in the variants that are compiled."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ def config_for(num_seqs: int, num_kv_heads: int, num_rows: int, kv_tokens: int, 
     num_programs = num_seqs * num_kv_heads * -(-num_rows // block_m)
     most = max(1, kv_tokens // (LEAST_TILES * block_n))
     return Config(block_n, block_m, max(1, min(MAX_SPLITS, most, -(-WAVES * num_processors // num_programs))))
+
+
+def fitted(config: Config, token_bytes: float, shared_bytes: int) -> Config:
+    """Tiles of tokens of so many bytes, K and V, that fit a multiprocessor's shared memory: two are on their way while
+    one is computed, if a second program fits beside, else one; shorter ones where not even that fits."""
+    block_n = config.block_n
+    while block_n > 16 and block_n * token_bytes > shared_bytes - BESIDE_TILES_BYTES:
+        block_n //= 2
+    num_ahead = int((shared_bytes // 2 - BESIDE_TILES_BYTES) // (block_n * token_bytes))
+    return replace(config, block_n=block_n, num_stages=1 + min(2, max(1, num_ahead)))
 
 
 def block_m_for(num_rows: int) -> int:

@@ -102,16 +102,13 @@ def decode_pages(
     arena = (k, v, entries, head, num_slots)
     for i in tl.static_range(DISTANCE):
         _ask_for_tile(arena, begin + i * BLOCK_N, stop, PAGES, K, V, BLOCK_N, AHEAD)
+    # Where a tile lies is looked up one tile early: loads that wait for another load are not pipelined.
+    piece, offset, exists = _places_of_tile(arena, begin, start, end, PAGES, K, BLOCK_N)
     for tile in range(begin, stop, BLOCK_N):
         if DISTANCE > 0:
             _ask_for_tile(arena, tile + DISTANCE * BLOCK_N, stop, PAGES, K, V, BLOCK_N, AHEAD)
         tokens = tile + tl.arange(0, BLOCK_N)
         in_run = (tokens >= start) & (tokens < end)
-        if K[f.PACKING] == "rows":
-            piece, offset, exists = places(entries, tokens, in_run, head, num_slots, PAGES)
-        else:
-            piece, offset, is_slot = places(entries, tile, True, head, num_slots, PAGES)
-            exists = in_run & is_slot
         num_wild += tl.sum((in_run & ~exists).to(tl.int32), 0)
         if GATHERS_Q:
             dims = kept_channels(k + piece * K[f.SLICE], K)
@@ -139,6 +136,7 @@ def decode_pages(
         acc = acc * shrink[:, None] + _weighed(weights, values)
         total = total * shrink + tl.sum(weights, 1)
         best = highest
+        piece, offset, exists = _places_of_tile(arena, tile + BLOCK_N, start, end, PAGES, K, BLOCK_N)
 
     tl.atomic_or(flags, SLOT_OUT_OF_RANGE, mask=num_wild > 0)
     is_empty = total == 0.0
@@ -158,6 +156,20 @@ def _part(start, end, split, num_splits, BLOCK_N: tl.constexpr):
     num_tiles = tl.cdiv(tl.cdiv(end, BLOCK_N) - first_tile, num_splits)
     begin = (first_tile + split * num_tiles) * BLOCK_N
     return begin, tl.minimum(begin + num_tiles * BLOCK_N, end)
+
+
+@triton.jit
+def _places_of_tile(arena, tile, start, end, PAGES: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """As `keys_of` takes them: of each token of the run that the tile has, or of its first one."""
+    _, _, entries, head, num_slots = arena
+    tokens = tile + tl.arange(0, BLOCK_N)
+    in_run = (tokens >= start) & (tokens < end)
+    if K[f.PACKING] == "rows":
+        piece, offset, exists = places(entries, tokens, in_run, head, num_slots, PAGES)
+    else:
+        piece, offset, is_slot = places(entries, tile, tile < end, head, num_slots, PAGES)
+        exists = in_run & is_slot
+    return piece, offset, exists
 
 
 @triton.jit

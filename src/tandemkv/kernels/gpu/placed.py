@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.compiler.errors import CompilationError
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from tandemkv.errors import UnavailableError
@@ -62,6 +63,15 @@ def num_processors(device: torch.device) -> int:
 def l2_bytes(device: torch.device) -> int:
     """Of the device's L2 cache."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Of shared memory that a program can have; an H100's in the interpreter."""
+    if device.type != "cuda":
+        return 232_448
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 @functools.cache

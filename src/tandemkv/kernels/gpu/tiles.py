@@ -49,10 +49,11 @@ def keys_of(k, piece, offset, exists, PAGE: tl.constexpr, K: tl.constexpr, DTYPE
         PER_WORD: tl.constexpr = K[f.PER_WORD]
         WORD: tl.constexpr = DTYPE if PER_WORD == 1 else tl.int32
         tokens, rows = tl.arange(0, exists.shape[0]), tl.arange(0, PAD // PER_WORD)
-        in_block = rows[:, None] * 16 + (tokens % 16)[None, :]
+        is_any = tl.max(exists.to(tl.int32), 0) > 0
+        block = tokens // 16 * (16 * STORED // PER_WORD)
         words = tl.load(
-            at.to(tl.pointer_type(WORD)) + (tokens // 16 * (16 * STORED // PER_WORD))[None, :] + in_block,
-            mask=exists[None, :] & (rows < STORED // PER_WORD)[:, None],
+            at.to(tl.pointer_type(WORD)) + rows[:, None] * 16 + (block + tokens % 16)[None, :],
+            mask=is_any & (rows < STORED // PER_WORD)[:, None],
             other=0,
         )
         if PER_WORD == 1:

@@ -10,13 +10,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tandemkv.kernels.gpu import decode
-from tandemkv.kernels.gpu.config import block_m_for, block_n_for
+from tandemkv.kernels.gpu.config import Config, block_m_for, block_n_for, fitted
 from tandemkv.kernels.gpu.formats import DTYPES, k_format, padded, v_format
 from tandemkv.kernels.gpu.l2 import code_bytes, prefetch_ptx
 from tandemkv.types import Arena, PageLayout
 
 CAPABILITIES = 80, 90, 120
 """A100, H100 and H200, RTX PRO 6000 and 5090."""
+
+SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
+"""Of shared memory that a program can have there (CUDA C++ Programming Guide, compute capabilities)."""
 
 PACKINGS = "rows", "panels", "int8", "int4", "int8/48", "int4/48"
 """As `far_dtype` names them; /48: that many channels of K are kept."""
@@ -120,13 +123,15 @@ def arena_of(packing: str, dtype: str, head_dim: int, page_size: int = 64) -> Ar
     return Arena.allocate(layout, 1, _NUM_KV_HEADS, head_dim, "meta")
 
 
-def compiled(variant: Variant, num_warps: int = 4, num_stages: int = 3) -> Any:
+def compiled(variant: Variant) -> Any:
     """Triton's compiled decode kernel: `asm["ptx"]`, `asm["cubin"]`, `metadata`. Needs no GPU."""
     arena = arena_of(variant.packing, variant.dtype, variant.head_dim, variant.page_size)
     entry_tokens = 16 if variant.of_blocks else variant.page_size
-    block_n = 64 if variant.packing == "rows" else block_n_for(entry_tokens)
-    sizes = [int(min(block_n, entry_tokens) * size) for size in code_bytes(arena)]
-    asks = [prefetch_ptx(variant.capability, size, 32 * num_warps) if variant.distance else "" for size in sizes]
+    config = Config(64 if variant.packing == "rows" else block_n_for(entry_tokens))
+    token_bytes = sum(arena.layout.token_bytes(arena.head_dim, arena.v_head_dim))
+    config = fitted(config, token_bytes, SHARED_BYTES[variant.capability])
+    sizes = [int(min(config.block_n, entry_tokens) * size) for size in code_bytes(arena)]
+    asks = [prefetch_ptx(variant.capability, size, 32 * config.num_warps) if variant.distance else "" for size in sizes]
     k = k_format(arena)
     constants = {
         **_of_pages(arena, variant.of_blocks),
@@ -135,11 +140,11 @@ def compiled(variant: Variant, num_warps: int = 4, num_stages: int = 3) -> Any:
         "Q_PAD": padded(variant.head_dim) if arena.layout.num_channels else k[2],
         "RULE": (not variant.of_blocks, variant.rule == "softcap", variant.rule == "window", variant.mass),
         "BLOCK_M": block_m_for(variant.group_size * variant.q_len),
-        "BLOCK_N": block_n,
+        "BLOCK_N": config.block_n,
         "AHEAD": (variant.distance, *asks),
     }
     types = {"q": f"*{variant.dtype}", **_arena_types(arena)}
-    return _compiled(decode.decode_pages, variant.capability, types, constants, num_warps, num_stages)
+    return _compiled(decode.decode_pages, variant.capability, types, constants, config)
 
 
 def compiled_moves(capability: int, packing: str, dtype: str, head_dim: int) -> dict[str, Any]:
@@ -183,8 +188,7 @@ def _compiled(
     capability: int,
     types: Mapping[str, str],
     constants: Mapping[str, Any],
-    num_warps: int = 4,
-    num_stages: int = 3,
+    config: Config | None = None,
 ) -> Any:
     """types: of what pointers point to, beside those that have one name everywhere; numbers are int32 or float32."""
     names = kernel.arg_names
@@ -198,4 +202,6 @@ def _compiled(
     by_place = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=by_place, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+    config = config or Config()
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return triton.compile(source, target=target, options=options)
