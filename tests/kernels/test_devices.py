@@ -1,7 +1,8 @@
 """Which backend attends on a device, and why not ours: without a GPU."""
 
+import sys
 import warnings
-from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,15 +21,12 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_triton_the_way_to_get_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", missing)
+    monkeypatch.setitem(sys.modules, "triton", None)
     assert devices.why_not_triton(CUDA) == "triton is not installed: pip install 'tandemkv[gpu]'"
 
 
 def test_an_old_triton_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", lambda name: "3.5.1")
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.5.1"))
     assert devices.why_not_triton(CUDA) == "triton 3.5.1 is too old: 3.6 or newer is needed"
 
 

@@ -4,7 +4,6 @@ the two, and why, is never silent."""
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,15 +84,15 @@ def unpacker(device: torch.device) -> "Callable[[Arena, Arena, Tensor, Tensor], 
 def why_not_triton(device: torch.device) -> str:
     """What keeps our kernels from a device; '' for nothing. Compiles a small one and runs it: a second, once."""
     try:
-        installed = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+        import triton
+    except ModuleNotFoundError:
         return "triton is not installed: pip install 'tandemkv[gpu]'"
-    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST_TRITON:
-        return f"triton {installed} is too old: {'.'.join(map(str, OLDEST_TRITON))} or newer is needed"
-    try:
-        from tandemkv.kernels import gpu
     except Exception as error:  # noqa: BLE001  whatever a broken installation raises
-        return f"triton {installed} cannot be imported: {error}"
+        return f"triton cannot be imported: {error}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST_TRITON))} or newer is needed"
+    from tandemkv.kernels import gpu
+
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if 10 * major + minor < OLDEST_CAPABILITY:
