@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -94,6 +94,11 @@ class Case(NamedTuple):
         return {"model": self.model.name, **heads, **shape, "dtype": dtype, "kv_bytes": self.kv_bytes}
 
 
+def places_for(num_bytes: int, l2_bytes: int) -> int:
+    """Of what a call reads: so many that one is read again only when twice `LARGE` times L2 were read since."""
+    return max(2, math.ceil(2 * LARGE * l2_bytes / num_bytes))
+
+
 class Pool:
     """Random numbers for K and for V. A case lies at several places of it, as pages or dense: what it holds makes no
     difference to how long reading takes, and to what is right only as far as a judge reads the same."""
@@ -108,10 +113,9 @@ class Pool:
         return case.numbers <= self.k.numel()
 
     def places(self, case: Case, l2_bytes: int) -> list[int]:
-        """Where it begins: so often that a place is read again only when twice `LARGE` times L2 were read since; once
-        where there is no room for more."""
-        wanted = max(2, math.ceil(2 * LARGE * l2_bytes / case.kv_bytes))
-        return [case.numbers * i for i in range(max(1, min(wanted, self.k.numel() // case.numbers)))]
+        """Where it begins: at `places_for` its bytes, or fewer where there is no room for more."""
+        num_places = min(places_for(case.kv_bytes, l2_bytes), self.k.numel() // case.numbers)
+        return [case.numbers * i for i in range(max(1, num_places))]
 
     def dense(self, case: Case, place: int, tokens_first: bool = False) -> tuple[Tensor, Tensor]:
         """K and V `[batch, num_kv_heads, context, head_dim]`, contiguous; tokens_first: `[batch, context, ...]`."""
@@ -128,10 +132,16 @@ class Pool:
             for x in (self.k, self.v)
         )
         arena = Arena(k, v, PageLayout(self.dtype, PAGE), model.head_dim, model.head_dim)
-        slots = torch.randperm(num_slots, device=self.device).int().view(case.batch, 1, case.num_pages)
-        table = slots.expand(-1, model.num_kv_heads, -1).contiguous()
-        starts = torch.zeros(case.batch, dtype=torch.int64, device=self.device)
-        return PagedKV(arena, table, starts, torch.full_like(starts, case.context))
+        return shuffled(arena, case)
+
+
+def shuffled(arena: Arena, case: Case, first_slot: int = 0) -> PagedKV:
+    """A case's pages from such a slot on, in an order of no sense; tables on the arena's device."""
+    device, num_slots = arena.k.device, case.batch * case.num_pages
+    slots = first_slot + torch.randperm(num_slots, device=device).int().view(case.batch, 1, case.num_pages)
+    starts = torch.zeros(case.batch, dtype=torch.int64, device=device)
+    table = slots.expand(-1, case.model.num_kv_heads, -1).contiguous()
+    return PagedKV(arena, table, starts, torch.full_like(starts, case.context))
 
 
 class Pools:
@@ -143,9 +153,13 @@ class Pools:
 
     def of(self, dtype: torch.dtype, share: float) -> Pool:
         """Of such a share of the memory that is free without it."""
-        self.release()
-        self._pool = Pool(self._device, dtype, int(share * self._num_bytes()))
+        self._pool = Pool(self._device, dtype, int(share * self.free_bytes()))
         return self._pool
+
+    def free_bytes(self) -> int:
+        """Of memory, once no pool is held."""
+        self.release()
+        return self._num_bytes()
 
     def release(self) -> None:
         """Its memory is free again."""
@@ -155,20 +169,64 @@ class Pools:
             torch.cuda.empty_cache()
 
 
-class Problem:
-    """A case in a pool, and its query. Scores deviate by 2, so that some 2 % of the tokens carry the weight: a flat
-    softmax would hide errors."""
+class Question:
+    """A case's query over K and V that lie at so many places, and what is right. Scores deviate by 2, so that some 2 %
+    of the tokens carry the weight: a flat softmax would hide errors."""
 
-    def __init__(self, case: Case, pool: Pool, l2_bytes: int) -> None:
-        self.case, self.pool = case, pool
-        self.places = pool.places(case, l2_bytes)
+    def __init__(self, case: Case, device: torch.device, num_places: int) -> None:
+        self.case, self.device, self.num_places = case, device, num_places
         shape = (case.batch, case.model.num_q_heads, 1, case.model.head_dim)
-        self.q = (2 * torch.randn(shape, device=pool.device)).to(case.dtype)
+        self.q = (2 * torch.randn(shape, device=device)).to(case.dtype)
 
     @property
     def q_rows(self) -> Tensor:
         """With the heads of a group as rows: `[batch, num_kv_heads, group_size, head_dim]`."""
         return self.q.view(self.case.batch, self.case.model.num_kv_heads, self.case.group_size, -1)
+
+    def over(self, runs: Sequence[PagedKV], rows: RowsOf, config: Config | None = None) -> Form:
+        """The decode kernel over a run for each place, its merge included."""
+        rule, flags = ScoreRule(self.case.scale), torch.zeros(1, dtype=torch.int32, device=self.device)
+
+        def call(turn: int) -> Partial:
+            return gpu.attend(self.q, runs[turn % len(runs)], rule=rule, flags=flags, config=config)
+
+        return Form(call, lambda part: (part.out[:, :, 0], part.lse[:, :, 0]), rows)
+
+    def check(self, form: Form) -> tuple[float, str]:
+        """Its error at the first place and at the last, and what is wrong with it, or ''."""
+        worst, wrong = 0.0, ""
+        for place in sorted({0, self.num_places - 1}):
+            out, lse = form.out_of(form.call(place))
+            error, why = self._judge(out, lse, partial(form.rows, place))
+            worst, wrong = max(worst, error), wrong or why
+        return worst, wrong
+
+    def _judge(
+        self, out: Tensor, lse: Tensor | None, rows: Callable[[int, int], tuple[Tensor, Tensor]]
+    ) -> tuple[float, str]:
+        """Of a few sequences and heads against float64; NaN is wrong."""
+        case, worst, worst_lse = self.case, 0.0, 0.0
+        batch, heads = case.batch, case.model.num_kv_heads
+        for seq, head in {(0, 0), (batch // 2, heads // 2), (batch - 1, heads - 1)}:
+            k, v = (x.double() for x in rows(seq, head))
+            scores = case.scale * (self.q_rows[seq, head].double() @ k.mT)
+            truth = torch.softmax(scores, -1) @ v
+            group = slice(head * case.group_size, (head + 1) * case.group_size)
+            worst = max(worst, _or_inf((out[seq, group].double() - truth).norm() / truth.norm()))
+            if lse is not None:
+                off = lse[seq, group].double() - torch.logsumexp(scores, -1)
+                worst_lse = max(worst_lse, _or_inf(off.abs().max()))
+        if worst >= WRONG:
+            return worst, f"wrong: out is off by {worst:.2g}, {WRONG} allowed"
+        return worst, f"wrong: lse is off by {worst_lse:.2g}, {WRONG_LSE} allowed" if worst_lse >= WRONG_LSE else ""
+
+
+class Problem(Question):
+    """A case in a pool."""
+
+    def __init__(self, case: Case, pool: Pool, l2_bytes: int) -> None:
+        self.pool, self.places = pool, pool.places(case, l2_bytes)
+        super().__init__(case, pool.device, len(self.places))
 
     @cached_property
     def dense(self) -> list[tuple[Tensor, Tensor]]:
@@ -204,41 +262,8 @@ class Problem:
         return k, v
 
     def ours(self, config: Config | None = None) -> Form:
-        """The decode kernel, its merge included."""
-        rule, flags = ScoreRule(self.case.scale), torch.zeros(1, dtype=torch.int32, device=self.pool.device)
-
-        def call(turn: int) -> Partial:
-            return gpu.attend(self.q, self.runs[turn % len(self.runs)], rule=rule, flags=flags, config=config)
-
-        return Form(call, lambda part: (part.out[:, :, 0], part.lse[:, :, 0]), self.of_runs)
-
-    def check(self, form: Form) -> tuple[float, str]:
-        """Its error at the first place and at the last, and what is wrong with it, or ''."""
-        worst, wrong = 0.0, ""
-        for place in sorted({0, len(self.places) - 1}):
-            out, lse = form.out_of(form.call(place))
-            error, why = self._judge(out, lse, partial(form.rows, place))
-            worst, wrong = max(worst, error), wrong or why
-        return worst, wrong
-
-    def _judge(
-        self, out: Tensor, lse: Tensor | None, rows: Callable[[int, int], tuple[Tensor, Tensor]]
-    ) -> tuple[float, str]:
-        """Of a few sequences and heads against float64; NaN is wrong."""
-        case, worst, worst_lse = self.case, 0.0, 0.0
-        batch, heads = case.batch, case.model.num_kv_heads
-        for seq, head in {(0, 0), (batch // 2, heads // 2), (batch - 1, heads - 1)}:
-            k, v = (x.double() for x in rows(seq, head))
-            scores = case.scale * (self.q_rows[seq, head].double() @ k.mT)
-            truth = torch.softmax(scores, -1) @ v
-            group = slice(head * case.group_size, (head + 1) * case.group_size)
-            worst = max(worst, _or_inf((out[seq, group].double() - truth).norm() / truth.norm()))
-            if lse is not None:
-                off = lse[seq, group].double() - torch.logsumexp(scores, -1)
-                worst_lse = max(worst_lse, _or_inf(off.abs().max()))
-        if worst >= WRONG:
-            return worst, f"wrong: out is off by {worst:.2g}, {WRONG} allowed"
-        return worst, f"wrong: lse is off by {worst_lse:.2g}, {WRONG_LSE} allowed" if worst_lse >= WRONG_LSE else ""
+        """The decode kernel over pages."""
+        return self.over(self.runs, self.of_runs, config)
 
 
 def _or_inf(error: Tensor) -> float:

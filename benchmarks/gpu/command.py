@@ -22,6 +22,8 @@ speed     four models, contexts of 2K to 128K, batches of 1 to 64: GB/s of K and
           Beside it torch's flash and cuDNN attention and FlexAttention, each with the log-sum-exp and in its best form,
           flash-attn and flashinfer where they are installed. All take turns, over memory that L2 does not hold.
 paper     the paper's baseline design and ours, with nothing or 1, 2, 4 pieces asked for ahead, beside what was foreseen
+ahead     a layer's MLP, then our kernel, without and with its pages pulled into L2 by a side stream meanwhile
+packed    pages of panels, int8 and int4: made rows, and attended beside rows of the same tokens
 sweep     configurations of our kernel for a few shapes
 counters  L2 hit rate, memory throughput and stalls by Nsight Compute, where it runs
 
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--part", choices=PARTS, default="kernels", help="what is measured (default: kernels)")
     parser.add_argument("--section", action="append", metavar="NAME", help="only this one; repeat it (default: all)")
     parser.add_argument("--no-tests", action="store_true", help="leave the GPU's tests out, as --quick does")
+    parser.add_argument("--commit", metavar="HASH", help="of these files where they are no git checkout; noted as told")
     parser.add_argument("--out", type=Path, help="folder of the files (default: benchmarks/results/NAME-OF-THE-GPU)")
     options = parser.parse_args(arguments)
     try:

@@ -3,7 +3,7 @@ its time to compile; Triton keeps what these compile on disk, where the measurin
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 
@@ -28,21 +28,25 @@ class Compilers:
         self._pool: ProcessPoolExecutor | None = None
 
     def compile(self, jobs: Iterable[Job], seconds: float) -> None:
-        """Returns when all are compiled or the time is over. What does not compile says so when it is measured."""
+        """The decode kernel over rows, by attending to `like` cases. See `each`."""
+        self.each(compile_one, ((like(case), config) for case, config in jobs), seconds)
+
+    def each(self, function: Callable[..., None], jobs: Iterable[tuple[Hashable, ...]], seconds: float) -> None:
+        """Calls a module's function with the device's name and each job. Returns when all are compiled or the time is
+        over. What does not compile says so when it is measured."""
         if self._device.type == "cuda":
             self._start()
-            alike = dict.fromkeys((like(case), config) for case, config in jobs)
-            self._run([(str(self._device), *job) for job in alike], seconds)
+            self._run(function, [(str(self._device), *job) for job in dict.fromkeys(jobs)], seconds)
 
     def _start(self) -> None:
         if self._pool is None:
             workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 2))
             self._pool = ProcessPoolExecutor(workers, get_context("spawn"))
 
-    def _run(self, jobs: Sequence[tuple[str, Case, Config]], seconds: float) -> None:
+    def _run(self, function: Callable[..., None], jobs: Sequence[tuple[Hashable, ...]], seconds: float) -> None:
         assert self._pool is not None
         try:
-            submitted = [self._pool.submit(compile_one, *job) for job in jobs]
+            submitted = [self._pool.submit(function, *job) for job in jobs]
         except BrokenExecutor as error:  # a process was killed: then kernels are compiled where they are measured
             print(f"compiling ahead: {error}", file=sys.stderr)
             return

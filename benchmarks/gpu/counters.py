@@ -121,7 +121,7 @@ def _warmed_up(variant: Variant, forms: dict[Variant, Form], reasons: dict[Varia
         print(f"left out: {variant}: {reasons.get(variant) or told(error)}", file=sys.stderr)
 
 
-SECTION = Section(measure, 1, summary, in_quick=False, has_csv=False)
+SECTION = Section(measure, 2, summary, in_quick=False, has_csv=False)
 
 if __name__ == "__main__":
     watched()

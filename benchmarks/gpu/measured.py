@@ -33,13 +33,14 @@ TESTS_S = 180.0
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for. sections: () for all."""
+    """What was asked for. sections: () for all. commit: as told, of files without git; '' for none."""
 
     quick: bool
     json: bool
     with_tests: bool
     sections: Sequence[str]
     out: Path | None
+    commit: str = ""
 
     @staticmethod
     def of(arguments: argparse.Namespace) -> "Options":
@@ -47,17 +48,19 @@ class Options:
         saves = arguments.out is not None or arguments.save or not (arguments.quick or arguments.section)
         out = arguments.out or (common.RESULTS / slug(torch.cuda.get_device_name()) if saves else None)
         with_tests = not (arguments.quick or arguments.no_tests)
-        return Options(arguments.quick, arguments.json, with_tests, arguments.section or (), out)
+        asked = arguments.quick, arguments.json, with_tests, arguments.section or ()
+        return Options(*asked, out, arguments.commit or "")
 
 
 def measure_and_report(options: Options, arguments: Sequence[str], native: str, ground_of: Callable[[], Ground]) -> int:
     """The exit code: 1 where a test failed, a result of ours is wrong, or a section ended early."""
-    sections = chosen(options)
+    sections, commit = chosen(options), commit_of(options)
     console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 160)
     tell = _teller(console)
     before, tested = smi(), _tested(options, tell)
     ground = ground_of()
-    report = Report(run_of(ground.facts, arguments), native, tested, ground, smi={"before": before})
+    run = replace(run_of(ground.facts, arguments), commit=commit)
+    report = Report(run, native, tested, ground, smi={"before": before})
     tell(f"{report.run}\nnative module: {native}; copy {ground.speeds.copy_gbps:,.0f} GB/s")
     budget = Budget(QUICK_S if options.quick else LIMIT_S - elapsed_s())
     pools, compilers = Pools(ground.device, lambda: _free_bytes(ground)), Compilers(ground.device)
@@ -83,6 +86,14 @@ def chosen(options: Options) -> Mapping[str, Section]:
         raise InputError(f"--section must be one of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     names = options.sections or [name for name, section in SECTIONS.items() if section.in_quick or not options.quick]
     return {name: SECTIONS[name] for name in names}
+
+
+def commit_of(options: Options) -> str:
+    """Git's, or where git knows none what was told, noted as such. InputError where there are both."""
+    known = common.commit()
+    if options.commit and known != "unknown":
+        raise InputError(f"--commit is for files without git, which here says {known}")
+    return f"{options.commit} (as told)" if options.commit else known
 
 
 def measured(sections: Mapping[str, Section], bench: Bench, budget: Budget) -> Iterator[tuple[str, Found]]:

@@ -110,4 +110,4 @@ def _shares(rows: Sequence[Row]) -> str:
     return f"{reached} of {len(rows)} at least {BAR:.0%}; {least}, median {middle:.1%}"
 
 
-SECTION = Section(measure, 6, summary, draw=draw_speed)
+SECTION = Section(measure, 7, summary, draw=draw_speed)

@@ -15,9 +15,24 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.nn import functional
 
+from benchmarks import common
 from benchmarks.common import Run
-from benchmarks.gpu import bootstrap, command, counters, measured, peers, prefetch, section, speed, suite, sweep
+from benchmarks.gpu import (
+    ahead,
+    bootstrap,
+    command,
+    counters,
+    measured,
+    packed,
+    peers,
+    prefetch,
+    section,
+    speed,
+    suite,
+    sweep,
+)
 from benchmarks.gpu.bootstrap import ROOT
 from benchmarks.gpu.budget import Allowance, Budget
 from benchmarks.gpu.cases import MODELS, PAGE, Case, Form, Model, Pool, Pools, Problem
@@ -31,6 +46,7 @@ from benchmarks.gpu.suite import Outcome
 from benchmarks.peers import PeerUnavailableError
 from tandemkv.errors import InputError, UnavailableError
 from tandemkv.kernels import gpu
+from tandemkv.types import PageLayout
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the benchmark itself runs")
 CPU = torch.device("cpu")
@@ -68,7 +84,15 @@ def ground(timer: Steps) -> Ground:
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the same numbers every time."""
     torch.manual_seed(0)
-    for module, seconds in ((speed, "ROW_S"), (sweep, "STEP_S"), (prefetch, "CASE_S")):
+    monkeypatch.setattr(Ground.in_turn, "__defaults__", (1,))  # behind two to warm up
+    monkeypatch.setattr("benchmarks.gpu.ground.MOST_ROUNDS", 3)
+    for module, seconds in (
+        (speed, "ROW_S"),
+        (sweep, "STEP_S"),
+        (prefetch, "CASE_S"),
+        (ahead, "CASE_S"),
+        (packed, "ROW_S"),
+    ):
         monkeypatch.setattr(module, seconds, 0.0)
 
 
@@ -340,6 +364,8 @@ def test_sweep_takes_the_best_of_each_step_along(bench: Bench, monkeypatch: pyte
     assert [row["step"] for row in found.rows] == ["tiles"] * 2 + ["splits"] * 2 + ["ahead"] * 2
     assert [row["best"] for row in found.rows] == [True, False] * 3
     assert found.rows[0]["config"] == sweep.short(sweep.chosen(CASE, 2))
+    assert [row["fits_l2"] for row in found.rows] == [True] * 5 + [False]  # 1 KiB of L2
+    assert not any(config.guarded for config in sweep.ahead(gpu.Config()))
     assert len({row["config"] for row in found.rows}) == 4  # the best stands in every step
     ((what, told),) = sweep.summary(found)
     assert what == "sweep Tiny 96 x 2" and told.startswith("10.0 us")
@@ -408,7 +434,13 @@ def test_the_paper_s_table(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(prefetch, "MODELS", (TINY,))
     monkeypatch.setattr(prefetch, "CONTEXTS", (96,))
     monkeypatch.setattr(prefetch, "PAPER_US", {"Tiny": (200.0, 100.0)})
-    found = Found()
+    right, asked, found = gpu.attend, set(), Found()
+
+    def attend(*args: Any, **words: Any) -> Any:
+        asked.add((words["config"].distance, words["config"].guarded))
+        return right(*args, **words)
+
+    monkeypatch.setattr(gpu, "attend", attend)
     prefetch.measure(bench, Budget(600.0), found)
     rows = {row["variant"]: row for row in found.rows}
     assert list(rows) == [str(variant) for variant in prefetch.VARIANTS]
@@ -420,6 +452,8 @@ def test_the_paper_s_table(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ahead["foreseen_gain"] == pytest.approx(2.0) and base["foreseen_gain"] is None
     assert wrong["us"] is None and wrong["wrong"].startswith("wrong: out")
     assert rows["ours ahead 2"]["us"] and rows["ours ahead 2"]["foreseen_us"] is None
+    assert rows["ours"]["fits_l2"] and not rows["ours ahead 2"]["fits_l2"]
+    assert asked == {(0, False), (1, False), (2, False), (4, False)}
     told = dict(prefetch.summary(found))
     assert (
         "foreseen 2.00 to 2.00; best prefetch 0.50 to 0.50 times as fast; slower in 4 of 4"
@@ -451,6 +485,180 @@ def test_the_paper_s_kernel_takes_what_it_is_given(bench: Bench, monkeypatch: py
     prefetch._measure(bench, case, Pool(CPU, torch.float16, 1 << 17), found)
     told = {row["reason"] for row in found.rows if row["variant"].startswith("baseline")}
     assert told == {"InputError: expected tensors on a CUDA device, got cpu"}
+
+
+@pytest.fixture
+def small_layer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> ahead.Layer:
+    """A small MLP and 4 KiB of L2."""
+    monkeypatch.setattr(ahead, "INTERMEDIATE", 32)
+    monkeypatch.setattr(ahead, "SHARES", (0.5,))
+    mlp = ahead.Mlp(CASE, CPU, 4 << 10)
+    return ahead._layer(CASE, Pool(CPU, CASE.dtype, 1 << 18), mlp, ahead.Side(CPU), 4 << 10)
+
+
+def test_pulling_ahead_gains_or_loses(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulls: list[int] = []
+
+    def pull(q: Any, kv: Any, rule: Any, max_bytes: int) -> int:
+        pulls.append(max_bytes)
+        return min(max_bytes, int(kv.num_bytes))
+
+    monkeypatch.setattr(gpu, "pull", pull)
+    monkeypatch.setattr(ahead, "INTERMEDIATE", 32)
+    huge = CASE._replace(context=1 << 20)
+    monkeypatch.setattr(ahead, "CASES", (CASE, huge))
+    monkeypatch.setattr(ahead, "SHARES", (0.125, 0.5))
+    found = Found()
+    ahead.measure(bench, Budget(600.0), found)
+    assert [(row["l2_share"], row["before"]) for row in found.rows] == [
+        (share, before) for before in ("MLP", "down") for share in ahead.SHARES
+    ]
+    first = found.rows[0]
+    assert (first["MLP_us"], first["attend_us"], first["without_us"], first["us"]) == (10.0, 20.0, 30.0, 40.0)
+    assert first["gain_percent"] == pytest.approx(-100 / 3) and first["wrong"] == ""
+    assert (first["asked_bytes"], first["weight_bytes"]) == (128, 3 * 64 * 32 * 4)
+    assert first["copy_us"] == pytest.approx(128 / bench.ground.speeds.copy_gbps / 1e3)
+    assert set(pulls) == {128, 512}
+    assert found.missed == [f"ahead, {huge}: K and V do not fit"]
+    told = list(ahead.summary(found))
+    assert told[0] == ("ahead, pulled before MLP", "faster in 0 of 2, -66.7 to -33.3 %")
+    assert told[2][1].startswith(
+        "96 x 2: MLP 10.0 us, attend 20.0, both 30.0; pulled -33.3 % (0.0 MB before MLP) to -13"
+    )
+
+
+def test_what_pulling_may_save() -> None:
+    """No more than memory's idle time; where it has none, what is evicted is paid twice, and nothing else is lost."""
+    assert ahead.foreseen(100.0, 8.0, 50.0) == (92.0, 100.0)
+    assert ahead.foreseen(100.0, 8.0, 3.0) == (97.0, 105.0)
+    assert ahead.foreseen(100.0, 8.0, 0.0) == (100.0, 108.0)
+    l2, case = 50 << 20, Case(MODELS[1], 1024, 4)  # 16.8 MB of K and V
+    assert [each.share for each in ahead.variants_of(case, l2)] == 2 * [0.125, 0.25, 0.5]
+    assert [each.share for each in ahead.variants_of(case._replace(batch=1), l2)] == 2 * [0.125]
+    assert {(case.context, case.batch) for case in ahead.CASES} == {
+        (context, batch) for context in (1024, 4096, 8192) for batch in (1, 4, 16)
+    }
+
+
+def test_a_pull_that_fails_is_told_and_the_rest_is_measured(bench: Bench, small_layer: ahead.Layer) -> None:
+    def pull(variant: ahead.Variant, turn: int) -> int:
+        if variant.before == "down":
+            raise RuntimeError("no such instruction")
+        return 7
+
+    small_layer.pull = pull  # type: ignore[method-assign]
+    found = Found()
+    ahead._measure(bench, small_layer, found)
+    rows = {(row["before"], row["l2_share"]): row for row in found.rows}
+    assert rows["MLP", 0.5]["us"] and rows["MLP", 0.5]["asked_bytes"] == 7
+    assert rows["down", 0.5]["wrong"] == "RuntimeError: no such instruction"
+    assert (rows["down", 0.5]["us"], rows["down", 0.5]["asked_bytes"]) == (None, None)
+
+
+def test_what_is_pulled_is_what_this_turn_attends_to(small_layer: ahead.Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[str, int]] = []
+    runs, right, linear = small_layer.problem.runs, gpu.attend, functional.linear
+
+    def note(what: str, kv: Any) -> None:
+        log.append((what, next(i for i, run in enumerate(runs) if run is kv)))
+
+    def attend(q: Any, kv: Any, **words: Any) -> Any:
+        note("attend", kv)
+        return right(q, kv, **words)
+
+    def multiply(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        log.append(("linear", weights.shape[0]))
+        return linear(x, weights)
+
+    monkeypatch.setattr(gpu, "pull", lambda q, kv, rule, max_bytes: note("pull", kv))
+    monkeypatch.setattr(gpu, "attend", attend)
+    monkeypatch.setattr(functional, "linear", multiply)
+    gate, down = ("linear", 32), ("linear", 64)
+    for turn, before in ((0, "MLP"), (1, "down")):
+        small_layer.form(ahead.Variant(0.5, before)).call(turn)
+        pulled, attended = ("pull", turn), ("attend", turn)
+        middle = [pulled, gate, gate, down] if before == "MLP" else [gate, gate, pulled, down]
+        assert log == [*middle, attended]
+        log.clear()
+    small_layer.form().call(2)
+    assert [what for what, _ in log] == ["linear"] * 3 + ["attend"]
+
+
+def test_a_side_stream_waits_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "cuda"
+
+        def wait_stream(self, stream: str) -> None:
+            log.append(f"side waits for {stream}")
+
+    class On:
+        def __init__(self, stream: Stream) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            log.append("on side")
+
+        def __exit__(self, *_: object) -> None:
+            log.append("on main")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", On)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "main")
+    ahead.Side(torch.device("cuda", 0)).run(lambda: log.append("pull"))
+    assert log == ["side waits for main", "on side", "pull", "on main"]
+
+
+def test_packed_pages_beside_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(Model("Small", 4, 2, 64), 40, 2, torch.bfloat16)
+    huge = case._replace(context=1 << 17)
+    monkeypatch.setattr(packed, "CASES", (case, huge))
+    found = Found()
+    packed.measure(bench, Budget(600.0), found)
+    unpacked, attended = found.rows[:3], found.rows[3:]
+    assert [(row["what"], row["packing"], row["us"], row["wrong"]) for row in unpacked] == [
+        ("unpack", packing, 10.0 * (i + 1), "") for i, packing in enumerate(("panels", "int8", "int4"))
+    ]
+    page = PageLayout(torch.bfloat16, PAGE).page_bytes(2, 64, 64)
+    assert unpacked[0]["num_bytes"] == unpacked[0]["num_pages"] * 2 * page >= 4 * FACTS.l2_bytes
+    assert [(row["packing"], row["us"], row["times_rows"], row["wrong"]) for row in attended] == [
+        (packing, 10.0 * (i + 1), 1 / (i + 1), "") for i, packing in enumerate(packed.PACKINGS)
+    ]
+    rows, panels, int8, int4 = (row["num_bytes"] for row in attended)
+    assert rows == panels == 2 * page
+    assert 1.8 < attended[2]["foreseen_times_rows"] == rows / int8 < 2
+    assert 2.8 < attended[3]["foreseen_times_rows"] == rows / int4 < 4
+    assert all(row["error"] < 0.01 for row in attended)
+    assert found.missed == [f"packed, {huge}: 1 GB of pages do not fit"]
+    told = dict(packed.summary(found))
+    assert told["unpacked"].startswith("panels 10.0 us, 50.0% of copy; int8 20.0 us, ")
+    assert told["packed Small 40 x 2"].startswith("rows 10.0 us, 50.0% of copy; panels 20.0 us, 25.0% of copy, 0.50 ti")
+    packed.compile_one("cpu", like(case), "int4")
+
+
+def test_wrong_packed_pages_have_no_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 of which V is gone, and an unpacking that leaves a page out."""
+    case = Case(Model("Small", 4, 2, 64), 40, 2, torch.bfloat16)
+    monkeypatch.setattr(packed, "PACKINGS", ("rows", "int8"))
+    monkeypatch.setattr(packed, "CASES", (case,))
+    right, unpack = gpu.attend, gpu.unpack
+
+    def attend(q: Any, kv: Any, **words: Any) -> Any:
+        if kv.arena.layout.packing == "int8":
+            kv.arena.v.zero_()
+        return right(q, kv, **words)
+
+    monkeypatch.setattr(gpu, "attend", attend)
+    monkeypatch.setattr(gpu, "unpack", lambda source, target, *slots: unpack(source, target, *(x[1:] for x in slots)))
+    found = Found()
+    packed.measure(bench, Budget(600.0), found)
+    unpacked, rows, codes = found.rows
+    assert unpacked["wrong"].startswith("wrong: rows of place 0") and unpacked["us"] is None
+    assert (rows["us"], rows["wrong"]) == (10.0, "")
+    assert codes["wrong"].startswith("wrong: out") and (codes["us"], codes["times_rows"]) == (None, None)
+    assert len(found.wrong) == 2
 
 
 NCU = """==PROF== Connected to process 7
@@ -593,6 +801,16 @@ def test_all_sections_together_write_few_files() -> None:
         measured.chosen(options(None, "sped"))
     quick = measured.Options(True, False, False, (), None)
     assert set(measured.chosen(quick)) < set(SECTIONS)
+
+
+def test_a_commit_is_told_where_git_knows_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = measured.Options(True, False, False, (), None, "abc1234")
+    monkeypatch.setattr(common, "commit", lambda: "unknown")
+    assert measured.commit_of(told) == "abc1234 (as told)"
+    assert measured.commit_of(measured.Options(True, False, False, (), None)) == "unknown"
+    monkeypatch.setattr(common, "commit", lambda: "def5678+")
+    with pytest.raises(InputError, match=r"git, which here says def5678\+"):
+        measured.commit_of(told)
 
 
 def test_pictures(ground: Ground, bench: Bench, tmp_path: Path) -> None:
