@@ -41,6 +41,7 @@ def test_a_step(kv_start: list[int], q_len: int) -> None:
     assert_within(got, truth, bound._replace(lse=torch.full_like(bound.lse, math.inf)))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's numpy, at a NaN
 def test_nan_in_q_is_told_when_the_step_is_over() -> None:
     """Also where no host looks at q: no token is far."""
     cache = KVCache(SPEC, attention.worker_pool())

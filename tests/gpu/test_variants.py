@@ -12,6 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tandemkv.kernels import gpu
+from tandemkv.kernels.gpu import decode
 from tandemkv.kernels.gpu.l2 import fits_l2, prefetch_ptx
 from tandemkv.kernels.gpu.variants import (
     AXES,
@@ -123,6 +124,25 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(driver, "_active", Driver())
     return names
+
+
+def test_a_context_that_grows_compiles_nothing_anew(launches: list[str]) -> None:
+    """Nor does another batch, or another number of splits: their numbers are no constants of the kernels."""
+    arena = arena_of("rows", "bf16", 64)
+    arena = replace(
+        arena, k=torch.empty(99, *arena.k.shape[1:]).bfloat16(), v=torch.empty(99, *arena.v.shape[1:]).bfloat16()
+    )
+    counts = set()
+    for num_seqs, num_pages, num_splits in ((1, 1, 1), (1, 15, 2), (1, 16, 3), (3, 17, 2), (16, 64, 16)):
+        table = torch.zeros(num_seqs, 8, num_pages, dtype=torch.int32)
+        kv = PagedKV(arena, table, torch.zeros(num_seqs).long(), torch.full((num_seqs,), 64 * num_pages - 5))
+        x = torch.randn(num_seqs, 8, 1, 64).bfloat16()
+        mass = torch.zeros(num_seqs, 8, 1, kv.num_blocks)
+        gpu.attend(x, kv, rule=ScoreRule(0.1), mass=mass, config=gpu.Config(num_splits=num_splits))
+        gpu.append(arena, table, 64 * num_pages - 6, x, x)
+        caches = (kernel.device_caches[99][0] for kernel in (decode.decode_pages, decode.append_rows))
+        counts.add(tuple(map(len, caches)))
+    assert len(counts) == 1
 
 
 @pytest.mark.parametrize("packing", ["rows", "panels", "int4/48"])

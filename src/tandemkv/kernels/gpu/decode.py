@@ -18,8 +18,19 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 NAN_IN_Q: tl.constexpr = tl.constexpr(checks.NAN_IN_Q)
 SLOT_OUT_OF_RANGE: tl.constexpr = tl.constexpr(checks.SLOT_OUT_OF_RANGE)
 
+kernel = triton.jit(
+    do_not_specialize=[
+        *("table", "starts", "lens", "flags", "out", "lse", "block_lse", "sink", "slots", "targets", "window"),
+        *("num_q_heads", "q_len", "num_slots", "num_entries", "num_blocks", "num_parts", "num_rows", "num_tiles"),
+        *("lens_seq_stride", "lens_head_stride", "block_lse_stride", "begin", "num_new"),
+        *("k_seq_stride", "k_head_stride", "k_token_stride", "v_seq_stride", "v_head_stride", "v_token_stride"),
+    ]
+)
+"""One kernel for all values of these: a context that grows would else compile another one whenever a number becomes a
+multiple of 16, in the middle of a text."""
 
-@triton.jit
+
+@kernel
 def decode_pages(
     q,
     k,
@@ -254,7 +265,7 @@ def _log2(base, total):
     return tl.where(total == 0.0, float("-inf"), base + tl.log2(tl.where(total == 0.0, 1.0, total)))
 
 
-@triton.jit
+@kernel
 def merge_parts(
     outs,
     lses,
@@ -296,7 +307,7 @@ def merge_parts(
     tl.store(lse + row, tl.where(is_empty, float("-inf"), base + tl.log(tl.where(is_empty, 1.0, total))))
 
 
-@triton.jit
+@kernel
 def unpack_pages(
     k,
     v,
@@ -336,7 +347,7 @@ def unpack_pages(
     tl.store(rows_v + row[:, None] * V_DIM + v_dims, values, mask=(v_dims < V_DIM)[None, :] & exists[:, None])
 
 
-@triton.jit
+@kernel
 def append_rows(
     k,
     v,
@@ -375,7 +386,7 @@ def append_rows(
     tl.store(to_v[:, None] + v_dims, tl.load(from_v[:, None] + v_dims, mask=of_v, other=0.0), mask=of_v)
 
 
-@triton.jit
+@kernel
 def pull_pages(
     k,
     v,

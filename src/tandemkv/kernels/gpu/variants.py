@@ -198,7 +198,11 @@ def _compiled(
     signature = {
         name: "constexpr" if name in constants else pointers.get(name) or numbers.get(name, "i32") for name in names
     }
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
+    aligned = {
+        (param.num,): [["tt.divisibility", 16]]
+        for param in kernel.params
+        if signature[param.name][0] == "*" and not param.do_not_specialize
+    }
     by_place = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=by_place, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
