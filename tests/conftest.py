@@ -38,7 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Tables can be told from a run of every integration test, no less."""
     collected = {item.path for item in session.items if item.path.parent == HERE}
-    chosen = session.config.option.keyword or session.config.option.markexpr or session.config.option.lf
+    chosen = (
+        session.config.option.keyword or session.config.option.markexpr or getattr(session.config.option, "lf", False)
+    )
     single = any("::" in argument for argument in session.config.args)
     session.config.stash[_is_whole] = collected == set(HERE.glob("test_*.py")) and not chosen and not single
 

@@ -179,14 +179,13 @@ def test_a_failed_decode_step_leaves_the_layer_as_it_was() -> None:
 
 @pytest.mark.parametrize("num_tokens", [10, 41, 95])
 def test_a_failed_step_on_a_device_leaves_the_layer_as_it_was(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where no page is far, so that no lane looks at q; and where the near part fails after the tokens came."""
+    """Where a lane looks at q, and where the near part fails after the tokens came."""
     layer, q, k, v = filled(num_tokens, [0])
     expected, pages = layer.read(0, num_tokens), sum(map(len, layer.used_slots()))
     tail = k[:, :, :1], v[:, :, :1], layer, RULE
-    with pytest.raises(InputError, match="q contains NaN"):
-        attention._decode_on_device(q[:, :, :1] * math.nan, *tail)
-        layer.crop(num_tokens)
-        layer.flags.send()  # nobody waits for a device, where no host looks at q: the step is over
+    if layer.far_tokens:  # else nobody looks at q until the step is over
+        with pytest.raises(InputError, match="q contains NaN"):
+            attention._decode_on_device(q[:, :, :1] * math.nan, *tail)
 
     def failing(*args: Any) -> Partial:
         raise RuntimeError("the device failed")
@@ -196,6 +195,38 @@ def test_a_failed_step_on_a_device_leaves_the_layer_as_it_was(num_tokens: int, m
         attention._decode_on_device(q[:, :, :1], *tail)
     assert (layer.seq_len, sum(map(len, layer.used_slots()))) == (num_tokens, pages)
     assert all(torch.equal(x, y) for x, y in zip(layer.read(0, num_tokens), expected, strict=True))
+
+
+def test_nan_in_a_step_on_a_device_is_told_when_it_is_over_and_until_it_is_gone() -> None:
+    """No page is far, so that no host looks at q."""
+    cache = KVCache(SPEC, worker_pool())
+    q, k, v = random_qkv(1, 3)
+
+    def step(token: int, factor: float) -> None:
+        cache.begin_step(1, 1)
+        t = slice(token, token + 1)
+        for index in range(SPEC.num_layers):
+            attention._decode_on_device(q[:, :, t] * factor, k[:, :, t], v[:, :, t], cache.layer(index), RULE)
+        cache.end_step()
+
+    step(0, 1.0)
+    with pytest.raises(InputError, match=r"q contains NaN.*; tokens from 1 on are spoilt, crop the cache"):
+        step(1, math.nan)
+    cache.settle()
+    assert cache.seq_len == 1
+    step(1, 1.0)
+    flags = cache.layer(0).flags
+    flags.bits(torch.device("cpu")).fill_(1)  # as where the step's bits came when it was over and its tokens counted
+    with pytest.raises(InputError, match="tokens from 1 on are spoilt"):
+        flags.send(1)
+    for _ in range(2):
+        with pytest.raises(InputError, match="tokens from 1 on are spoilt"):
+            step(2, 1.0)
+        with pytest.raises(InputError, match="tokens from 1 on are spoilt"):
+            cache.fork()
+    cache.crop(1)
+    step(1, 1.0)
+    assert cache.seq_len == 2
 
 
 def test_q_and_k_of_different_lengths_are_refused() -> None:

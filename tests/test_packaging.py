@@ -40,6 +40,7 @@ LIGHT = {
     "tandemkv.cli": ("torch", "transformers", "triton", "tandemkv._native"),
     "tandemkv.types": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels": ("transformers", "triton", "tandemkv._native", "tandemkv.kernels."),
+    "tandemkv.kernels.devices": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.torch_ops": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.checks": ("transformers", "triton", "tandemkv._native"),
     "tandemkv.kernels.reference": ("transformers", "triton", "tandemkv._native"),

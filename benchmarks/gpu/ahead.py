@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.gpu.budget import Budget
-from benchmarks.gpu.cases import MODELS, Case, Form, Pool, Problem, places_for
+from benchmarks.gpu.cases import MODELS, Case, Form, Problem, places_for
 from benchmarks.gpu.ground import Times
 from benchmarks.gpu.peers import told
 from benchmarks.gpu.section import Bench, Found, Row, Section
-from tandemkv.kernels import gpu
+from tandemkv.lanes import pull_into_l2
 from tandemkv.types import ScoreRule
 
 MODEL, INTERMEDIATE = MODELS[1], 14_336
@@ -93,28 +93,11 @@ def _call(asides: Mapping[str, Callable[[], object]], when: str) -> None:
         asides[when]()
 
 
-class Side:
-    """A stream beside the current one. On a device without streams what it runs is run in its turn."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def run(self, call: Callable[[], object]) -> None:
-        """Behind what the current stream was given so far, and beside what comes; nobody waits for it."""
-        if self._stream is None:
-            call()
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            call()
-
-
 class Layer:
     """A case's MLP, then its attention, and what is pulled between them."""
 
-    def __init__(self, problem: Problem, mlp: Mlp, side: Side, l2_bytes: int) -> None:
-        self.problem, self.mlp, self._side, self._l2_bytes = problem, mlp, side, l2_bytes
+    def __init__(self, problem: Problem, mlp: Mlp) -> None:
+        self.problem, self.mlp = problem, mlp
         self._rule, self.attend = ScoreRule(problem.case.scale), problem.ours()
         self._x = problem.q.view(problem.case.batch, -1) / 2
 
@@ -125,7 +108,7 @@ class Layer:
     def pull(self, variant: Variant, turn: int) -> int:
         """The bytes asked for, of the place that this turn attends to."""
         runs = self.problem.runs
-        return gpu.pull(self.problem.q, runs[turn % len(runs)], self._rule, int(variant.share * self._l2_bytes))
+        return pull_into_l2(self.problem.q, runs[turn % len(runs)], self._rule, variant.share)
 
     def form(self, variant: Variant | None = None) -> Form:
         """Both, without a pull where there is no variant."""
@@ -133,7 +116,7 @@ class Layer:
         def call(turn: int) -> object:
             asides: dict[str, Callable[[], object]] = {}
             if variant is not None:
-                asides[variant.before] = partial(self._side.run, partial(self.pull, variant, turn))
+                asides[variant.before] = partial(self.pull, variant, turn)
             self.mlp(self._x, turn, asides)
             return self.attend.call(turn)
 
@@ -144,18 +127,14 @@ def measure(bench: Bench, budget: Budget, found: Found) -> None:
     """A row for each variant of each case."""
     cases, device, l2_bytes = CASES[:1] if bench.quick else CASES, bench.ground.device, bench.ground.facts.l2_bytes
     pool = bench.pools.of(cases[0].dtype, 0.25)
-    mlp, side = Mlp(cases[0], device, l2_bytes), Side(device)
+    mlp = Mlp(cases[0], device, l2_bytes)
     for case in cases:
         if not pool.fits(case):
             found.missed.append(f"ahead, {case}: K and V do not fit")
         elif not budget.has(2 * CASE_S):
             found.missed.append(f"ahead, {case}: no time was left")
         else:
-            _measure(bench, _layer(case, pool, mlp, side, l2_bytes), found)
-
-
-def _layer(case: Case, pool: Pool, mlp: Mlp, side: Side, l2_bytes: int) -> Layer:
-    return Layer(Problem(case, pool, l2_bytes), mlp, side, l2_bytes)
+            _measure(bench, Layer(Problem(case, pool, l2_bytes), mlp), found)
 
 
 def _measure(bench: Bench, layer: Layer, found: Found) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from benchmarks import common
 from benchmarks.gpu import bootstrap
 from tandemkv.errors import InputError, UnavailableError
+from tandemkv.machine import check_can_write
 
 MODULE = "benchmarks.gpu"
 PARTS = ("kernels",)
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         require_gpu()
+        if options.out is not None:
+            check_folder(options.out)
         native = bootstrap.ensure_native(MODULE, arguments)
         from benchmarks.gpu import ground, measured  # Triton's kernels, once there is a GPU for them
 
@@ -52,6 +55,15 @@ def main(arguments: Sequence[str]) -> int:
     except (InputError, UnavailableError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         return 2
+
+
+def check_folder(out: Path) -> None:
+    """InputError where files could not be written there; before anything has taken time."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        check_can_write("--out", out / "kernels.json")
+    except OSError as error:
+        raise InputError(f"--out must be a folder that can be written, got {out}: {error.strerror}") from error
 
 
 def require_gpu() -> None:

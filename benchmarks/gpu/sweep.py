@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
+import torch
+
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import MODELS, PAGE, Case, Form, Problem
 from benchmarks.gpu.peers import told
 from benchmarks.gpu.section import Bench, Found, Row, Section
 from benchmarks.gpu.speed import times_row
 from tandemkv.kernels.gpu import Config, config_for
-from tandemkv.kernels.gpu.config import MAX_SPLITS
+from tandemkv.kernels.gpu.config import MAX_SPLITS, fitted
+from tandemkv.kernels.gpu.formats import padded
+from tandemkv.kernels.gpu.placed import shared_bytes
 
 LLAMA_2, LLAMA_3, QWEN_7B, QWEN_14B = MODELS
 CASES = (
@@ -50,7 +54,9 @@ def measure(bench: Bench, budget: Budget, found: Found) -> None:
 
 def chosen(case: Case, num_processors: int) -> Config:
     """What the kernel takes by itself."""
-    return config_for(case.batch, case.model.num_kv_heads, case.group_size, PAGE * case.num_pages, num_processors)
+    config = config_for(case.batch, case.model.num_kv_heads, case.group_size, PAGE * case.num_pages, num_processors)
+    token_bytes = 2 * padded(case.model.head_dim) * case.dtype.itemsize
+    return fitted(config, token_bytes, shared_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")), 2)
 
 
 def fits_l2(case: Case, config: Config, l2_bytes: int) -> bool:

@@ -13,6 +13,7 @@ from tandemkv import machine
 from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError, UnsupportedError
 from tandemkv.kernels import append_and_attend, attend, attend_dense, block_mass, devices, merge
+from tandemkv.kernels.checks import NAN_IN_Q
 from tandemkv.lanes import LANES, Ahead, Crew, HybridCrew, Inputs, Staging, Task, TorchRig, drive, pull_into_l2
 from tandemkv.lanes.hybrid import join, near_logits, pick
 from tandemkv.select import MAX_SELECT_QUERIES
@@ -298,7 +299,10 @@ def _prefill_rows(
     k, v = (x[:, :, num_padded:] for x in kv)
     part = attend_dense(queries, k, v, rule=rule, first_query=0)
     # torch's kernel hides NaN in runs shorter than a block; in others it shows in lse, which is cheaper to read than q.
-    if bool((queries if queries.shape[2] < BLOCK_TOKENS else part.lse).isnan().any()):
+    spoilt = (queries if queries.shape[2] < BLOCK_TOKENS else part.lse).isnan().any()
+    if q.device.type != "cpu":  # told when the step is over: nobody waits
+        layer.flags.bits(q.device).bitwise_or_(spoilt.to(torch.int32) * NAN_IN_Q)
+    elif bool(spoilt):
         raise InputError("q contains NaN, or k does: a layer before this attention produced it")
     place = history + num_padded  # of the first query
     for begin in range(first if staged is None else layer.first_near_token, history, PREFILL_PIECE_TOKENS):

@@ -6,19 +6,21 @@ from rich.console import Console
 from rich.progress import track
 
 from tandemkv import machine
-from tandemkv.kernels.gpu.variants import SHARED_BYTES, Variant, compiled, every
+from tandemkv.kernels.gpu.variants import SHARED_BYTES, Variant, asks_of, compiled, every
 
 
 def error_of(variant: Variant) -> str:
     """Of compiling it; '' for none."""
     try:
         kernel = compiled(variant)
-        asks = "prefetch" in kernel.asm["ptx"]
+        bulk, lines = asks_of(kernel.asm["ptx"])
+        right, wrong = (bulk, lines) if variant.capability >= 90 else (lines, bulk)
         if kernel.metadata.shared > SHARED_BYTES[variant.capability]:
             return f"{variant.name}: {kernel.metadata.shared:,} bytes of shared memory"
     except Exception as error:  # noqa: BLE001  told with the others
         return f"{variant.name}: {error!r}"
-    return "" if asks == (variant.distance > 0) else f"{variant.name}: asks ahead: {asks}"
+    is_right = not wrong and (right > 0) == (variant.distance > 0)
+    return "" if is_right else f"{variant.name}: asks in bulk {bulk} times, line by line {lines} times"
 
 
 def main() -> None:

@@ -140,6 +140,23 @@ OTHERS = {"flash": dense_peer, "cudnn": wrong_peer, "flex": broken_peer, "flash_
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_takes_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", Path("/proc/nope")):
+        with pytest.raises(InputError, match=f"--out must be a folder that can be written, got {out}: "):
+            command.check_folder(out)
+    command.check_folder(tmp_path / "new" / "folder")
+
+
+def test_the_tests_that_come_first_are_found(tmp_path: Path) -> None:
+    """By pytest itself, with the plugins that the run has."""
+    found = subprocess.run(
+        [*suite.command(), "--collect-only"], cwd=ROOT, env=suite._environment(), capture_output=True, check=False
+    )
+    assert found.returncode == 0, found.stdout[-2000:]
+    assert b"test_variants.py" in found.stdout
+
+
 def test_budgets_share_what_is_left() -> None:
     clock = Clock()
     whole = Budget(100.0, clock)
@@ -411,11 +428,10 @@ class FakePaper:
     """`benchmarks.gpu.paper` as far as it is asked for."""
 
     class PaperKernel:
-        def __init__(
-            self, head_dim: int, dtype: torch.dtype, block_tokens: int = 16, distance: int = 0, prologue: bool = False
-        ) -> None:
+        def __init__(self, head_dim: int, dtype: torch.dtype, block_tokens: int = 16, **words: Any) -> None:
             assert (head_dim, dtype, block_tokens) == (16, torch.float16, 16)
-            self.distance, self.off = distance, 0.1 if distance == 4 else 0.0
+            assert set(words) == {"distance", "prologue", "loads_first"}
+            self.distance, self.off = words["distance"], 0.1 if words["distance"] == 4 else 0.0
 
         def attend(self, q: Any, k: Any, v: Any, table: Any, lens: Any, scale: float) -> Any:
             assert lens.dtype == torch.int32 and table is None
@@ -493,17 +509,17 @@ def small_layer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> ahead.Layer:
     monkeypatch.setattr(ahead, "INTERMEDIATE", 32)
     monkeypatch.setattr(ahead, "SHARES", (0.5,))
     mlp = ahead.Mlp(CASE, CPU, 4 << 10)
-    return ahead._layer(CASE, Pool(CPU, CASE.dtype, 1 << 18), mlp, ahead.Side(CPU), 4 << 10)
+    return ahead.Layer(Problem(CASE, Pool(CPU, CASE.dtype, 1 << 18), 4 << 10), mlp)
 
 
 def test_pulling_ahead_gains_or_loses(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     pulls: list[int] = []
 
-    def pull(q: Any, kv: Any, rule: Any, max_bytes: int) -> int:
-        pulls.append(max_bytes)
-        return min(max_bytes, int(kv.num_bytes))
+    def pull(q: Any, kv: Any, rule: Any, share: float) -> int:
+        pulls.append(int(share * bench.ground.facts.l2_bytes))
+        return min(pulls[-1], int(kv.num_bytes))
 
-    monkeypatch.setattr(gpu, "pull", pull)
+    monkeypatch.setattr(ahead, "pull_into_l2", pull)
     monkeypatch.setattr(ahead, "INTERMEDIATE", 32)
     huge = CASE._replace(context=1 << 20)
     monkeypatch.setattr(ahead, "CASES", (CASE, huge))
@@ -570,7 +586,7 @@ def test_what_is_pulled_is_what_this_turn_attends_to(small_layer: ahead.Layer, m
         log.append(("linear", weights.shape[0]))
         return linear(x, weights)
 
-    monkeypatch.setattr(gpu, "pull", lambda q, kv, rule, max_bytes: note("pull", kv))
+    monkeypatch.setattr(ahead, "pull_into_l2", lambda q, kv, rule, share: note("pull", kv))
     monkeypatch.setattr(gpu, "attend", attend)
     monkeypatch.setattr(functional, "linear", multiply)
     gate, down = ("linear", 32), ("linear", 64)
@@ -582,33 +598,6 @@ def test_what_is_pulled_is_what_this_turn_attends_to(small_layer: ahead.Layer, m
         log.clear()
     small_layer.form().call(2)
     assert [what for what, _ in log] == ["linear"] * 3 + ["attend"]
-
-
-def test_a_side_stream_waits_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[str] = []
-
-    class Stream:
-        def __init__(self, device: torch.device) -> None:
-            assert device.type == "cuda"
-
-        def wait_stream(self, stream: str) -> None:
-            log.append(f"side waits for {stream}")
-
-    class On:
-        def __init__(self, stream: Stream) -> None:
-            pass
-
-        def __enter__(self) -> None:
-            log.append("on side")
-
-        def __exit__(self, *_: object) -> None:
-            log.append("on main")
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", On)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "main")
-    ahead.Side(torch.device("cuda", 0)).run(lambda: log.append("pull"))
-    assert log == ["side waits for main", "on side", "pull", "on main"]
 
 
 def test_packed_pages_beside_rows(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

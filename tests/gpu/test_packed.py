@@ -142,10 +142,14 @@ def of_one_head(kv: PagedKV, rows: Arena, seq: int, head: int) -> tuple[torch.Te
     return k, v, int(kv.kv_start[seq, head])
 
 
-def test_codes_with_wild_slots_set_the_flag() -> None:
-    arena, _ = packed("int4")
-    table = torch.full((1, NUM_HEADS, 1), NUM_SLOTS, dtype=torch.int32)
-    kv = PagedKV(on_device(arena), table, torch.tensor([0]), torch.tensor([20]))
+@pytest.mark.parametrize("of_blocks", [False, True], ids=["pages", "blocks"])
+@pytest.mark.parametrize("packing", ["rows", "int4"])
+@pytest.mark.parametrize("entry", [NUM_SLOTS * NUM_HEADS * 4, -1, -7, 2**31 - 1, -(2**31)])
+def test_wild_entries_set_the_flag(packing: str, of_blocks: bool, entry: int) -> None:
+    arena = packed("int4")[packing == "rows"]
+    table = torch.full((1, NUM_HEADS, 1), entry, dtype=torch.int32)
+    shape = (1, NUM_HEADS) if of_blocks else (1,)
+    kv = PagedKV(on_device(arena), table, torch.zeros(shape).long(), torch.full(shape, 16), of_blocks)
     flags = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     part = gpu.attend(torch.randn(1, 2, 1, 128).to(DEVICE), kv, rule=ScoreRule(0.1), flags=flags)
     assert bool((part.lse == -torch.inf).all())
@@ -158,7 +162,7 @@ def test_what_cannot_be_unpacked_or_attended_is_refused() -> None:
     one = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(InputError, match="become rows of the same shape on one device"):
         gpu.unpack(rows, arena, one, one)
-    with pytest.raises(InputError, match=r"int32 of one length, got \[1\] and \[2\]"):
+    with pytest.raises(InputError, match=r"as many of both, got torch.int32 \[1\] and torch.int32 \[2\]"):
         gpu.unpack(arena, rows, one, torch.zeros(2, dtype=torch.int32))
     kv = PagedKV(Arenas((rows, arena)), one.view(1, 1, 1).expand(1, 2, 1), torch.tensor([0]), torch.tensor([5]))
     with pytest.raises(UnsupportedError, match="pages are of one packing"):

@@ -1,6 +1,7 @@
 """A decode step whose near tokens are attended by our GPU kernels, on CPU tensors in Triton's interpreter."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,14 +9,14 @@ import torch
 import triton.language as tl
 
 from tandemkv import attention
-from tandemkv.cache import KVCache, LayerKV
+from tandemkv.cache import LayerKV
 from tandemkv.errors import InputError
 from tandemkv.kernels import checks, devices
-from tandemkv.kernels.gpu import Config
+from tandemkv.kernels.gpu import Config, Pull
 from tandemkv.lanes import pull_into_l2
 from tandemkv.types import PagedKV, Partial, ScoreRule
 from tests.dense import causal_visible, dense_attention
-from tests.test_attention import RULE, SCALE, SPEC, filled, random_qkv
+from tests.test_attention import RULE, SCALE, SPEC, filled
 from tests.tolerances import FLOAT32, assert_within, attend_bound
 
 HERE = torch.device("cpu")
@@ -33,32 +34,12 @@ def test_a_step(kv_start: list[int], q_len: int) -> None:
     tail = slice(100 - q_len, 100)
     layer.crop(100 - q_len)
     out = attention._decode_on_device(q[:, :, tail], k[:, :, tail], v[:, :, tail], layer, RULE)
-    layer.flags.send()
+    layer.flags.send(100 - q_len)
     visible = causal_visible(100, q_len, layer.kv_start)
     truth = dense_attention(q[:, :, tail], k, v, visible, SCALE)
     bound = attend_bound(q[:, :, tail], k, v, visible, SCALE, FLOAT32, num_merges=4)
     got = Partial(out.transpose(1, 2).float(), truth.lse.float())
     assert_within(got, truth, bound._replace(lse=torch.full_like(bound.lse, math.inf)))
-
-
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's numpy, at a NaN
-def test_nan_in_q_is_told_when_the_step_is_over() -> None:
-    """Also where no host looks at q: no token is far."""
-    cache = KVCache(SPEC, attention.worker_pool())
-    q, k, v = random_qkv(1, 3)
-    for i, spoilt in enumerate((False, True)):
-        cache.begin_step(1, 1)
-        token = slice(i, i + 1)
-        query = q[:, :, token] * (math.nan if spoilt else 1.0)
-        for index in range(SPEC.num_layers):
-            attention._decode_on_device(query, k[:, :, token], v[:, :, token], cache.layer(index), RULE)
-        if not spoilt:
-            cache.end_step()
-    with pytest.raises(InputError, match="q contains NaN"):
-        cache.end_step()
-    cache.settle()
-    assert cache.seq_len == 1
-    cache.begin_step(1, 1)  # nothing is left of it
 
 
 def test_what_came_late_is_told_by_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,16 +58,18 @@ def test_what_came_late_is_told_by_the_next_step(monkeypatch: pytest.MonkeyPatch
     flags.bits(HERE).fill_(checks.NAN_IN_Q)
     monkeypatch.setattr(flags, "_came", late)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    flags.send()
-    flags.look()
+    flags.send(5)
+    flags.look(6)
     flags.bits(HERE).fill_(checks.SLOT_OUT_OF_RANGE)
-    flags.send()  # the first is still under way: this one's waits
+    flags.send(6)  # the first is still under way: this one's waits
     late.has_come = True
-    with pytest.raises(InputError, match="q contains NaN"):
-        flags.send()
-    with pytest.raises(AssertionError, match="outside its arena"):
-        flags.send()
-    flags.send()
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"q contains NaN.*; tokens from 5 on"):
+            flags.look(7)
+    flags.look(5)
+    with pytest.raises(AssertionError, match=r"outside its arena.*; tokens from 5 on"):
+        flags.send(5)
+    flags.look(5)
 
 
 def test_a_kernel_that_does_not_compile_leaves_the_device_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +103,7 @@ def test_a_probe_that_computes_something_else_is_a_failure(monkeypatch: pytest.M
 
     wrong = Partial(torch.zeros(1, 1, 1, 16), torch.full((1, 1, 1), 3.0))
     monkeypatch.setattr("tandemkv.kernels.gpu.works.attend", lambda *args, **kwargs: wrong)
-    assert gpu.failure(HERE) == "a kernel on cpu computes 3.0 for 18.7726"
+    assert gpu.failure(HERE) == "a kernel on cpu computes 3.0 and 0.0 for 19.4657 and 1"
 
     def failing(*args: object, **kwargs: object) -> None:
         raise RuntimeError("Failed to find C compiler")
@@ -140,7 +123,7 @@ def test_near_pages_of_the_next_layer_are_pulled(monkeypatch: pytest.MonkeyPatch
     q = q[:, :, -1:]
     page_bytes = 2 * SPEC.page_size * SPEC.head_dim * 4  # of a head, K and V
     monkeypatch.setattr(tl, "inline_asm_elementwise", note)
-    monkeypatch.setattr("tandemkv.kernels.gpu.l2_bytes", lambda device: 6 * page_bytes)
+    monkeypatch.setattr("tandemkv.kernels.gpu.moves.l2_bytes", lambda device: 6 * page_bytes)
     assert pull_into_l2(q, near_of(layer), ScoreRule(1.0), 0.5) == 0  # an interpreter has nothing to ask with
     monkeypatch.setattr("tandemkv.kernels.gpu.moves.asks_for_pieces", lambda *args: ("k", "v"))
     monkeypatch.setattr("tandemkv.kernels.gpu.calls.config_for", lambda *args: Config(block_n=SPEC.page_size))
@@ -161,3 +144,35 @@ def test_torch_has_nothing_to_pull_with(monkeypatch: pytest.MonkeyPatch) -> None
     torch_backend = devices.Backend("torch", torch_ops, "no Triton")
     monkeypatch.setattr(devices, "_FAILED", {HERE: torch_backend})
     assert pull_into_l2(q[:, :, -1:], near_of(layer), ScoreRule(1.0), 0.5) == 0
+
+
+def test_a_side_stream_waits_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "cuda"
+
+        def wait_stream(self, stream: str) -> None:
+            log.append(f"side waits for {stream}")
+
+    class On:
+        def __init__(self, stream: Stream) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            log.append("on side")
+
+        def __exit__(self, *_: object) -> None:
+            log.append("on main")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", On)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "main")
+    monkeypatch.setattr("tandemkv.lanes.l2._side_stream", Stream)
+    read = SimpleNamespace(record_stream=lambda stream: log.append("kept until side is done"))
+    pull = Pull(7, (read,), lambda: log.append("pull"))  # type: ignore[arg-type]
+    monkeypatch.setattr(devices, "prepare_pull", lambda *args: pull)
+    q: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    assert pull_into_l2(q, near_of(filled(1, [0])[0]), ScoreRule(1.0), 0.5) == 7
+    assert log == ["side waits for main", "on side", "pull", "on main", "kept until side is done"]

@@ -21,6 +21,7 @@ from tandemkv.kernels.gpu.variants import (
     SHARED_BYTES,
     Variant,
     arena_of,
+    asks_of,
     compiled,
     compiled_moves,
     every,
@@ -46,10 +47,7 @@ def test_it_compiles_and_asks_ahead(variant: Variant) -> None:
     assert len(kernel.asm["cubin"]) > 1000
     assert kernel.metadata.shared <= SHARED_BYTES[variant.capability]
     assert re.search(rf"\.target sm_{variant.capability}", ptx)
-    bulk, lines = (
-        len(re.findall(rf"{name}\b", ptx))
-        for name in (r"cp\.async\.bulk\.prefetch\.L2\.global", r"prefetch\.global\.L2")
-    )
+    bulk, lines = asks_of(ptx)
     if not variant.distance:
         assert (bulk, lines) == (0, 0)
     elif variant.capability >= 90:
@@ -71,11 +69,12 @@ def test_tiles_are_loaded_asynchronously() -> None:
     ]
 
 
-@pytest.mark.parametrize(("packing", "capability"), [*zip(PACKINGS, 2 * CAPABILITIES, strict=True)])
+@pytest.mark.parametrize(("packing", "capability"), [*product(PACKINGS, CAPABILITIES)])
 def test_moves_compile(packing: str, capability: int) -> None:
-    for kernel in compiled_moves(capability, packing, "bf16", 128).values():
+    for name, kernel in compiled_moves(capability, packing, "bf16", 128).items():
         assert len(kernel.asm["cubin"]) > 1000
         assert f".target sm_{capability}" in kernel.asm["ptx"]
+        assert asks_of(kernel.asm["ptx"]) == ((2, 0) if capability >= 90 else (0, 2)) if name == "pull" else (0, 0)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

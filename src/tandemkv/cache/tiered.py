@@ -360,12 +360,12 @@ class KVCache:
 
         `num_tokens` more will be appended to every layer in chunks of at most chunk_tokens. Raises CapacityError where
         the far tier cannot take what they push out, InputError for another batch size, and for NaN that a device found
-        in a query of the step before, whose tokens are held: nobody waited for it.
+        in a query of a step before, until the cache is cropped to what it held then: nobody waited for it.
         """
         self._refuse_if_closed()
         self.settle()
         if self._layers:
-            self._layers[0].flags.look()
+            self._layers[0].flags.look(self.seq_len)
         self._take_batch(num_seqs)
         if self._store is None:
             self.reserve(num_seqs, num_tokens)
@@ -404,7 +404,7 @@ class KVCache:
         if any(layer.seq_len != step.end for layer in self._layers):
             self.settle()
             raise CacheError("a forward pass has left out some of this cache's layers: it is undone")
-        self._layers[0].flags.send()
+        self._layers[0].flags.send(step.begin)
         self._step = None
         if self.inputs is not None:
             self.inputs.end_pass()
@@ -438,6 +438,8 @@ class KVCache:
     def fork(self) -> "KVCache":
         """The same tokens in a cache that grows on its own. Pages are shared until one of the two writes to them."""
         self._refuse_if_closed()
+        if self._layers:
+            self._layers[0].flags.wait(self.seq_len)
         twin = KVCache(self.spec, self._workers)
         twin._sparse, twin._crew, twin._l2_share = self._sparse, self._crew, self._l2_share
         twin._asked, twin._rebuild = self._asked, self._rebuild

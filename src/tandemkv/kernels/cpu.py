@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import InputError, UnavailableError, UnsupportedError
-from tandemkv.kernels.checks import check_mass, check_query, check_rule, types_of
+from tandemkv.kernels.checks import (
+    check_lengths,
+    check_mass,
+    check_query,
+    check_rule,
+    check_table,
+    check_tokens,
+    types_of,
+)
 from tandemkv.types import AnyArena, Arena, Arenas, PagedKV, Partial, ScoreRule
 
 try:
@@ -171,7 +179,7 @@ def _check_logits(logits: Tensor, kv: PagedKV) -> None:
     if logits.requires_grad and torch.is_grad_enabled():
         raise UnsupportedError("no gradient flows through paged attention: use torch.no_grad()")
     num_seqs, num_kv_heads = kv.page_table.shape[0] if kv.page_table.dim() else 0, kv.arena.num_kv_heads
-    _check_table(kv.arena, kv.page_table, num_seqs)
+    check_table(kv.arena, kv.page_table, num_seqs)
     ends = num_seqs, _table_tokens(kv)
     good = logits.dtype == torch.float32 and logits.dim() == 4 and logits.shape[::3] == ends
     if not good or logits.device.type != "cpu" or not logits.is_contiguous():
@@ -269,7 +277,7 @@ def append(
     arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None
 ) -> None:
     """See `tandemkv.kernels.append`."""
-    _check_rows(arena, page_table, begin, k, v)
+    check_tokens(arena, page_table, begin, k, v)
     _refuse_codes(arena)
     k, v = _dense(k), _dense(v)
     _raise_for(_native.append(_pool(pool), resolve_isa(), *_native_tokens(arena, page_table, begin, k, v)))
@@ -279,7 +287,7 @@ def gather(
     arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: WorkerPool | None = None
 ) -> None:
     """See `tandemkv.kernels.gather`; head_dim of k and v must be contiguous."""
-    _check_rows(arena, page_table, begin, k, v)
+    check_tokens(arena, page_table, begin, k, v)
     if k.stride(3) != 1 or v.stride(3) != 1 or k.is_neg() or v.is_neg():
         raise InputError("gather writes into tensors whose head_dim is contiguous")
     _raise_for(_native.gather(_pool(pool), resolve_isa(), *_native_tokens(arena, page_table, begin, k, v)))
@@ -381,13 +389,8 @@ def _native_run(kv: PagedKV) -> _native.Run:
         return known[1]
     arena, table = kv.arena, kv.page_table
     num_seqs = table.shape[0] if table.dim() else 0
-    _check_table(arena, table, num_seqs)
-    shape = (num_seqs, arena.num_kv_heads) if kv.of_blocks else (num_seqs,)
-    for name, tensor in (("kv_start", kv.kv_start), ("kv_len", kv.kv_len)):
-        good = tensor.dtype == torch.int64 and tensor.shape == shape and tensor.device.type == "cpu"
-        if not good or not tensor.is_contiguous():
-            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            raise InputError(f"{name} must be contiguous int64 {list(shape)} on the CPU, got {got}")
+    check_table(arena, table, num_seqs)
+    check_lengths(kv, num_seqs)
     strides, at = (table.stride(0), table.stride(1)), (kv.kv_start.data_ptr(), kv.kv_len.data_ptr())
     table_of = table.data_ptr(), strides, num_seqs, table.shape[2]
     run = _native.Run(native_arena(arena), *table_of, *at, kv.of_blocks, _log_counts(kv))
@@ -414,17 +417,6 @@ def _native_rule(rule: ScoreRule, causal: bool, num_runs: int) -> _native.ScoreR
     return _native.ScoreRule(rule.scale, rule.softcap, None if rule.window is None else min(rule.window, 2**62))
 
 
-def _check_table(arena: AnyArena, page_table: Tensor, num_seqs: int) -> None:
-    good = page_table.dtype == torch.int32 and page_table.dim() == 3 and page_table.device.type == "cpu"
-    if not good or page_table.shape[:2] != (num_seqs, arena.num_kv_heads):
-        got = f"{page_table.dtype} {list(page_table.shape)} on {page_table.device}"
-        raise InputError(
-            f"page_table must be int32 [{num_seqs}, {arena.num_kv_heads}, num_pages] on the CPU, got {got}"
-        )
-    if page_table.stride(2) != 1 and page_table.shape[2] > 1:
-        raise InputError("page_table must be contiguous along its pages")
-
-
 def _check_arenas(*arenas: AnyArena) -> None:
     if not all(isinstance(arena, Arena | Arenas) for arena in arenas):
         raise InputError(f"pages lie in an Arena, got {types_of(*arenas)}")
@@ -445,18 +437,6 @@ def _check_disjoint(source: AnyArena, target: AnyArena, source_slots: list[int],
         raise InputError(
             f"inside one arena a slot is either read or written by a move, got {both} as source and target"
         )
-
-
-def _check_rows(arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -> None:
-    _check_arenas(arena)
-    if not isinstance(page_table, Tensor) or not isinstance(begin, int):
-        raise InputError(f"expected a page_table tensor and a whole number begin, got {types_of(page_table, begin)}")
-    num_seqs = page_table.shape[0] if page_table.dim() else 0
-    arena.check_tokens(num_seqs, k, v)
-    _check_table(arena, page_table, num_seqs)
-    end = begin + k.shape[2]
-    if begin < 0 or end > page_table.shape[2] * arena.layout.page_size:
-        raise InputError(f"tokens [{begin}, {end}) lie outside a table of {page_table.shape[2]} pages")
 
 
 _NativeTokens = tuple[_native.Arenas, int, tuple[int, int], int, _native.Rows, _native.Rows]

@@ -3,7 +3,7 @@ the two, and why, is never silent."""
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,22 +63,16 @@ def append(arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor
 
 
 def prepare_pull(q: Tensor, kv: PagedKV, rule: ScoreRule, share: float) -> "Pull | None":
-    """What asks for pages that `attend` of such a q will read, up to this share of the device's L2, once launched.
-    None where the backend cannot ask."""
-    if backend_of(q.device).why_not:
-        return None
-    from tandemkv.kernels import gpu
-
-    return gpu.prepare_pull(q, kv, rule, int(share * gpu.l2_bytes(q.device)))
+    """What asks for pages that `attend` of such a q will read, up to this share of the device's L2, once launched. None
+    where the backend cannot ask."""
+    pull: Pull | None = _first_that_works("prepare_pull", q.device, q, kv, rule, share)
+    return pull
 
 
-def unpacker(device: torch.device) -> "Callable[[Arena, Arena, Tensor, Tensor], None] | None":
-    """What makes rows of packed pages on a device (`gpu.unpack`); None where the backend cannot."""
-    if backend_of(device).why_not:
-        return None
-    from tandemkv.kernels import gpu
-
-    return gpu.unpack
+def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Tensor) -> bool:
+    """Pages of any packing -> pages of rows, on their device (`gpu.unpack`). False, and nothing is done, where the
+    backend cannot."""
+    return bool(_first_that_works("unpack", source.k.device, source, target, source_slots, target_slots))
 
 
 def why_not_triton(device: torch.device) -> str:

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from tandemkv.errors import UnsupportedError
-from tandemkv.kernels.checks import NAN_IN_Q, SLOT_OUT_OF_RANGE, check_mass, check_query, check_rule
+from tandemkv.kernels.checks import (
+    NAN_IN_Q,
+    OUTSIDE_TABLE,
+    SLOT_OUT_OF_RANGE,
+    check_lengths,
+    check_mass,
+    check_query,
+    check_rule,
+    check_table,
+    check_tokens,
+)
 from tandemkv.types import BLOCK_TOKENS, Arena, PagedKV, Partial, ScoreRule
 
 
@@ -87,14 +97,25 @@ def _dense(q: Tensor, kv: PagedKV, rule: ScoreRule, causal: bool, flags: Tensor)
     arena, q_len, device = kv.arena, q.shape[2], q.device
     if not isinstance(arena, Arena) or arena.layout.is_quantised or kv.of_blocks or kv.stands_in:
         raise UnsupportedError("torch attends whole pages of rows or panels, each token for itself")
+    check_table(arena, kv.page_table, q.shape[0], on_cpu=False)
+    check_lengths(kv, q.shape[0], on_cpu=False)
     slots, starts, lens = (x.to(device, non_blocking=True).long() for x in (kv.page_table, kv.kv_start, kv.kv_len))
     starts, lens = (x[:, None, None, None] for x in (starts, lens))
     tokens = torch.arange(slots.shape[2] * kv.entry_tokens, device=device)
+    is_outside = (torch.minimum(starts, lens) < 0) | (torch.maximum(starts, lens) > tokens.shape[0])
+    flags |= is_outside.any().to(torch.int32) * OUTSIDE_TABLE
     sees = ((tokens >= starts) & (tokens < lens)).expand(-1, arena.num_kv_heads, q_len, -1)
     if causal:
         query = lens - q_len + torch.arange(q_len, device=device)[:, None]  # which token it is
         sees = sees & (tokens <= query)
         sees = sees if rule.window is None else sees & (tokens > query - rule.window)
+    if not arena.num_slots:  # nothing can be looked up
+        flags |= sees.any().to(torch.int32) * SLOT_OUT_OF_RANGE
+        k, v = (
+            torch.zeros(*sees.shape[:2], tokens.shape[0], dim, device=device)
+            for dim in (arena.head_dim, arena.v_head_dim)
+        )
+        return k, v, torch.zeros_like(sees)
     is_used = sees.any(2).unflatten(2, (-1, kv.entry_tokens)).any(3)
     is_wild = is_used & ((slots < 0) | (slots >= arena.num_slots))
     flags |= is_wild.any().to(torch.int32) * SLOT_OUT_OF_RANGE
@@ -133,9 +154,20 @@ def merge(parts: Sequence[Partial], sink_logit: Tensor | None = None) -> Partial
     return Partial(out, lse)
 
 
+def unpack(*pages: object) -> bool:
+    """See `tandemkv.kernels.devices.unpack`."""
+    return False
+
+
+def prepare_pull(*call: object) -> None:
+    """See `tandemkv.kernels.devices.prepare_pull`."""
+
+
 def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: object = None) -> None:
     """See `tandemkv.kernels.append`; an arena of rows on any device. `pool` has no use here."""
-    arena.check_tokens(page_table.shape[0], k, v)
+    check_tokens(arena, page_table, begin, k, v, on_cpu=False)
+    if arena.layout.packing != "rows":
+        raise UnsupportedError(f"torch appends tokens to pages of rows, got {arena.layout.packing}")
     slots, offsets = _places(arena, page_table, begin, k.shape[2])
     arena.k[slots, :, offsets] = k.transpose(1, 2)
     arena.v[slots, :, offsets] = v.transpose(1, 2)

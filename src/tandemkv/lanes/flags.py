@@ -3,16 +3,23 @@
 import torch
 from torch import Tensor
 
+from tandemkv.errors import InputError
 from tandemkv.kernels.checks import raise_for
 
 
 class DeviceFlags:
     """Bits that kernels of a step set on the device. When the step is over they are sent for, and read when they have
-    come, by the next step at the latest: nobody waits. Takes memory from its first use on."""
+    come, by the next step at the latest: nobody waits. Takes memory from its first use on.
+
+    What was found stays, until the tokens of that step are gone.
+    """
 
     def __init__(self) -> None:
         self._bits: Tensor | None = None
-        self._is_asked = False
+        self._asked_from: int | None = None  # tokens before the first step whose bits are under way
+        self._unsent_from: int | None = None  # the same of those whose bits wait for these
+        self._spoilt_from: int | None = None  # tokens before the first step in which something was found
+        self._error: Exception | None = None
 
     def bits(self, device: torch.device) -> Tensor:
         """int32 `[1]` on the device, for the kernels of this step."""
@@ -22,23 +29,41 @@ class DeviceFlags:
                 self._bits = torch.zeros(1, dtype=torch.int32, device=device)
                 self._told = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=is_cuda)
             self._came = torch.cuda.Event() if is_cuda else None
-            self._is_asked = False
+            self._asked_from = self._unsent_from = None
         return self._bits
 
-    def send(self) -> None:
-        """The step is over: let its bits come to the host, behind its kernels. Raises as `look` does."""
+    def send(self, seq_len: int) -> None:
+        """A step behind seq_len tokens is over: let its bits come to the host, behind its kernels. Raises as `look`."""
         self.look()
-        if self._bits is None or self._is_asked:  # those of a step before are under way: this one's come with the next
+        if self._bits is None:
+            return
+        self._unsent_from = seq_len if self._unsent_from is None else min(self._unsent_from, seq_len)
+        if self._asked_from is not None:  # those of a step before are under way: this one's come with the next
             return
         self._told.copy_(self._bits, non_blocking=True)
         self._bits.zero_()
         if self._came is not None:
             self._came.record(torch.cuda.current_stream(self._bits.device))
-        self._is_asked = True
+        self._asked_from, self._unsent_from = self._unsent_from, None
         self.look()
 
-    def look(self) -> None:
-        """Raise for what has come: InputError for NaN in q, AssertionError for a slot that is none."""
-        if self._is_asked and (self._came is None or self._came.query()):
-            self._is_asked = False
-            raise_for(self._told)
+    def look(self, seq_len: int | None = None) -> None:
+        """Raise for what has come: InputError for NaN in q and lengths beyond a table, AssertionError for a wild slot.
+        seq_len: tokens that are held now; what was found of others is forgotten."""
+        if self._asked_from is not None and (self._came is None or self._came.query()):
+            begin, self._asked_from = self._asked_from, None
+            try:
+                raise_for(self._told)
+            except (InputError, AssertionError) as error:
+                self._error, self._spoilt_from = error, begin if self._spoilt_from is None else self._spoilt_from
+        if self._spoilt_from is not None and seq_len is not None and seq_len <= self._spoilt_from:
+            self._error = self._spoilt_from = None
+        if self._error is not None:
+            spoilt = f"tokens from {self._spoilt_from} on are spoilt, crop the cache to those before or reset it"
+            raise type(self._error)(f"{self._error}; {spoilt}")
+
+    def wait(self, seq_len: int) -> None:
+        """`look`, at all that was sent for."""
+        if self._asked_from is not None and self._came is not None:
+            self._came.synchronize()
+        self.look(seq_len)

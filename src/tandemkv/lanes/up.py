@@ -1,5 +1,6 @@
 """Pages of host memory on their way up to a device: packed as they are, on a stream of their own, rows when there."""
 
+from collections import deque
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -22,46 +23,46 @@ def bring_up(
     Copies run beside what the current stream is at, which waits for them; the caller does not. Pages of several
     packings, and those of a device without our kernels, are unpacked on the host, and waited for.
     """
-    unpack = devices.unpacker(k.device)
-    if unpack is None or not isinstance(arena, Arena):
+    rows = _rows_up(arena, page_table[:, 0], k.device) if isinstance(arena, Arena) else None
+    if rows is None:
         host_k, host_v = torch.empty_like(k, device="cpu"), torch.empty_like(v, device="cpu")
         kernels.gather(arena, page_table, begin, host_k, host_v, pool)
         k.copy_(host_k)
         v.copy_(host_v)
         return
-    slots = page_table[:, 0]
-    if k.device.type != "cuda":
-        rows = _rows(arena, slots, k.device)
-    else:
-        current, side = torch.cuda.current_stream(k.device), _up_stream(k.device)
-        with torch.cuda.stream(side):
-            rows = _rows(arena, slots, k.device)
-        current.wait_stream(side)
+    for to, pages in ((k, rows.k), (v, rows.v)):
+        tokens = pages.unflatten(0, page_table[:, 0].shape).transpose(1, 2).flatten(2, 3)
+        to.copy_(tokens[:, :, begin : begin + to.shape[2]])
+    if k.device.type == "cuda":
+        _under_way(k.device).append(torch.cuda.current_stream(k.device).record_event())
+
+
+def _rows_up(arena: Arena, slots: Tensor, device: torch.device) -> Arena | None:
+    """These pages as rows that the current stream may read, in the order of slots `[num_seqs, num_pages]`."""
+    if device.type != "cuda":
+        return _rows(arena, slots, device)
+    under_way = _under_way(device)
+    if len(under_way) == 2:  # or a host that is ahead would fill the device with pages
+        under_way.popleft().synchronize()
+    current, side = torch.cuda.current_stream(device), _up_stream(device)
+    with torch.cuda.stream(side):
+        rows = _rows(arena, slots, device)
+    current.wait_stream(side)
+    if rows is not None:
         for x in (rows.k, rows.v):
             x.record_stream(current)
-    for to, pages in ((k, rows.k), (v, rows.v)):
-        tokens = pages.unflatten(0, slots.shape).transpose(1, 2).flatten(2, 3)
-        to.copy_(tokens[:, :, begin : begin + to.shape[2]])
-
-
-def _rows(arena: Arena, slots: Tensor, device: torch.device) -> Arena:
-    """These pages as rows on the device, in the order of slots `[num_seqs, num_pages]`; on the current stream."""
-    flat, layout = slots.flatten(), arena.layout
-    up = [_pinned(x, flat).to(device, non_blocking=True) for x in (arena.k, arena.v)]
-    packed = Arena(up[0], up[1], layout, arena.head_dim, arena.v_head_dim)
-    rows = Arena.allocate(
-        PageLayout(layout.dtype, layout.page_size),
-        flat.shape[0],
-        arena.num_kv_heads,
-        arena.head_dim,
-        device,
-        v_head_dim=arena.v_head_dim,
-    )
-    every = torch.arange(flat.shape[0], dtype=torch.int32, device=device)
-    unpack = devices.unpacker(device)
-    assert unpack is not None
-    unpack(packed, rows, every, every)
     return rows
+
+
+def _rows(arena: Arena, slots: Tensor, device: torch.device) -> Arena | None:
+    """The same on the current stream; None where the device cannot unpack them."""
+    flat, layout = slots.flatten(), arena.layout
+    dims = arena.head_dim, arena.v_head_dim
+    up = [_pinned(x, flat).to(device, non_blocking=True) for x in (arena.k, arena.v)]
+    plain, num_heads = PageLayout(layout.dtype, layout.page_size), arena.num_kv_heads
+    rows = Arena.allocate(plain, flat.shape[0], num_heads, dims[0], device, v_head_dim=dims[1])
+    every = torch.arange(flat.shape[0], dtype=torch.int32, device=device)
+    return rows if devices.unpack(Arena(up[0], up[1], layout, *dims), rows, every, every) else None
 
 
 def _pinned(x: Tensor, slots: Tensor) -> Tensor:
@@ -70,6 +71,12 @@ def _pinned(x: Tensor, slots: Tensor) -> Tensor:
         (slots.shape[0], *x.shape[1:]), dtype=x.dtype, device="cpu", pin_memory=torch.cuda.is_available()
     )
     return torch.index_select(x, 0, slots, out=pages)
+
+
+@cache
+def _under_way(device: torch.device) -> "deque[torch.cuda.Event]":
+    """Done when the device has what came up last, and the time before."""
+    return deque()
 
 
 @cache

@@ -3,7 +3,6 @@
 from tandemkv.kernels.gpu.calls import attend, merge
 from tandemkv.kernels.gpu.config import Config, config_for
 from tandemkv.kernels.gpu.moves import Pull, append, prepare_pull, pull, unpack
-from tandemkv.kernels.gpu.placed import l2_bytes
 from tandemkv.kernels.gpu.works import failure, is_interpreted
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "config_for",
     "failure",
     "is_interpreted",
-    "l2_bytes",
     "merge",
     "prepare_pull",
     "pull",

@@ -10,10 +10,10 @@ import triton
 from torch import Tensor
 
 from tandemkv.errors import InputError, UnsupportedError
-from tandemkv.kernels.checks import check_mass, check_query, check_rule
+from tandemkv.kernels.checks import check_flags, check_lengths, check_mass, check_query, check_rule, check_table
 from tandemkv.kernels.gpu import decode
 from tandemkv.kernels.gpu.config import Config, block_n_for, config_for, fitted
-from tandemkv.kernels.gpu.formats import DTYPES, k_format, padded, v_format
+from tandemkv.kernels.gpu.formats import DTYPES, k_format, padded, tile_token_bytes, v_format
 from tandemkv.kernels.gpu.l2 import asks
 from tandemkv.kernels.gpu.placed import launching, num_processors, placed, shared_bytes
 from tandemkv.types import Arena, PagedKV, Partial, ScoreRule
@@ -37,7 +37,7 @@ def attend(
     for a slot that is none (2), which is not read: `raise_for` tells of them when the step is over, so that no call
     waits for the device. config: without one, `config_for` chooses.
     """
-    check_query(q, runs, causal, q.device.type)
+    check_query(q, runs, causal, q.device.type if isinstance(q, Tensor) else "cuda")
     check_rule(rule, causal, len(runs))
     for kv in runs:
         check_run(q, kv)
@@ -45,6 +45,7 @@ def attend(
         check_mass(mass, q, runs)
         mass.fill_(-torch.inf)
     q, flags = q.contiguous(), torch.zeros(1, dtype=torch.int32, device=q.device) if flags is None else flags
+    check_flags(flags, q)
     configs = [config_of(q, kv, config) for kv in runs]
     parts = _room(sum(each.num_splits for each in configs), q, runs[0].arena.v_head_dim)
     first_part, first_block = 0, 0
@@ -73,16 +74,17 @@ def config_of(q: Tensor, kv: PagedKV, config: Config | None) -> Config:
         num_heads, tokens = kv.arena.num_kv_heads, kv.page_table.shape[2] * kv.entry_tokens
         num_rows = num_q_heads // num_heads * q_len
         config = config_for(num_seqs, num_heads, num_rows, tokens, num_processors(q.device))
-        token_bytes = sum(kv.arena.layout.token_bytes(kv.arena.head_dim, kv.arena.v_head_dim))
-        config = fitted(config, token_bytes, shared_bytes(q.device))
-    if kv.arena.layout.packing == "rows":
-        return config
-    return replace(config, block_n=min(config.block_n, block_n_for(kv.entry_tokens)))  # a tile lies in one page
+        config = fitted(config, tile_token_bytes(kv.arena), shared_bytes(q.device), num_programs=2)
+    if kv.arena.layout.packing != "rows":
+        config = replace(config, block_n=min(config.block_n, block_n_for(kv.entry_tokens)))  # a tile lies in one page
+    return fitted(config, tile_token_bytes(kv.arena), shared_bytes(q.device))
 
 
 def check_run(q: Tensor, kv: PagedKV) -> None:
     """UnsupportedError or InputError for pages that a kernel cannot attend to from q."""
     arena = kv.arena
+    check_table(arena, kv.page_table, q.shape[0], on_cpu=False)
+    check_lengths(kv, q.shape[0], on_cpu=False)
     if not isinstance(arena, Arena):
         raise UnsupportedError("on a GPU a run's pages are of one packing: expected an Arena, got Arenas")
     if kv.stands_in:
@@ -117,6 +119,8 @@ def _attend_run(call: _Call, kv: PagedKV, config: Config, parts: Partial, block_
     rows_of_masses = parts.lse if block_lse is None else block_lse
     k, row_blocks = k_format(arena), -(-group_size * q_len // config.block_m)
     grid = config.num_splits, arena.num_kv_heads * row_blocks, num_seqs
+    if not num_seqs:
+        return
     with launching(q):
         decode.decode_pages[grid](
             q,

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from tandemkv.errors import InputError
+
 WAVES = 2
 """Programs for each multiprocessor, at least: while some wait for memory, others are at work."""
 
@@ -28,6 +30,16 @@ class Config:
     num_stages: int = 3
     guarded: bool = True
 
+    def __post_init__(self) -> None:
+        for name, least in (("block_n", 16), ("block_m", 16), ("num_warps", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least or value & (value - 1):
+                raise InputError(f"{name} must be a power of 2, at least {least}, got {value!r}")
+        for name, least in (("num_splits", 1), ("distance", 0), ("num_stages", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} must be a whole number, at least {least}, got {value!r}")
+
 
 def config_for(num_seqs: int, num_kv_heads: int, num_rows: int, kv_tokens: int, num_processors: int) -> Config:
     """For so many sequences of kv_tokens, num_rows queries of each KV head, and a GPU's multiprocessors.
@@ -38,19 +50,19 @@ def config_for(num_seqs: int, num_kv_heads: int, num_rows: int, kv_tokens: int, 
     """
     block_n = 64
     block_m = block_m_for(num_rows)
-    num_programs = num_seqs * num_kv_heads * -(-num_rows // block_m)
+    num_programs = max(1, num_seqs * num_kv_heads * -(-num_rows // block_m))
     most = max(1, kv_tokens // (LEAST_TILES * block_n))
     return Config(block_n, block_m, max(1, min(MAX_SPLITS, most, -(-WAVES * num_processors // num_programs))))
 
 
-def fitted(config: Config, token_bytes: float, shared_bytes: int) -> Config:
-    """Tiles of tokens of so many bytes, K and V, that fit a multiprocessor's shared memory: two are on their way while
-    one is computed, if a second program fits beside, else one; shorter ones where not even that fits."""
+def fitted(config: Config, token_bytes: float, shared_bytes: int, num_programs: int = 1) -> Config:
+    """With tiles of tokens of so many bytes, K and V, that fit the shared memory of a multiprocessor which has so many
+    programs: fewer are on their way while one is computed, and shorter ones where not even one fits."""
     block_n = config.block_n
     while block_n > 16 and block_n * token_bytes > shared_bytes - BESIDE_TILES_BYTES:
         block_n //= 2
-    num_ahead = int((shared_bytes // 2 - BESIDE_TILES_BYTES) // (block_n * token_bytes))
-    return replace(config, block_n=block_n, num_stages=1 + min(2, max(1, num_ahead)))
+    num_ahead = int((shared_bytes // num_programs - BESIDE_TILES_BYTES) // (block_n * token_bytes))
+    return replace(config, block_n=block_n, num_stages=min(config.num_stages, 1 + max(1, num_ahead)))
 
 
 def block_m_for(num_rows: int) -> int:

@@ -17,11 +17,23 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 NAN_IN_Q: tl.constexpr = tl.constexpr(checks.NAN_IN_Q)
 SLOT_OUT_OF_RANGE: tl.constexpr = tl.constexpr(checks.SLOT_OUT_OF_RANGE)
+OUTSIDE_TABLE: tl.constexpr = tl.constexpr(checks.OUTSIDE_TABLE)
 
 kernel = triton.jit(
     do_not_specialize=[
         *("table", "starts", "lens", "flags", "out", "lse", "block_lse", "sink", "slots", "targets", "window"),
-        *("num_q_heads", "q_len", "num_slots", "num_entries", "num_blocks", "num_parts", "num_rows", "num_tiles"),
+        *(
+            "num_q_heads",
+            "q_len",
+            "num_slots",
+            "num_entries",
+            "num_blocks",
+            "num_parts",
+            "num_rows",
+            "num_tiles",
+            "num_splits",
+        ),
+        *("num_seqs",),
         *("lens_seq_stride", "lens_head_stride", "block_lse_stride", "begin", "num_new"),
         *("k_seq_stride", "k_head_stride", "k_token_stride", "v_seq_stride", "v_head_stride", "v_token_stride"),
     ]
@@ -98,8 +110,8 @@ def decode_pages(
         num_nan = tl.sum(tl.sum(_is_nan(queries.to(tl.float32)).to(tl.int32), 1), 0)
         tl.atomic_or(flags, NAN_IN_Q, mask=num_nan > 0)
 
-    at = seq * lens_seq_stride + head * lens_head_stride
-    start, end = tl.load(starts + at).to(tl.int32), tl.load(lens + at).to(tl.int32)
+    start, end, is_outside = _length(starts, lens, seq * lens_seq_stride + head * lens_head_stride, num_entries, PAGES)
+    tl.atomic_or(flags, OUTSIDE_TABLE, mask=is_outside)
     last = end - Q_LEN + 1 + query if CAUSAL else tl.zeros_like(query) + end  # a query sees what is before
     if HAS_WINDOW:
         start = tl.maximum(start, end - Q_LEN + 1 - window)
@@ -129,7 +141,7 @@ def decode_pages(
             gathered = queries
         scores = _dot(gathered, keys_of(k, piece, offset, exists, PAGE, K, DTYPE)) * scale
         if HAS_SOFTCAP:
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+            scores = softcap * _tanh(scores / softcap)
         seen = _seen(tokens, exists, last, window, CAUSAL, HAS_WINDOW)
         scores = tl.where(seen, scores * LOG2E, float("-inf"))
         if WITH_MASS:
@@ -158,6 +170,16 @@ def decode_pages(
         acc / tl.where(is_empty, 1.0, total)[:, None],
         mask=is_row[:, None] & (v_dims < V_DIM)[None, :],
     )
+
+
+@triton.jit
+def _length(starts, lens, at, num_entries, PAGES: tl.constexpr):
+    """The run's [start, end), cut to its table, and whether it had to be."""
+    entry_tokens: tl.constexpr = 16 if PAGES[2] else PAGES[1]
+    start, end, num_tokens = tl.load(starts + at), tl.load(lens + at), num_entries.to(tl.int64) * entry_tokens
+    is_outside = (start < 0) | (end < 0) | (end > num_tokens) | (start > num_tokens)
+    start, end = tl.minimum(tl.maximum(start, 0), num_tokens), tl.minimum(tl.maximum(end, 0), num_tokens)
+    return start.to(tl.int32), end.to(tl.int32), is_outside
 
 
 @triton.jit
@@ -198,6 +220,14 @@ def _seen(tokens, exists, last, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.con
     if HAS_WINDOW:
         seen = seen & (tokens[None, :] >= last[:, None] - window)
     return seen
+
+
+@triton.jit
+def _tanh(x):
+    """By the logistic function, of which little is left beside 1 for small x: there by its series, to 2e-9."""
+    y = x * x
+    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835 - y * (1382 / 155925))))))
+    return tl.where(tl.abs(x) < 0.3, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
 
 
 @triton.jit
@@ -399,19 +429,20 @@ def pull_pages(
     lens_seq_stride,
     lens_head_stride,
     num_tiles,
+    num_splits,
+    num_seqs,
     PAGES: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Grid: (splits, KV heads, sequences), those of the `decode_pages` that comes next. Each program asks for the first
-    tiles of what it will read then, all together for num_tiles, and ends without waiting for them."""
-    split, num_splits, head, seq = tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.program_id(2)
-    at = seq * lens_seq_stride + head * lens_head_stride
-    start, end = tl.load(starts + at).to(tl.int32), tl.load(lens + at).to(tl.int32)
+    """Grid: programs of the `decode_pages` that comes next, as many as have a tile to ask for. Each asks for the first
+    tiles of what that one will read, all together for num_tiles, and ends without waiting for them."""
+    program, num_programs = tl.program_id(0), num_splits * PAGES[0] * num_seqs
+    split, head, seq = program % num_splits, program // num_splits % PAGES[0], program // num_splits // PAGES[0]
+    start, end, _ = _length(starts, lens, seq * lens_seq_stride + head * lens_head_stride, num_entries, PAGES)
     begin, stop = _part(tl.maximum(start, end - window), end, split, num_splits, BLOCK_N)
-    program, num_programs = (seq * PAGES[0] + head) * num_splits + split, num_splits * PAGES[0] * tl.num_programs(2)
     its_tiles = num_tiles // num_programs + (program < num_tiles % num_programs).to(tl.int32)
     arena = (k, v, table + (seq.to(tl.int64) * PAGES[0] + head) * num_entries, head, num_slots)
     for i in range(its_tiles):

@@ -3,7 +3,7 @@
 import torch
 import triton.language as tl
 
-from tandemkv.types import Arena, PageLayout
+from tandemkv.types import AnyArena, Arena, PageLayout
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -46,6 +46,13 @@ def _of_numbers(layout: PageLayout, dim: int) -> Format:
 def _of_codes(layout: PageLayout, stored: int, num_bytes: int) -> Format:
     per_word = 8 if layout.packing == "int4" else 4
     return layout.packing, stored, padded(stored), num_bytes, stored * 4 // per_word, per_word
+
+
+def tile_token_bytes(arena: AnyArena) -> float:
+    """What a token of one head takes in a tile, K and V, padded as products want them."""
+    layout, num_bits = arena.layout, {"int8": 8, "int4": 4}.get(arena.layout.packing, 8 * arena.layout.dtype.itemsize)
+    num_channels = padded(layout.num_channels or layout.stored_dim(arena.head_dim))
+    return (num_channels + padded(layout.stored_dim(arena.v_head_dim))) * num_bits / 8
 
 
 def padded(dim: int) -> int:

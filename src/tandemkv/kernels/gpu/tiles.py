@@ -25,6 +25,7 @@ def places(entries, tokens, exists, head, num_slots, PAGES: tl.constexpr):
     OF_BLOCKS: tl.constexpr = PAGES[2]
     if OF_BLOCKS:
         entry = tl.load(entries + tokens // 16, mask=exists, other=0)
+        exists = exists & (entry >= 0)  # quotients of negative numbers are cut towards 0
         blocks_of_slot: tl.constexpr = NUM_KV_HEADS * (PAGE // 16)
         slot, offset = entry // blocks_of_slot, entry % blocks_of_slot * 16 + tokens % 16
     else:

@@ -1,5 +1,6 @@
 """Kernels compiled ahead of time for GPUs that are not at hand: which, and how."""
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from triton.compiler import ASTSource
 
 from tandemkv.kernels.gpu import decode
 from tandemkv.kernels.gpu.config import Config, block_m_for, block_n_for, fitted
-from tandemkv.kernels.gpu.formats import DTYPES, k_format, padded, v_format
+from tandemkv.kernels.gpu.formats import DTYPES, k_format, padded, tile_token_bytes, v_format
 from tandemkv.kernels.gpu.l2 import code_bytes, prefetch_ptx
 from tandemkv.types import Arena, PageLayout
 
@@ -128,8 +129,7 @@ def compiled(variant: Variant) -> Any:
     arena = arena_of(variant.packing, variant.dtype, variant.head_dim, variant.page_size)
     entry_tokens = 16 if variant.of_blocks else variant.page_size
     config = Config(64 if variant.packing == "rows" else block_n_for(entry_tokens))
-    token_bytes = sum(arena.layout.token_bytes(arena.head_dim, arena.v_head_dim))
-    config = fitted(config, token_bytes, SHARED_BYTES[variant.capability])
+    config = fitted(config, tile_token_bytes(arena), SHARED_BYTES[variant.capability], num_programs=2)
     sizes = [int(min(config.block_n, entry_tokens) * size) for size in code_bytes(arena)]
     asks = [prefetch_ptx(variant.capability, size, 32 * config.num_warps) if variant.distance else "" for size in sizes]
     k = k_format(arena)
@@ -145,6 +145,13 @@ def compiled(variant: Variant) -> Any:
     }
     types = {"q": f"*{variant.dtype}", **_arena_types(arena)}
     return _compiled(decode.decode_pages, variant.capability, types, constants, config)
+
+
+def asks_of(ptx: str) -> tuple[int, int]:
+    """How often it asks for pages in L2, in bulk and line by line."""
+    names = r"cp\.async\.bulk\.prefetch\.L2\.global\b", r"(?<![.\w])prefetch\.global\.L2\b"
+    bulk, lines = (len(re.findall(name, ptx)) for name in names)
+    return bulk, lines
 
 
 def compiled_moves(capability: int, packing: str, dtype: str, head_dim: int) -> dict[str, Any]:

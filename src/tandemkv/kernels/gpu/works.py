@@ -6,6 +6,7 @@ import torch
 import triton
 
 from tandemkv.kernels.gpu.calls import attend
+from tandemkv.kernels.gpu.config import Config
 from tandemkv.kernels.gpu.moves import append
 from tandemkv.types import Arena, PagedKV, PageLayout, ScoreRule
 
@@ -16,16 +17,21 @@ def is_interpreted() -> bool:
 
 
 def failure(device: torch.device) -> str:
-    """Why these kernels do not work on a device; '' where they do: a call over 16 equal tokens, whose lse is known."""
-    rows = PageLayout(torch.float32, 16)
+    """Why these kernels do not work on a device; '' where they do: two pages of equal tokens, appended, attended in two
+    parts and merged, whose attention is known, in bfloat16."""
+    dtype = torch.bfloat16
+    rows = PageLayout(dtype, 16)
     try:
-        arena = Arena.allocate(rows, 1, 1, 16, device)
-        x = torch.ones(1, 1, 16, 16, device=device)
-        arena.k.zero_()
-        append(arena, torch.zeros(1, 1, 1, dtype=torch.int32, device="cpu"), 0, x, x)
+        arena = Arena.allocate(rows, 2, 1, 16, device)
+        x = torch.ones(1, 1, 32, 16, dtype=dtype, device=device)
+        table = torch.tensor([[[1, 0]]], dtype=torch.int32, device="cpu")
+        append(arena, table, 0, x, x)
         zero = torch.zeros(1, dtype=torch.int64, device="cpu")
-        kv = PagedKV(arena, torch.zeros(1, 1, 1, dtype=torch.int32, device="cpu"), zero, zero + 16)
-        lse = float(attend(x[:, :, :1], kv, rule=ScoreRule(1.0)).lse)
+        kv = PagedKV(arena, table, zero, zero + 32)
+        part = attend(x[:, :, :1], kv, rule=ScoreRule(1.0), config=Config(block_n=16, num_splits=2))
+        lse, out = float(part.lse), part.out.flatten().tolist()
     except Exception as error:  # noqa: BLE001  no C compiler, a driver that is too old, whatever Triton raises
-        return f"a kernel of Triton {triton.__version__} does not run on {device}: {error or type(error).__name__}"
-    return "" if abs(lse - 16 - math.log(16)) < 1e-4 else f"a kernel on {device} computes {lse} for 18.7726"
+        why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return f"a kernel of Triton {triton.__version__} does not run on {device}: {why}"
+    is_right = abs(lse - 16 - math.log(32)) < 1e-4 and all(abs(value - 1) < 1e-4 for value in out)
+    return "" if is_right else f"a kernel on {device} computes {lse} and {out[0]} for 19.4657 and 1"
