@@ -15,8 +15,9 @@ from tandemkv.machine import check_can_write
 MODULE = "benchmarks.gpu"
 PARTS = ("kernels",)
 HELP = """The GPU's kernels, measured: our decode kernel beside its peers and the copy bandwidth, and the paper's table
-of KV prefetch to L2 (2504.06319). Under 9 minutes from a bare checkout with torch, triton, a C++ compiler, cmake and
-nanobind, and no network: the native module is built first, then the GPU's tests run, then everything is measured.
+of KV prefetch to L2 (2504.06319). Meant to take less than 9 minutes from a bare checkout with torch, triton, a C++
+compiler, cmake, nanobind, typer and rich, and no network: the native module is built first, then the GPU's tests run
+(with pytest, hypothesis, transformers), then everything is measured.
 
 speed     four models, contexts of 2K to 128K, batches of 1 to 64: GB/s of K and V, each read once, over the copy
           bandwidth of this run (bytes read and written) where K and V are at least 4 times L2; microseconds below.

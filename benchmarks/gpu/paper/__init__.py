@@ -3,7 +3,9 @@ gain is measured on. kernel.cu, compiled by NVRTC for the GPU at hand.
 
 Faithful to the design: a thread block of 4 warps for each query head of each sequence, vLLM's cache layouts, plain
 loads, all logits in shared memory, one softmax, one V loop. Other than there: out is float32, weights stay float32 when
-they meet V, and the table's entries for what comes next are looked up before the wait for what is there. Left out:
+they meet V, the table's entries for what comes next are looked up before the wait for what is there, and by default a
+block's loads are kept in front of its arithmetic at every distance, where the compiler would mix them (`loads_first`;
+the benchmark measures both). Left out:
 ALiBi, quantised caches, and the variant that splits long contexts.
 """
 
