@@ -111,7 +111,12 @@ def test_backends_that_work_here_are_used(report: doctor.Report) -> None:
 @pytest.mark.parametrize(
     ("why_not", "capability", "used", "told"),
     [
-        ("triton is not installed: pip install 'tandemkv[gpu]'", (9, 0), False, "tandemkv[gpu]'; torch attends near"),
+        (
+            "triton is not installed: pip install 'tandemkv[gpu]'",
+            (9, 0),
+            False,
+            "tandemkv[gpu]' (cuda:0); torch attends near tokens there",
+        ),
         ("", (9, 0), True, "pages can be asked for in L2 in bulk"),
         ("", (8, 6), True, "line by line (compute capability 8.6, bulk requests came with 9.0)"),
     ],

@@ -268,14 +268,19 @@ def _triton_choice(gpus: Gpus) -> Choice:
     """Compile a small kernel and run it, where there is a GPU."""
     if gpus.missing:
         return Choice("triton", False, gpus.missing)
-    device = torch.device("cuda", 0)
-    why_not = devices.why_not_triton(device)
-    if why_not:
-        return Choice("triton", False, f"{why_not}; torch attends near tokens instead")
-    major, minor = torch.cuda.get_device_capability(device)
-    l2 = "in bulk" if major >= 9 else f"line by line (compute capability {major}.{minor}, bulk requests came with 9.0)"
+    found = [torch.device("cuda", index) for index in range(len(gpus.devices))]
+    why_not = [
+        f"{why} ({device}); torch attends near tokens there"
+        for device in found
+        if (why := devices.why_not_triton(device))
+    ]
+    if len(why_not) == len(found):
+        return Choice("triton", False, why_not[0])
+    capabilities = [torch.cuda.get_device_capability(device) for device in found]
+    old = [f"{major}.{minor}" for major, minor in capabilities if major < 9]
+    l2 = f"line by line (compute capability {old[0]}, bulk requests came with 9.0)" if old else "in bulk"
     attends = f"decode over near pages on CUDA, merge: triton {_installed('triton')}"
-    return Choice("triton", True, f"{attends}; pages can be asked for in L2 {l2}")
+    return Choice("triton", True, "; ".join([attends, f"pages can be asked for in L2 {l2}", *why_not]))
 
 
 def _versions() -> dict[str, str | None]:

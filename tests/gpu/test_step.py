@@ -10,7 +10,7 @@ import triton.language as tl
 
 from tandemkv import attention
 from tandemkv.cache import LayerKV
-from tandemkv.errors import InputError
+from tandemkv.errors import InputError, UnavailableError
 from tandemkv.kernels import checks, devices
 from tandemkv.kernels.gpu import Config, Pull
 from tandemkv.lanes import pull_into_l2
@@ -176,3 +176,14 @@ def test_a_side_stream_waits_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyP
     q: Any = SimpleNamespace(device=torch.device("cuda", 0))
     assert pull_into_l2(q, near_of(filled(1, [0])[0]), ScoreRule(1.0), 0.5) == 7
     assert log == ["side waits for main", "on side", "pull", "on main", "kept until side is done"]
+
+
+def test_a_pull_that_does_not_compile_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch() -> None:
+        raise UnavailableError("a kernel does not compile for cpu: shared memory")
+
+    monkeypatch.setattr(devices, "_FAILED", {})
+    monkeypatch.setattr(devices, "prepare_pull", lambda *args: Pull(7, (), launch))
+    layer, q, *_ = filled(100, [0])
+    assert pull_into_l2(q[:, :, -1:], near_of(layer), ScoreRule(1.0), 0.5) == 0
+    assert devices.backend_of(HERE).name == "torch"

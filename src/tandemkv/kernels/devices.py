@@ -75,6 +75,12 @@ def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Ten
     return bool(_first_that_works("unpack", source.k.device, source, target, source_slots, target_slots))
 
 
+def give_up(device: torch.device, why: str) -> None:
+    """A kernel of ours does not compile there: from now on the next backend is used, and told of."""
+    _FAILED[device] = _torch(why)
+    backend_of(device)
+
+
 def why_not_triton(device: torch.device) -> str:
     """What keeps our kernels from a device; '' for nothing. Compiles a small one and runs it: a second, once."""
     try:
@@ -121,5 +127,5 @@ def _first_that_works(name: str, device: torch.device, *args: Any, **kwargs: Any
     try:
         return getattr(backend_of(device).module, name)(*args, **kwargs)
     except UnavailableError as error:
-        _FAILED[device] = _torch(str(error))
+        give_up(device, str(error))
         return getattr(backend_of(device).module, name)(*args, **kwargs)
