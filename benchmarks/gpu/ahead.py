@@ -142,12 +142,17 @@ def _measure(bench: Bench, layer: Layer, found: Found) -> None:
     variants = variants_of(case, bench.ground.facts.l2_bytes)
     forms = {"without": layer.form(), **{str(variant): layer.form(variant) for variant in variants}}
     wrong = {name: _wrong(layer.problem, form) for name, form in forms.items()}
+    wrong |= {str(each): _if_idle(layer, each) for each in variants if not wrong[str(each)]}
     right = {name: form.call for name, form in forms.items() if not wrong[name]}
     alone = {"MLP": layer.mlp_alone, "attend": layer.attend.call} if "without" in right else {}
     times = bench.ground.in_turn({**alone, **right}, CASE_S) if alone else {}
     rows = [row_of(bench, layer, each, times) | {"wrong": wrong["without"] or wrong[str(each)]} for each in variants]
     found.rows += rows
     bench.tell(f"ahead {_told(rows)}")
+
+
+def _if_idle(layer: Layer, variant: Variant) -> str:
+    return "" if layer.pull(variant, 0) else "wrong: nothing was asked for"
 
 
 def _wrong(problem: Problem, form: Form) -> str:

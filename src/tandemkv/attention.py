@@ -299,7 +299,8 @@ def _prefill_rows(
     k, v = (x[:, :, num_padded:] for x in kv)
     part = attend_dense(queries, k, v, rule=rule, first_query=0)
     # torch's kernel hides NaN in runs shorter than a block; in others it shows in lse, which is cheaper to read than q.
-    spoilt = (queries if queries.shape[2] < BLOCK_TOKENS else part.lse).isnan().any()
+    # Of NaN torch's CPU kernel makes an lse that is NaN, its CUDA kernels one of +inf.
+    spoilt = (queries.isnan() if queries.shape[2] < BLOCK_TOKENS else ~(part.lse < torch.inf)).any()
     if q.device.type != "cpu":  # told when the step is over: nobody waits
         layer.flags.bits(q.device).bitwise_or_(spoilt.to(torch.int32) * NAN_IN_Q)
     elif bool(spoilt):

@@ -239,7 +239,11 @@ def test_what_is_pulled_is_bounded(share: float, expected: int, monkeypatch: pyt
     monkeypatch.setattr("tandemkv.kernels.gpu.moves.asks_for_pieces", lambda *args: ("k", "v"))
     monkeypatch.setattr("tandemkv.kernels.gpu.calls.config_for", lambda *args: Config(num_splits=2))
     monkeypatch.setattr("tandemkv.kernels.gpu.moves.l2_bytes", lambda device: 20 * 65_536)
-    assert gpu.pull(torch.randn(2, 4, 1, 128), kv, ScoreRule(1.0), share) <= share * 20 * 65_536
+    pull = gpu.prepare_pull(torch.randn(2, 4, 1, 128), kv, ScoreRule(1.0), share)
+    assert (pull is None) == (expected == 0)
+    if pull is not None:
+        assert pull.num_bytes <= share * 20 * 65_536
+        pull.launch()
     pieces = asked.pieces(arena.k, "k", 32_768), asked.pieces(arena.v, "v", 32_768)
     assert pieces[0] == pieces[1]
     assert sum(pieces[0].values()) == expected

@@ -10,10 +10,10 @@ import triton.language as tl
 
 from tandemkv import attention
 from tandemkv.cache import LayerKV
-from tandemkv.errors import InputError, UnavailableError
+from tandemkv.errors import BackendWarning, InputError, UnavailableError
 from tandemkv.kernels import checks, devices
 from tandemkv.kernels.gpu import Config, Pull
-from tandemkv.lanes import pull_into_l2
+from tandemkv.lanes import DeviceFlags, pull_into_l2
 from tandemkv.types import PagedKV, Partial, ScoreRule
 from tests.dense import causal_visible, dense_attention
 from tests.test_attention import RULE, SCALE, SPEC, filled
@@ -59,17 +59,44 @@ def test_what_came_late_is_told_by_the_next_step(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(flags, "_came", late)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     flags.send(5)
-    flags.look(6)
+    flags.look()
     flags.bits(HERE).fill_(checks.SLOT_OUT_OF_RANGE)
     flags.send(6)  # the first is still under way: this one's waits
     late.has_come = True
     for _ in range(2):
         with pytest.raises(InputError, match=r"q contains NaN.*; tokens from 5 on"):
-            flags.look(7)
-    flags.look(5)
-    with pytest.raises(AssertionError, match=r"outside its arena.*; tokens from 5 on"):
-        flags.send(5)
-    flags.look(5)
+            flags.look()
+    flags.forget(6)
+    with pytest.raises(InputError, match=r"q contains NaN.*; tokens from 5 on"):
+        flags.look()
+    flags.forget(5)
+    flags.send(5)
+    flags.look()  # nothing is left of a step that was undone
+
+
+def test_what_waits_to_be_sent_is_waited_for_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late:
+        has_come = False
+
+        def record(self, stream: object) -> None:
+            self.has_come = False
+
+        def query(self) -> bool:
+            return self.has_come
+
+        def synchronize(self) -> None:
+            self.has_come = True
+
+    flags = DeviceFlags()
+    flags.bits(HERE)
+    monkeypatch.setattr(flags, "_came", Late())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    flags.send(5)
+    flags.bits(HERE).fill_(checks.NAN_IN_Q)
+    flags.send(6)
+    flags.look()
+    with pytest.raises(InputError, match=r"q contains NaN.*; tokens from 6 on"):
+        flags.wait()
 
 
 def test_a_kernel_that_does_not_compile_leaves_the_device_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,5 +212,8 @@ def test_a_pull_that_does_not_compile_is_done_without(monkeypatch: pytest.Monkey
     monkeypatch.setattr(devices, "_FAILED", {})
     monkeypatch.setattr(devices, "prepare_pull", lambda *args: Pull(7, (), launch))
     layer, q, *_ = filled(100, [0])
-    assert pull_into_l2(q[:, :, -1:], near_of(layer), ScoreRule(1.0), 0.5) == 0
-    assert devices.backend_of(HERE).name == "torch"
+    monkeypatch.setattr(devices, "_WITHOUT", set())
+    with pytest.warns(BackendWarning, match="pull is done without on cpu: a kernel does not compile for cpu"):
+        assert pull_into_l2(q[:, :, -1:], near_of(layer), ScoreRule(1.0), 0.5) == 0
+    assert not devices.has("pull", HERE)
+    assert devices.has("unpack", HERE)

@@ -365,7 +365,7 @@ class KVCache:
         self._refuse_if_closed()
         self.settle()
         if self._layers:
-            self._layers[0].flags.look(self.seq_len)
+            self._layers[0].flags.look()
         self._take_batch(num_seqs)
         if self._store is None:
             self.reserve(num_seqs, num_tokens)
@@ -421,6 +421,8 @@ class KVCache:
         with self._changing():
             for layer in sorted(self._layers, key=lambda layer: layer.can_crop(min(seq_len, layer.seq_len))):
                 layer.crop(min(seq_len, layer.seq_len))  # one that cannot comes first, and raises
+            for layer in self._layers[:1]:
+                layer.flags.forget(seq_len)
 
     def select(self, seqs: Tensor) -> None:
         """Become the sequences `seqs`, int64 `[num_seqs]` on the CPU, of this batch: beams, copies, or fewer."""
@@ -439,7 +441,7 @@ class KVCache:
         """The same tokens in a cache that grows on its own. Pages are shared until one of the two writes to them."""
         self._refuse_if_closed()
         if self._layers:
-            self._layers[0].flags.wait(self.seq_len)
+            self._layers[0].flags.wait()
         twin = KVCache(self.spec, self._workers)
         twin._sparse, twin._crew, twin._l2_share = self._sparse, self._crew, self._l2_share
         twin._asked, twin._rebuild = self._asked, self._rebuild
@@ -543,6 +545,8 @@ class KVCache:
         step, seq_len = self._step, self.seq_len
         if self.inputs is not None:
             self.inputs.end_pass()
+        for layer in self._layers[:1]:
+            layer.flags.forget(seq_len)
         for index, layer in enumerate(self._layers):
             layer.let_go()
             past = step.windows.get(index) if step is not None else None

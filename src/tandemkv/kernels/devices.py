@@ -44,8 +44,8 @@ def backend_of(device: torch.device) -> Backend:
 def attend(q: Tensor, *runs: PagedKV, rule: ScoreRule, flags: Tensor, **options: Any) -> Partial:
     """`tandemkv.kernels.attend` of q and pages on a device. Nobody waits for it.
 
-    flags: int32 `[1]` there, in which bits are set for NaN in q and for a slot that is none: `checks.raise_for` reads
-    them when the step is over. options: `causal` and `mass`.
+    flags: int32 `[1]` there, in which bits are set for what is out of order: `checks.raise_for` tells when the
+    step is over. options: `causal` and `mass`.
     """
     part: Partial = _first_that_works("attend", q.device, q, *runs, rule=rule, flags=flags, **options)
     return part
@@ -65,20 +65,37 @@ def append(arena: AnyArena, page_table: Tensor, begin: int, k: Tensor, v: Tensor
 def prepare_pull(q: Tensor, kv: PagedKV, rule: ScoreRule, share: float) -> "Pull | None":
     """What asks for pages that `attend` of such a q will read, up to this share of the device's L2, once launched. None
     where the backend cannot ask."""
-    pull: Pull | None = _first_that_works("prepare_pull", q.device, q, kv, rule, share)
-    return pull
+    if not has("pull", q.device):
+        return None
+    from tandemkv.kernels import gpu
+
+    return gpu.prepare_pull(q, kv, rule, share)
 
 
 def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Tensor) -> bool:
     """Pages of any packing -> pages of rows, on their device (`gpu.unpack`). False, and nothing is done, where the
     backend cannot."""
-    return bool(_first_that_works("unpack", source.k.device, source, target, source_slots, target_slots))
+    if not has("unpack", source.k.device):
+        return False
+    from tandemkv.kernels import gpu
+
+    try:
+        gpu.unpack(source, target, source_slots, target_slots)
+    except UnavailableError as error:
+        do_without("unpack", source.k.device, str(error))
+        return False
+    return True
 
 
-def give_up(device: torch.device, why: str) -> None:
-    """A kernel of ours does not compile there: from now on the next backend is used, and told of."""
-    _FAILED[device] = _torch(why)
-    backend_of(device)
+def has(name: str, device: torch.device) -> bool:
+    """Whether the device's backend can `unpack`, or `pull`: torch can do neither."""
+    return not backend_of(device).why_not and (name, device) not in _WITHOUT
+
+
+def do_without(name: str, device: torch.device, why: str) -> None:
+    """From now on, since that kernel does not compile; a BackendWarning says so."""
+    _WITHOUT.add((name, device))
+    warnings.warn(f"{name} is done without on {device}: {why}", BackendWarning, stacklevel=2)
 
 
 def why_not_triton(device: torch.device) -> str:
@@ -120,6 +137,7 @@ def _torch(why_not: str) -> Backend:
 
 _FAILED: dict[torch.device, Backend] = {}  # devices for which a kernel did not compile
 _TOLD: set[torch.device] = set()
+_WITHOUT: set[tuple[str, torch.device]] = set()
 
 
 def _first_that_works(name: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
@@ -127,5 +145,5 @@ def _first_that_works(name: str, device: torch.device, *args: Any, **kwargs: Any
     try:
         return getattr(backend_of(device).module, name)(*args, **kwargs)
     except UnavailableError as error:
-        give_up(device, str(error))
+        _FAILED[device] = _torch(str(error))
         return getattr(backend_of(device).module, name)(*args, **kwargs)

@@ -154,15 +154,6 @@ def merge(parts: Sequence[Partial], sink_logit: Tensor | None = None) -> Partial
     return Partial(out, lse)
 
 
-def unpack(*pages: object) -> bool:
-    """See `tandemkv.kernels.devices.unpack`."""
-    return False
-
-
-def prepare_pull(*call: object) -> None:
-    """See `tandemkv.kernels.devices.prepare_pull`."""
-
-
 def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor, pool: object = None) -> None:
     """See `tandemkv.kernels.append`; an arena of rows on any device. `pool` has no use here."""
     check_tokens(arena, page_table, begin, k, v, on_cpu=False)

@@ -24,7 +24,7 @@ def pull_into_l2(q: Tensor, near: PagedKV, rule: ScoreRule, share: float) -> int
     try:
         _enqueue(pull, q.device)
     except UnavailableError as error:
-        devices.give_up(q.device, str(error))
+        devices.do_without("pull", q.device, str(error))
         return 0
     return pull.num_bytes
 

@@ -23,7 +23,8 @@ def bring_up(
     Copies run beside what the current stream is at, which waits for them; the caller does not. Pages of several
     packings, and those of a device without our kernels, are unpacked on the host, and waited for.
     """
-    rows = _rows_up(arena, page_table[:, 0], k.device) if isinstance(arena, Arena) else None
+    is_plain = isinstance(arena, Arena) and devices.has("unpack", k.device)
+    rows = _rows_up(arena.parts[0], page_table[:, 0], k.device) if is_plain else None
     if rows is None:
         host_k, host_v = torch.empty_like(k, device="cpu"), torch.empty_like(v, device="cpu")
         kernels.gather(arena, page_table, begin, host_k, host_v, pool)

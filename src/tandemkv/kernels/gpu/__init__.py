@@ -2,7 +2,7 @@
 
 from tandemkv.kernels.gpu.calls import attend, merge
 from tandemkv.kernels.gpu.config import Config, config_for
-from tandemkv.kernels.gpu.moves import Pull, append, prepare_pull, pull, unpack
+from tandemkv.kernels.gpu.moves import Pull, append, prepare_pull, unpack
 from tandemkv.kernels.gpu.works import failure, is_interpreted
 
 __all__ = [
@@ -15,6 +15,5 @@ __all__ = [
     "is_interpreted",
     "merge",
     "prepare_pull",
-    "pull",
     "unpack",
 ]

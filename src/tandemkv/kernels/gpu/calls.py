@@ -33,9 +33,9 @@ def attend(
     """`tandemkv.kernels.attend` for q and arenas on one device; tables may lie there or in host memory.
 
     Pages of any packing count as the rows that `gather` makes of them, in the arena's dtype.
-    mass: as there, on q's device. flags: int32 `[1]` on q's device, in which a kernel sets a bit for NaN in q (1) and
-    for a slot that is none (2), which is not read: `raise_for` tells of them when the step is over, so that no call
-    waits for the device. config: without one, `config_for` chooses.
+    mass: as there, on q's device. flags: int32 `[1]` on q's device, in which a kernel sets bits for NaN in q, a slot
+    that is none and lengths beyond a table, which are not read: `checks.raise_for` tells of them when the step is over,
+    so that no call waits for the device. config: without one, `config_for` chooses.
     """
     check_query(q, runs, causal, q.device.type if isinstance(q, Tensor) else "cuda")
     check_rule(rule, causal, len(runs))

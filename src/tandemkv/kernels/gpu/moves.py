@@ -28,7 +28,7 @@ def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -
     if not num_seqs * num_new:
         return
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    block_n = min(16, triton.next_power_of_2(num_new))
+    block_n = 16
     with launching(arena.k):
         decode.append_rows[(triton.cdiv(num_new, block_n), num_heads, num_seqs)](
             arena.k,
@@ -49,11 +49,11 @@ def append(arena: Arena, page_table: Tensor, begin: int, k: Tensor, v: Tensor) -
         )
 
 
-def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Tensor) -> bool:
+def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Tensor) -> None:
     """Pages of panels or codes -> pages of rows on the same device, rounded as `gather` does: what came up a link.
 
     source_slots, target_slots: int32 `[num_pages]`, there or in host memory; slots in range, targets named once.
-    True: it is done. InputError for arenas whose pages are not of one shape, or lie on two devices.
+    InputError for arenas whose pages are not of one shape, or lie on two devices.
     """
     shapes = [(a.layout.dtype, a.layout.page_size, a.num_kv_heads, a.head_dim, a.v_head_dim) for a in (source, target)]
     packings, where = (source.layout.packing, target.layout.packing), (source.k.device, target.k.device)
@@ -66,7 +66,7 @@ def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Ten
         raise InputError(f"slots must be int32 [num_pages], as many of both, got {got}")
     block_n = block_n_for(source.layout.page_size)
     if not slots.shape[0]:
-        return True
+        return
     with launching(source.k):
         decode.unpack_pages[(slots.shape[0], source.num_kv_heads, source.layout.page_size // block_n)](
             source.k,
@@ -84,7 +84,6 @@ def unpack(source: Arena, target: Arena, source_slots: Tensor, target_slots: Ten
             BLOCK_N=block_n,
             D_PAD=padded(source.head_dim),
         )
-    return True
 
 
 class Pull(NamedTuple):
@@ -96,19 +95,10 @@ class Pull(NamedTuple):
     launch: Callable[[], None]
 
 
-def pull(q: Tensor, kv: PagedKV, rule: ScoreRule, share: float) -> int:
-    """Let pages that `attend` of such a q will read come to L2, up to this share of it: the first tiles of each of its
-    programs. Enqueued as any kernel, it computes nothing and waits for nothing. Returns the bytes asked for at most; 0
-    where nothing can be asked for, as in the interpreter."""
-    prepared = prepare_pull(q, kv, rule, share)
-    if prepared is None:
-        return 0
-    prepared.launch()
-    return prepared.num_bytes
-
-
 def prepare_pull(q: Tensor, kv: PagedKV, rule: ScoreRule, share: float) -> Pull | None:
-    """`pull`, with its tables on the device and not enqueued; None where nothing would be asked for."""
+    """Let pages that `attend` of such a q will read come to L2, up to this share of it: the first tiles of each of its
+    programs, by a kernel that computes nothing and waits for nothing. None where nothing can be asked for, as in the
+    interpreter."""
     check_run(q, kv)
     arena, config, device = kv.arena, config_of(q, kv, None), q.device
     assert isinstance(arena, Arena)
