@@ -199,18 +199,14 @@ def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     assert (layer.seq_len, layer.num_far_blocks) == (300, 17)
 
 
-def test_on_a_device_every_token_of_a_question_picks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There a step is one token: several at once come one after the other, and none reads what was not picked."""
-    monkeypatch.setattr(attention, "_max_step", lambda q, layer: 1)
-    monkeypatch.setattr(attention, "decode_step", attention._decode_on_device)
+def test_on_a_device_a_question_picks_as_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One choice for its tokens, and nothing is read that was not picked."""
     layer, q, k, v = filled(1, 300, 5, [0])
     layer.sparse = Sparse("window", 80)
-    twin = layer.fork()
-    out = extend_and_attend(q[:, :, -5:], k[:, :, -5:], v[:, :, -5:], layer, ScoreRule(SCALE))
-    steps = [slice(i, i + 1) for i in range(295, 300)]
-    alone = [extend_and_attend(q[:, :, i], k[:, :, i], v[:, :, i], twin, ScoreRule(SCALE)) for i in steps]
-    assert torch.equal(out, torch.cat(alone, 1))
-    layer.sparse = None
-    dense, *_ = filled(1, 300, 5, [0])
-    everything = extend_and_attend(q[:, :, -5:], k[:, :, -5:], v[:, :, -5:], dense, ScoreRule(SCALE))
+    twin, dense = layer.fork(), filled(1, 300, 5, [0])[0]
+    question = q[:, :, -5:], k[:, :, -5:], v[:, :, -5:]
+    expected, everything = (extend_and_attend(*question, each, ScoreRule(SCALE)) for each in (twin, dense))
+    monkeypatch.setattr(attention, "decode_step", attention._decode_on_device)
+    out = extend_and_attend(*question, layer, ScoreRule(SCALE))
+    assert torch.allclose(out, expected, atol=1e-5)
     assert not torch.allclose(out, everything, atol=1e-2)
