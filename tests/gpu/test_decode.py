@@ -282,3 +282,67 @@ def test_a_configuration_that_was_asked_for_is_cut_where_it_would_not_fit() -> N
     """float32 tiles of head_dim 255 are 128 KiB: two ahead are more than an H100 has."""
     assert fitted(Config(num_splits=3), 2048, 232_448) == Config(num_splits=3, num_stages=2)
     assert fitted(Config(num_stages=4), 512, 232_448) == Config(num_stages=4)
+
+
+@pytest.mark.parametrize(("kv_start", "kv_len"), [(0, 129), (-5, 60), (0, 2**32 + 5), (0, -1)])
+def test_lengths_beyond_a_table_are_told_and_not_read(kv_start: int, kv_len: int) -> None:
+    arena = Arena.allocate(PageLayout(torch.float32), 2, 2, 32)
+    kv = PagedKV(arena, torch.zeros(1, 2, 2).int(), torch.tensor([kv_start]), torch.tensor([kv_len]))
+    flags = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    gpu.attend(torch.randn(1, 2, 1, 32).to(DEVICE), placed(kv), rule=ScoreRule(0.1), flags=flags)
+    with pytest.raises(InputError, match=r"\[kv_start, kv_len\) of a run must lie in"):
+        raise_for(flags)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"page_table": torch.zeros(1, 1, 2).int()},
+            r"page_table must be int32 \[1, 2, num_pages\], got torch.int32 \[1, 1, 2\]",
+        ),
+        ({"page_table": torch.zeros(1, 2, 2)}, "page_table must be int32"),
+        ({"kv_len": torch.zeros(2).long()}, r"kv_len must be contiguous int64 \[1\], got torch.int64 \[2\]"),
+        ({"kv_start": torch.zeros(1, 2).long()}, "kv_start must be contiguous int64"),
+        ({"kv_len": torch.zeros(1).int()}, "kv_len must be contiguous int64"),
+        ({"of_blocks": True}, r"kv_start must be contiguous int64 \[1, 2\]"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(changes: dict[str, Any], told: str) -> None:
+    arena, zero = Arena.allocate(PageLayout(torch.float32), 2, 2, 32), torch.zeros(1).long()
+    kv = replace(placed(PagedKV(arena, torch.zeros(1, 2, 2).int(), zero, zero + 9)), **changes)
+    with pytest.raises(InputError, match=told):
+        gpu.attend(torch.randn(1, 2, 1, 32).to(DEVICE), kv, rule=ScoreRule(0.1))
+
+
+@pytest.mark.parametrize("begin", [-2, 126, 6200])
+def test_tokens_beyond_a_table_are_not_appended(begin: int) -> None:
+    arena = Arena.allocate(PageLayout(torch.float32), 4, 2, 32, DEVICE)
+    x = torch.randn(1, 2, 3, 32, device=DEVICE)
+    with pytest.raises(InputError, match=rf"tokens \[{begin}, {begin + 3}\) lie outside a table of 2 pages"):
+        gpu.append(arena, torch.tensor([[[0, 1], [0, 1]]]).int(), begin, x, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("block_n", 48), ("block_n", 0), ("block_m", -1), ("num_splits", 0), ("distance", -1), ("num_warps", 3)],
+)
+def test_a_configuration_that_cannot_be_is_refused(name: str, value: int) -> None:
+    words: Any = {name: value}
+    with pytest.raises(InputError, match=f"{name} must be a .*, got {value}"):
+        replace(Config(), **words)
+
+
+def test_a_batch_of_nothing() -> None:
+    arena, none = Arena.allocate(PageLayout(torch.float32), 1, 2, 32), torch.zeros(0).long()
+    kv = placed(PagedKV(arena, torch.zeros(0, 2, 1).int(), none, none))
+    assert gpu.attend(torch.randn(0, 4, 1, 32).to(DEVICE), kv, rule=ScoreRule(0.1)).out.shape == (0, 4, 1, 32)
+
+
+def test_padding_may_be_longer_than_a_table() -> None:
+    arena = Arena.allocate(PageLayout(torch.float32), 2, 2, 32)
+    kv = PagedKV(arena, torch.zeros(1, 2, 2).int(), torch.tensor([200]), torch.tensor([60]))
+    flags = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    part = gpu.attend(torch.randn(1, 2, 1, 32).to(DEVICE), placed(kv), rule=ScoreRule(0.1), flags=flags)
+    raise_for(flags)
+    assert bool((part.lse == -torch.inf).all())

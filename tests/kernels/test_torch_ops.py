@@ -212,3 +212,13 @@ def test_what_torch_s_backend_cannot_attend_is_refused() -> None:
     kv = PagedKV(arena, zero.int().view(1, 1, 1), zero, zero + 5)
     with pytest.raises(UnsupportedError, match="whole pages of rows or panels"):
         torch_ops.attend(torch.randn(1, 1, 1, 16), kv, rule=ScoreRule(1.0), flags=zero.int())
+
+
+@pytest.mark.parametrize(("kv_start", "kv_len", "told"), [(-1, 5, True), (0, 33, True), (0, -1, True), (90, 5, False)])
+def test_lengths_beyond_a_table_are_told_by_torch_s_backend(kv_start: int, kv_len: int, told: bool) -> None:
+    """Padding may be longer than a table."""
+    arena = Arena.allocate(PageLayout(torch.float32, 16), 2, 1, 16)
+    kv = PagedKV(arena, torch.zeros(1, 1, 2).int(), torch.tensor([kv_start]), torch.tensor([kv_len]))
+    flags = torch.zeros(1, dtype=torch.int32)
+    torch_ops.attend(torch.randn(1, 1, 1, 16), kv, rule=ScoreRule(1.0), flags=flags)
+    assert bool(flags.any()) == told

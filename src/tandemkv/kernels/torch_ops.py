@@ -102,7 +102,7 @@ def _dense(q: Tensor, kv: PagedKV, rule: ScoreRule, causal: bool, flags: Tensor)
     slots, starts, lens = (x.to(device, non_blocking=True).long() for x in (kv.page_table, kv.kv_start, kv.kv_len))
     starts, lens = (x[:, None, None, None] for x in (starts, lens))
     tokens = torch.arange(slots.shape[2] * kv.entry_tokens, device=device)
-    is_outside = (torch.minimum(starts, lens) < 0) | (torch.maximum(starts, lens) > tokens.shape[0])
+    is_outside = (torch.minimum(starts, lens) < 0) | (lens > tokens.shape[0])
     flags |= is_outside.any().to(torch.int32) * OUTSIDE_TABLE
     sees = ((tokens >= starts) & (tokens < lens)).expand(-1, arena.num_kv_heads, q_len, -1)
     if causal:

@@ -177,7 +177,7 @@ def _length(starts, lens, at, num_entries, PAGES: tl.constexpr):
     """The run's [start, end), cut to its table, and whether it had to be."""
     entry_tokens: tl.constexpr = 16 if PAGES[2] else PAGES[1]
     start, end, num_tokens = tl.load(starts + at), tl.load(lens + at), num_entries.to(tl.int64) * entry_tokens
-    is_outside = (start < 0) | (end < 0) | (end > num_tokens) | (start > num_tokens)
+    is_outside = (start < 0) | (end < 0) | (end > num_tokens)  # padding may be longer than the table
     start, end = tl.minimum(tl.maximum(start, 0), num_tokens), tl.minimum(tl.maximum(end, 0), num_tokens)
     return start.to(tl.int32), end.to(tl.int32), is_outside
 
