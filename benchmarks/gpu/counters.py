@@ -89,9 +89,17 @@ def _name(number: int) -> str:
 def summary(found: Found) -> Iterator[tuple[str, str]]:
     """Of the longest kernel of each variant."""
     for variant in dict.fromkeys(row["variant"] for row in found.rows):
-        row = next(row for row in found.rows if row["variant"] == variant)
+        row = max(
+            (row for row in found.rows if row["variant"] == variant), key=_us
+        )  # flags are filled before, parts merged after
         numbers = (f"{name} {row[name]}" for name in METRICS.values() if name in row)
         yield f"counters, {variant}", ", ".join(numbers)
+
+
+def _us(row: Row) -> float:
+    """Of a time as ncu prints it; its older versions say `usecond`."""
+    value, _, unit = str(row.get("time", "")).partition(" ")
+    return float(value.replace(",", "") or 0) * {"n": 1e-3, "u": 1.0, "m": 1e3}.get(unit[:1], 1e6)
 
 
 def watched() -> None:
