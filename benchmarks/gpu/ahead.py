@@ -30,7 +30,7 @@ from torch.nn import functional
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import MODELS, Case, Form, Problem, places_for
 from benchmarks.gpu.ground import Times
-from benchmarks.gpu.peers import told
+from benchmarks.gpu.peers import why_wrong
 from benchmarks.gpu.section import Bench, Found, Row, Section
 from tandemkv.lanes import pull_into_l2
 from tandemkv.types import ScoreRule
@@ -141,7 +141,7 @@ def _measure(bench: Bench, layer: Layer, found: Found) -> None:
     case = layer.problem.case
     variants = variants_of(case, bench.ground.facts.l2_bytes)
     forms = {"without": layer.form(), **{str(variant): layer.form(variant) for variant in variants}}
-    wrong = {name: _wrong(layer.problem, form) for name, form in forms.items()}
+    wrong = {name: why_wrong(layer.problem, form) for name, form in forms.items()}
     wrong |= {str(each): _if_idle(layer, each) for each in variants if not wrong[str(each)]}
     right = {name: form.call for name, form in forms.items() if not wrong[name]}
     alone = {"MLP": layer.mlp_alone, "attend": layer.attend.call} if "without" in right else {}
@@ -153,13 +153,6 @@ def _measure(bench: Bench, layer: Layer, found: Found) -> None:
 
 def _if_idle(layer: Layer, variant: Variant) -> str:
     return "" if layer.pull(variant, 0) else "wrong: nothing was asked for"
-
-
-def _wrong(problem: Problem, form: Form) -> str:
-    try:
-        return problem.check(form)[1]
-    except Exception as error:  # noqa: BLE001  told with the row, and in the exit code
-        return told(error)
 
 
 def variants_of(case: Case, l2_bytes: int) -> list[Variant]:

@@ -131,17 +131,16 @@ def told(error: Exception) -> str:
 
 def _tried(problem: Problem, forms: Forms) -> tuple[dict[str, Form], dict[str, str]]:
     """Those that are right, and what is wrong with the others."""
-    right, wrong = {}, {}
-    for name, form in forms.items():
-        try:
-            _, why = problem.check(form)
-        except Exception as error:  # noqa: BLE001  told with the row
-            why = told(error)
-        if why:
-            wrong[name] = why
-        else:
-            right[name] = form
-    return right, wrong
+    wrong = {name: why for name, form in forms.items() if (why := why_wrong(problem, form))}
+    return {name: form for name, form in forms.items() if name not in wrong}, wrong
+
+
+def why_wrong(problem: Problem, form: Form) -> str:
+    """What float64 says against a form's result, or what it raised; '' for nothing."""
+    try:
+        return problem.check(form)[1]
+    except Exception as error:  # noqa: BLE001  told with the row
+        return told(error)
 
 
 def _torch_forms(problem: Problem, attend: Callable[[Tensor, Tensor, Tensor], Any]) -> dict[str, Form]:

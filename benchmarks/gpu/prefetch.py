@@ -38,11 +38,11 @@ from benchmarks.gpu import sweep
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.cases import MODELS, Case, Form, Pool, Problem
 from benchmarks.gpu.ground import Facts, Times
-from benchmarks.gpu.peers import told
+from benchmarks.gpu.peers import told, why_wrong
 from benchmarks.gpu.pictures import draw_paper
 from benchmarks.gpu.section import Bench, Found, Row, Section
 from benchmarks.gpu.sweep import chosen
-from tandemkv.kernels.gpu import Config
+from tandemkv.kernels.gpu import Config, l2
 
 BATCH, BLOCK_TOKENS, NUM_WARPS = 64, 16, 4
 CONTEXTS = (528, 512 + 4096, 512 + 8192, 512 + 2048, 512 + 1024, 512 + 512)
@@ -89,7 +89,7 @@ def asked_bytes(case: Case) -> int:
 def fits_l2(case: Case, distance: int, l2_bytes: int) -> bool:
     """The paper's rule."""
     block_bytes = BLOCK_TOKENS * case.model.head_dim * case.dtype.itemsize
-    return block_bytes * NUM_WARPS * case.model.num_q_heads * case.batch * distance <= l2_bytes
+    return l2.fits_l2(block_bytes, distance, NUM_WARPS * case.model.num_q_heads * case.batch, l2_bytes)
 
 
 class Variant(NamedTuple):
@@ -141,11 +141,7 @@ def _measure(bench: Bench, case: Case, pool: Pool, found: Found) -> None:
     problem = Problem(case, pool, bench.ground.facts.l2_bytes)
     forms, reasons = forms_of(problem, bench.ground.facts.num_processors)
     for variant, form in list(forms.items()):
-        try:
-            _, why = problem.check(form)
-        except Exception as error:  # noqa: BLE001  told with the row
-            why = told(error)
-        if why:
+        if why := why_wrong(problem, form):
             reasons[variant] = why
             del forms[variant]
     calls = {str(variant): form.call for variant, form in forms.items()}

@@ -16,7 +16,7 @@ from benchmarks.gpu.cases import MODELS, PAGE, Case, Form, Problem
 from benchmarks.gpu.peers import told
 from benchmarks.gpu.section import Bench, Found, Row, Section
 from benchmarks.gpu.speed import times_row
-from tandemkv.kernels.gpu import Config, config_for
+from tandemkv.kernels.gpu import Config, config_for, l2
 from tandemkv.kernels.gpu.config import MAX_SPLITS, fitted
 from tandemkv.kernels.gpu.formats import padded
 from tandemkv.kernels.gpu.placed import shared_bytes
@@ -64,7 +64,7 @@ def fits_l2(case: Case, config: Config, l2_bytes: int) -> bool:
     tile_bytes = 2 * config.block_n * case.model.head_dim * case.dtype.itemsize
     row_blocks = -(-case.group_size // config.block_m)
     num_programs = config.num_splits * case.model.num_kv_heads * row_blocks * case.batch
-    return tile_bytes * config.distance * num_programs <= l2_bytes
+    return l2.fits_l2(tile_bytes, config.distance, num_programs, l2_bytes)
 
 
 def tiles(config: Config) -> list[Config]:
